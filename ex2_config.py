@@ -1,0 +1,323 @@
+"""One run's settings: the `Config`, its command-line flags and presets, and checkpoints that rebuild themselves."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import os
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Optional
+
+import torch
+
+from ex2_data import DATASETS, InputError
+from ex2_diffusion import SAMPLERS, SCHEDULES, Diffusion
+from ex2_model import MAX_ATTENTION_POSITIONS, NULL_TOKENS, Unet
+
+CHECKPOINT_FORMAT = 1
+CHECKPOINT_NAME = "ckpt.pt"
+TRAINING_GROUPS = ("data", "diffusion process", "model", "training")  # what a resumed run must have in common
+
+
+def setting(default, group: str, help: str, **rules):
+    """A Config field; `rules` are `minimum`, `maximum`, `choices` and, for the command line, `type` and `nargs`."""
+    return field(default=default, metadata={"group": group, "help": help, **rules})
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of a run; every field is the flag of the same name.
+
+    Raises:
+        InputError: a value out of range, named with its flag and what is allowed.
+    """
+
+    run_name: str = setting("DDPM", "run", "everything of the run lands in <results_dir>/<run_name>/", type=str)
+    results_dir: str = setting("results", "run", "folder of all runs", type=str)
+    seed: int = setting(0, "run", "of weights, data order, noise and samples", type=int, minimum=0)
+    cuda: Optional[bool] = setting(
+        None, "run", "insist on the GPU, or stay off it (default: the GPU where there is one)"
+    )
+    dry_run: bool = setting(False, "run", "one batch of every phase, to see that all works")
+    log_interval: int = setting(100, "run", "optimiser steps between two rows of log.csv", type=int, minimum=1)
+    save_model: bool = setting(True, "run", "write ckpt.pt after every epoch, from which the same command goes on")
+
+    dataset: str = setting("cifar10", "data", "the data set", type=str, choices=DATASETS)
+    data_dir: Optional[str] = setting(None, "data", "where cifar10 or the image folder lies", type=str)
+    image_size: int = setting(32, "data", "height and width in pixels", type=int, minimum=8)
+    flip: bool = setting(True, "data", "mirror training images at random")
+    num_workers: int = setting(0, "data", "processes that read image files", type=int, minimum=0)
+
+    timesteps: int = setting(1000, "diffusion process", "T, the number of noising steps", type=int, minimum=1)
+    schedule: str = setting("linear", "diffusion process", "beta schedule", type=str, choices=tuple(SCHEDULES))
+
+    dim: int = setting(32, "model", "base width of the U-Net", type=int, minimum=4)
+    dim_mults: tuple = setting((1, 2, 4), "model", "width of each level over dim", type=int, nargs="+", minimum=1)
+    class_free_guidance: bool = setting(False, "model", "condition on the class, for classifier-free guidance")
+    p_uncond: float = setting(0.1, "model", "share of labels dropped in training", type=float, minimum=0, maximum=1)
+    null_token: str = setting("learned", "model", "what stands for no class", type=str, choices=NULL_TOKENS)
+
+    epochs: int = setting(5, "training", "passes over the training images", type=int, minimum=1)
+    batch_size: int = setting(64, "training", "images per optimiser step", type=int, minimum=1)
+    lr: float = setting(1e-3, "training", "peak learning rate of AdamW", type=float, above=0)
+    warmup_steps: int = setting(
+        200, "training", "optimiser steps to the peak, at most a tenth of all", type=int, minimum=0
+    )
+    loss_type: str = setting("l2", "training", "error of the predicted noise", type=str, choices=("l1", "l2"))
+    grad_clip: float = setting(1.0, "training", "largest gradient norm", type=float, above=0)
+    ema_decay: float = setting(0.999, "training", "of the averaged weights", type=float, minimum=0, maximum=1)
+    amp: bool = setting(False, "training", "compute in bfloat16 where torch deems it safe")
+
+    eval_images: int = setting(512, "evaluation", "images of val and test that are evaluated", type=int, minimum=1)
+    eval_timesteps: int = setting(10, "evaluation", "times at which the loss is taken", type=int, minimum=1)
+
+    sampler: str = setting("ddpm", "sampling", "ancestral (Eq. 8) or DDIM", type=str, choices=SAMPLERS)
+    sample_steps: Optional[int] = setting(
+        None, "sampling", "network calls per image (default: all T)", type=int, minimum=1
+    )
+    eta: float = setting(0.0, "sampling", "DDIM's share of fresh noise", type=float, minimum=0, maximum=1)
+    guidance_scale: float = setting(1.0, "sampling", "w of Eq. 11, for class-conditional models", type=float)
+    sample_batch: int = setting(100, "sampling", "images that are sampled at a time", type=int, minimum=1)
+
+    def __post_init__(self):
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name == "dim_mults":
+                object.__setattr__(self, f.name, tuple(value))
+                if not value:
+                    raise InputError("--dim_mults needs at least one level")
+            for item in value if f.name == "dim_mults" else (value,):
+                check_setting(f, item)
+        if self.sample_steps is not None and self.sample_steps > self.timesteps:
+            raise InputError(f"--sample_steps must be at most --timesteps ({self.timesteps}), got {self.sample_steps}")
+        if self.run_name in ("", ".", "..") or Path(self.run_name).name != self.run_name:
+            raise InputError(f"--run_name must be a plain folder name, got {self.run_name!r}")
+        factor = 2 ** (len(self.dim_mults) - 1)
+        if self.image_size % factor:
+            raise InputError(
+                f"--image_size {self.image_size} can't be halved {len(self.dim_mults) - 1} times, as --dim_mults asks: "
+                f"use a multiple of {factor}"
+            )
+        if (self.image_size // factor) ** 2 > MAX_ATTENTION_POSITIONS:
+            raise InputError(
+                f"--image_size {self.image_size} leaves {self.image_size // factor}x{self.image_size // factor} positions "
+                "to the innermost attention, at most 32x32 fit: add a level to --dim_mults"
+            )
+
+    @property
+    def run_dir(self) -> Path:
+        """Where the run's files go; a dry run keeps out of the way of the real one."""
+        return Path(self.results_dir) / (self.run_name + "-dry_run" * self.dry_run)
+
+    @property
+    def sampling(self) -> dict:
+        """The keyword arguments of `Diffusion.sample` that are the user's choice, guidance aside."""
+        steps = min(2, self.timesteps) if self.dry_run else self.sample_steps
+        return {"sampler": self.sampler, "steps": steps, "eta": self.eta}
+
+
+def check_setting(f: dataclasses.Field, value) -> None:
+    """Raises an InputError where `value` breaks a rule of the Config field `f`."""
+    rules, flag = f.metadata, f"--{f.name}"
+    if value is None and f.default is None:
+        return
+    wanted = rules.get("type", bool)
+    if not isinstance(value, (int, float) if wanted is float else wanted) or (
+        wanted is int and isinstance(value, bool)
+    ):
+        raise InputError(f"{flag} must be of type {wanted.__name__}, got {value!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{flag} must be finite, got {value}")
+    if "choices" in rules and value not in rules["choices"]:
+        raise InputError(f"{flag} must be one of {', '.join(rules['choices'])}; got {value!r}")
+    if "minimum" in rules and value < rules["minimum"]:
+        raise InputError(f"{flag} must be at least {rules['minimum']}, got {value}")
+    if "maximum" in rules and value > rules["maximum"]:
+        raise InputError(f"{flag} must be at most {rules['maximum']}, got {value}")
+    if "above" in rules and value <= rules["above"]:
+        raise InputError(f"{flag} must be above {rules['above']}, got {value}")
+
+
+PRESETS = {
+    # Minutes on two CPU cores, no download: recognisable shapes in every class.
+    "quick": Config(
+        run_name="quick",
+        dataset="shapes",
+        image_size=16,
+        schedule="cosine",
+        dim_mults=(1, 2),
+        class_free_guidance=True,
+        epochs=3,
+        batch_size=16,
+        sampler="ddim",
+        sample_steps=50,
+    ),
+}
+
+
+# ---------------------------------------------------------------------------- command line
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse, whose errors are one line without the usage text."""
+
+    def error(self, message: str):
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+
+def add_flags(parser: argparse.ArgumentParser, groups: tuple[str, ...], leave_out: tuple[str, ...] = ()) -> None:
+    """A flag for every Config field of `groups`; only flags that the user gave appear in the parsed namespace."""
+    titles = {group: parser.add_argument_group(group) for group in groups}
+    for f in fields(Config):
+        rules = f.metadata
+        if rules["group"] not in groups or f.name in leave_out:
+            continue
+        group, name = titles[rules["group"]], f"--{f.name}"
+        default = "" if f.default is None else f" (default: {f.default})"
+        if "type" not in rules:  # a boolean: an on and an off form
+            group.add_argument(name, action="store_true", default=argparse.SUPPRESS, help=rules["help"] + default)
+            off = f"--no_{f.name}"
+            group.add_argument(off, dest=f.name, action="store_false", default=argparse.SUPPRESS, help="its opposite")
+        else:
+            if "choices" in rules:
+                default = f": {', '.join(rules['choices'])}{default}"
+            group.add_argument(
+                name,
+                type=rules["type"],
+                nargs=rules.get("nargs"),
+                default=argparse.SUPPRESS,
+                metavar=f.name.upper(),
+                help=rules["help"] + default,
+            )
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    """The command line as a namespace: `command`, the command's own flags, and `given`, the Config fields named.
+
+    `train` is what runs when no command is named.
+    """
+    parser = OneLineParser(prog="ex2_main.py", description="Train, test and sample a DDPM (exercise 2).")
+    commands = parser.add_subparsers(dest="command", metavar="{train,test,sample}", parser_class=OneLineParser)
+
+    train = commands.add_parser("train", help="train, test and draw every picture (what runs when no command is named)")
+    train.add_argument("--preset", choices=tuple(PRESETS), help="settings to start from; flags beside it still count")
+    all_groups = tuple(dict.fromkeys(f.metadata["group"] for f in fields(Config)))
+    add_flags(train, all_groups)
+
+    test = commands.add_parser("test", help="evaluate a checkpoint on the validation and test set")
+    test.add_argument("--checkpoint", required=True, help="a run's folder, or its ckpt.pt")
+    test.add_argument(
+        "--data_dir", default=argparse.SUPPRESS, help="where the data lies, if not where it lay in training"
+    )
+    add_flags(test, ("run", "evaluation", "sampling"), RUN_FLAGS_OF_TRAIN)
+
+    sample = commands.add_parser("sample", help="draw images from a checkpoint")
+    sample.add_argument("--checkpoint", required=True, help="a run's folder, or its ckpt.pt")
+    sample.add_argument("--n_images", type=int, default=16, help="how many in all (default: 16)")
+    sample.add_argument("--classes", nargs="+", help="class names or numbers, one after the other (default: all)")
+    sample.add_argument("--out", help="folder for the images (default: samples/ in the run's folder)")
+    add_flags(sample, ("run", "sampling"), RUN_FLAGS_OF_TRAIN)
+
+    if not argv or (argv[0] not in commands.choices and argv[0] not in ("-h", "--help")):
+        argv = ["train", *argv]
+    args = parser.parse_args(argv)
+    names = {f.name for f in fields(Config)}
+    args.given = {name: value for name, value in vars(args).items() if name in names}
+    return args
+
+
+RUN_FLAGS_OF_TRAIN = ("run_name", "results_dir", "save_model", "log_interval")
+
+
+def pick_device(cuda: bool | None) -> torch.device:
+    """The GPU where there is one; `cuda` insists on it (True) or stays off it (False).
+
+    Raises:
+        InputError: the GPU is asked for and there is none.
+    """
+    available = torch.cuda.is_available()
+    if cuda and not available:
+        raise InputError("--cuda: torch finds no CUDA GPU here; drop the flag to run on the CPU")
+    return torch.device("cuda" if available and cuda is not False else "cpu")
+
+
+# ---------------------------------------------------------------------------- from a Config to objects
+
+
+def build_model(config: Config, num_classes: int) -> Unet:
+    """The U-Net of a run, with new weights.
+
+    Raises:
+        InputError: settings that the U-Net refuses.
+    """
+    try:
+        return Unet(
+            dim=config.dim,
+            dim_mults=config.dim_mults,
+            class_free_guidance=config.class_free_guidance,
+            p_uncond=config.p_uncond,
+            num_classes=num_classes,
+            null_token=config.null_token,
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def build_diffusion(config: Config, device) -> Diffusion:
+    """The diffusion process of a run.
+
+    Raises:
+        InputError: a schedule that does not work for that many timesteps.
+    """
+    try:
+        return Diffusion(config.timesteps, SCHEDULES[config.schedule], config.image_size, device)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+# ---------------------------------------------------------------------------- checkpoints
+
+
+def save_checkpoint(path: Path, **content) -> None:
+    """Writes a plain dict of tensors and Python values; a kill at any moment leaves the old file or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        torch.save({"format": CHECKPOINT_FORMAT, **content}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path: str | Path, device="cpu") -> dict:
+    """The content of a checkpoint; `path` is the file or the folder of its run. Runs no code from the file.
+
+    Raises:
+        InputError: there is none, it is damaged, or it is no checkpoint of this program.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / CHECKPOINT_NAME
+    if not path.is_file():
+        raise InputError(f"no checkpoint at {path}: give --checkpoint a run's folder, or train first")
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch and pickle raise many kinds for a damaged or foreign file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path} is damaged or no checkpoint: {reason}") from error
+    if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
+        raise InputError(f"{path} is no checkpoint of this program, or of another version of it")
+    return content
+
+
+def config_of(checkpoint: dict, given: dict) -> Config:
+    """The Config a checkpoint was trained with, with the fields in `given` replaced."""
+    return dataclasses.replace(Config(**checkpoint["config"]), **given)
+
+
+def restore_model(checkpoint: dict, config: Config, device) -> Unet:
+    """The trained U-Net with its averaged (EMA) weights, in eval mode on `device`."""
+    model = build_model(config, len(checkpoint["class_names"]))
+    model.load_state_dict(checkpoint["ema"])
+    return model.to(device).eval()

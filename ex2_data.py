@@ -1,0 +1,426 @@
+"""Data sets as uint8 tensors, and loaders that hand them out in [-1, 1]: `cifar10`, `shapes`, `folder`."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Iterator
+from urllib.error import URLError
+
+import numpy as np
+import torch
+import torchvision.transforms.functional as TF
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets import CIFAR10
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.utils import check_integrity, extract_archive
+from tqdm import tqdm
+
+DATASETS = ("cifar10", "shapes", "folder")
+COURSE_CIFAR10 = Path("/proj/aimi-adl/CIFAR10/")
+SHAPES = ("circle", "square", "triangle", "diamond", "plus", "cross", "ring", "star", "moon", "stripes")
+SHAPES_COUNT = {"train": 10_000, "test": 2_000}  # of which the usual 10% of train become val
+HELD_OUT = 0.1  # share of the training images that become the validation set
+RESIDENT_LIMIT = (
+    2 * 1024**3
+)  # bytes of uint8 images that are kept on the device; larger folders are read while training
+
+
+class InputError(ValueError):
+    """What the user gave can't be used; the message is one line that says what, where and what to do."""
+
+
+# ---------------------------------------------------------------------------- pixels
+
+
+def to_model_range(images: Tensor) -> Tensor:
+    """uint8 pixels 0 .. 255 to float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def reverse_transform(images: Tensor) -> Tensor:
+    """Model outputs to uint8 pixels: -1 -> 0, 0 -> 128, 1 -> 255, rounded, values outside clamped; the inverse of
+    `to_model_range`. Any shape."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+# ---------------------------------------------------------------------------- sets and loaders
+
+
+@dataclass(frozen=True)
+class ImageSet(Dataset):
+    """Images (N, 3, H, W) in uint8 with labels (N,), in memory; as a Dataset it yields (float image, label)."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return to_model_range(self.images[index]), self.labels[index]
+
+    def subset(self, indices: Tensor) -> ImageSet:
+        return ImageSet(self.images[indices], self.labels[indices])
+
+
+@dataclass(frozen=True)
+class ImageFiles(Dataset):
+    """Image files that are read, resized and cropped when asked for; yields (float image (3, H, W), label)."""
+
+    paths: tuple[Path, ...]
+    labels: Tensor
+    image_size: int
+    flip: bool = False
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image = read_image(self.paths[index], self.image_size)
+        if self.flip and torch.rand(()) < 0.5:
+            image = image.flip(-1)
+        return to_model_range(image), self.labels[index]
+
+    def subset(self, indices: Tensor) -> ImageFiles:
+        return ImageFiles(tuple(self.paths[i] for i in indices.tolist()), self.labels[indices], self.image_size)
+
+
+@dataclass(frozen=True)
+class DataSplits:
+    """Training, validation and test set of one data set. Only training images are ever flipped."""
+
+    train: ImageSet | ImageFiles
+    val: ImageSet | ImageFiles
+    test: ImageSet | ImageFiles
+    class_names: tuple[str, ...]
+
+
+class ResidentLoader:
+    """Batches from an `ImageSet` that lives on the device: shuffling, flips and scaling cost no Python per image.
+
+    Iterates like a DataLoader, over (images (B, 3, H, W) in [-1, 1], labels (B,)). Order and flips depend on the seed
+    and on the epoch set by `set_epoch`, on nothing else.
+    """
+
+    def __init__(self, dataset: ImageSet, batch_size: int, device, *, shuffle=False, flip=False, seed=0):
+        self.dataset = ImageSet(dataset.images.to(device), dataset.labels.to(device))
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.flip = flip
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.dataset) / self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**32)
+        count, device = len(self.dataset), self.dataset.images.device
+        order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
+        flipped = torch.rand(count, generator=generator).to(device) < 0.5
+        for batch in order.to(device).split(self.batch_size):
+            images, labels = self.dataset.images[batch], self.dataset.labels[batch]
+            if self.flip:
+                images = torch.where(flipped[batch, None, None, None], images.flip(-1), images)
+            yield to_model_range(images), labels
+
+
+class FilesLoader(DataLoader):
+    """A DataLoader over `ImageFiles`, reshuffled by seed and epoch as `ResidentLoader` is."""
+
+    def __init__(self, dataset: ImageFiles, batch_size: int, *, shuffle=False, seed=0, num_workers=0):
+        self.seed = seed
+        self.order = torch.Generator()
+        super().__init__(dataset, batch_size, shuffle=shuffle, num_workers=num_workers, generator=self.order)
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.order.manual_seed((self.seed * 1_000_003 + epoch) % 2**32)
+
+
+def make_loader(dataset, batch_size: int, device, *, train=False, flip=False, seed=0, num_workers=0):
+    """A loader with `dataset`, `set_epoch` and a length; `train` shuffles, and flips where `flip` says so."""
+    if isinstance(dataset, ImageSet):
+        return ResidentLoader(dataset, batch_size, device, shuffle=train, flip=train and flip, seed=seed)
+    files = ImageFiles(dataset.paths, dataset.labels, dataset.image_size, flip=train and flip)
+    return FilesLoader(files, batch_size, shuffle=train, seed=seed, num_workers=num_workers)
+
+
+def split_off(dataset, seed: int, share: float = HELD_OUT):
+    """(the rest, a random `share` of the images), by a seeded permutation.
+
+    Raises:
+        InputError: one of the two would be empty.
+    """
+    held_out = round(len(dataset) * share)
+    if held_out == 0 or held_out == len(dataset):
+        raise InputError(f"{len(dataset)} images are too few to hold {share:.0%} of them out: give at least 10")
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
+    return dataset.subset(order[held_out:]), dataset.subset(order[:held_out])
+
+
+def load_splits(name: str, data_dir: str | None, image_size: int, seed: int, num_workers: int = 0) -> DataSplits:
+    """The data set `name` (one of `DATASETS`) at `image_size`, its training images split 90/10 into train and val.
+
+    Raises:
+        InputError: the data is missing, damaged or not laid out as expected.
+    """
+    if name == "cifar10":
+        train, test, class_names = load_cifar10(data_dir, image_size)
+    elif name == "shapes":
+        train, test, class_names = load_shapes(image_size, seed)
+    else:
+        train, test, class_names = load_folder(data_dir, image_size, seed, num_workers)
+    train, val = split_off(train, seed)
+    return DataSplits(train, val, test, class_names)
+
+
+# ---------------------------------------------------------------------------- cifar10
+
+
+def load_cifar10(data_dir: str | None, image_size: int) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
+    """CIFAR-10 from `data_dir`, $CIFAR10_ROOT, the course's folder or ./data; downloaded where none has it."""
+    root = find_cifar10(data_dir)
+    sets = []
+    for train in (True, False):
+        data = CIFAR10(root, train=train, download=False)
+        images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()  # (N, 3, 32, 32)
+        if image_size != 32:
+            images = torch.cat([TF.resize(part, [image_size] * 2, antialias=True) for part in images.split(5000)])
+        sets.append(ImageSet(images, torch.tensor(data.targets)))
+    return sets[0], sets[1], tuple(data.classes)
+
+
+def find_cifar10(data_dir: str | None) -> Path:
+    """The first folder that holds CIFAR-10, extracted or as archive; downloads it where there is none.
+
+    Raises:
+        InputError: an archive or batch file is damaged, or there is no data set and no network.
+    """
+    chosen = data_dir or os.environ.get("CIFAR10_ROOT")
+    places = [Path(chosen)] if chosen else []
+    places += [COURSE_CIFAR10, Path("data")]
+    for place in places:
+        if (place / CIFAR10.base_folder).is_dir():
+            check_cifar10_files(place)
+            return place
+        archive = place / CIFAR10.filename
+        if archive.is_file():
+            if not check_integrity(archive, CIFAR10.tgz_md5):
+                raise InputError(
+                    f"{archive} is damaged (its md5 is not {CIFAR10.tgz_md5}): delete it and fetch it anew"
+                )
+            extract_archive(str(archive), str(place))
+            check_cifar10_files(place)
+            return place
+    target = Path(chosen) if chosen else Path("data")
+    try:
+        CIFAR10(target, download=True)
+    except (URLError, OSError, RuntimeError) as error:
+        looked = ", ".join(str(place / CIFAR10.base_folder) for place in places)
+        raise InputError(
+            f"CIFAR-10 not found (looked for {looked}) and the download failed ({error}): give --data_dir or "
+            f"$CIFAR10_ROOT, copy {CIFAR10.filename} into {target}, or train offline with --dataset shapes"
+        ) from error
+    return target
+
+
+def check_cifar10_files(root: Path) -> None:
+    """Raises an InputError that names the first missing or damaged file of the extracted data set."""
+    files = [*CIFAR10.train_list, *CIFAR10.test_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])]
+    for filename, md5 in files:
+        path = root / CIFAR10.base_folder / filename
+        if not check_integrity(path, md5):
+            state = "damaged" if path.is_file() else "missing"
+            raise InputError(f"{path} is {state}: delete {path.parent} and extract {CIFAR10.filename} anew")
+
+
+# ---------------------------------------------------------------------------- folder
+
+
+def load_folder(data_dir: str | None, image_size: int, seed: int, num_workers: int):
+    """Images in `train/<class>/*` and `test/<class>/*`, or in `<class>/*`, of which a seeded tenth becomes the test set.
+
+    Held in memory where they fit `RESIDENT_LIMIT`, else read while training.
+    """
+    if data_dir is None:
+        raise InputError(
+            "--dataset folder needs --data_dir, a folder with train/<class>/* and test/<class>/* or <class>/*"
+        )
+    root = Path(data_dir)
+    train_dir, test_dir = root / "train", root / "test"
+    class_names = find_classes(train_dir if train_dir.is_dir() else root)
+    train = find_images(train_dir if train_dir.is_dir() else root, class_names, image_size)
+    if train_dir.is_dir() and test_dir.is_dir():
+        if find_classes(test_dir) != class_names:
+            raise InputError(f"the classes in {test_dir} differ from those in {train_dir}: both need the same folders")
+        test = find_images(test_dir, class_names, image_size)
+    else:
+        train, test = split_off(train, seed + 1)
+    if 3 * image_size**2 * (len(train) + len(test)) <= RESIDENT_LIMIT:
+        train, test = read_all(train, num_workers), read_all(test, num_workers)
+    return train, test, class_names
+
+
+def find_classes(folder: Path) -> tuple[str, ...]:
+    """The names of the folders in `folder`, sorted."""
+    if not folder.is_dir():
+        raise InputError(
+            f"{folder} is no folder: --data_dir must hold train/<class>/* and test/<class>/*, or <class>/*"
+        )
+    names = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."))
+    if not names:
+        raise InputError(f"{folder} holds no class folders: put the images into {folder / '<class>'}")
+    return names
+
+
+def find_images(folder: Path, class_names: tuple[str, ...], image_size: int) -> ImageFiles:
+    """The image files of every class, in sorted order; says how many other files were skipped."""
+    paths, labels, skipped = [], [], Counter()
+    for label, name in enumerate(class_names):
+        files = sorted(path for path in (folder / name).iterdir() if path.is_file())
+        found = [path for path in files if path.suffix.lower() in IMG_EXTENSIONS]
+        if not found:
+            raise InputError(
+                f"{folder / name} holds no images ({', '.join(IMG_EXTENSIONS)}): fill or remove the folder"
+            )
+        skipped.update(path.suffix or "no suffix" for path in files if path.suffix.lower() not in IMG_EXTENSIONS)
+        paths += found
+        labels += [label] * len(found)
+    if skipped:
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(skipped.items()))
+        print(f"{folder}: skipped {sum(skipped.values())} files that are no images ({kinds})")
+    return ImageFiles(tuple(paths), torch.tensor(labels), image_size)
+
+
+def read_image(path: Path, image_size: int) -> Tensor:
+    """(3, image_size, image_size) uint8: shorter side resized, centre cropped, transparency on white, upright.
+
+    Raises:
+        InputError: the file can't be decoded.
+    """
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = image.convert("RGB")
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+        raise InputError(f"{path} can't be read as an image ({error}): repair or delete it") from error
+    return TF.pil_to_tensor(TF.center_crop(TF.resize(image, image_size, antialias=True), image_size))
+
+
+def read_all(files: ImageFiles, num_workers: int) -> ImageSet:
+    """Every file, decoded into memory."""
+    loader = DataLoader(files, batch_size=64, num_workers=num_workers)
+    batches = [reverse_transform(images) for images, _ in tqdm(loader, "reading images", leave=False, disable=None)]
+    return ImageSet(torch.cat(batches), files.labels)
+
+
+# ---------------------------------------------------------------------------- shapes
+
+
+def load_shapes(image_size: int, seed: int) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
+    """The embedded data set: ten classes of coloured shapes, drawn from the seed; no file and no network needed."""
+    sets = []
+    for offset, count in enumerate(SHAPES_COUNT.values()):
+        rng = np.random.default_rng((seed, offset))
+        labels = rng.permutation(np.arange(count) % len(SHAPES))
+        sets.append(ImageSet(draw_shapes(labels, image_size, rng), torch.from_numpy(labels)))
+    return sets[0], sets[1], SHAPES
+
+
+def draw_shapes(labels: np.ndarray, image_size: int, rng: np.random.Generator) -> Tensor:
+    """One anti-aliased shape per label, of random colour, size, place and tilt on a dark random ground.
+
+    Returns: (N, 3, image_size, image_size) uint8.
+    """
+    count = len(labels)
+    radius = rng.uniform(0.55, 0.85, (count, 1, 1))  # in half image sizes
+    centre = rng.uniform(-1, 1, (count, 2, 1, 1)) * (0.92 - radius[:, None])
+    tilt = rng.uniform(-0.2, 0.2, (count, 1, 1))  # radians: a square stays unlike a diamond
+    paint = hsv_to_rgb(rng.uniform((0, 0.35, 0.8), (1, 1, 1), (count, 3)))
+    ground = hsv_to_rgb(rng.uniform((0, 0, 0.05), (1, 1, 0.35), (count, 3)))
+
+    pixels = (np.arange(image_size) + 0.5) / image_size * 2 - 1
+    images = np.empty((count, 3, image_size, image_size), np.uint8)
+    for chunk in np.array_split(np.arange(count), math.ceil(count * image_size**2 / 2**18)):
+        x = (pixels[None, None, :] - centre[chunk, 0]) / radius[chunk]  # (n, S, S) after the next two lines
+        y = (pixels[None, :, None] - centre[chunk, 1]) / radius[chunk]
+        cos, sin = np.cos(tilt[chunk]), np.sin(tilt[chunk])
+        x, y = cos * x + sin * y, cos * y - sin * x
+        distance = np.empty(x.shape)
+        for label, name in enumerate(SHAPES):
+            mine = labels[chunk] == label
+            distance[mine] = signed_distance(name, x[mine], y[mine])
+        # A pixel is 2 / image_size wide: its cover falls from 1 to 0 while the edge crosses it.
+        cover = np.clip(0.5 - distance * radius[chunk] * image_size / 2, 0, 1)[:, None]
+        colours = cover * paint[chunk, :, None, None] + (1 - cover) * ground[chunk, :, None, None]
+        images[chunk] = np.rint(colours * 255)
+    return torch.from_numpy(images)
+
+
+def hsv_to_rgb(hsv: np.ndarray) -> np.ndarray:
+    """(N, 3) hue, saturation, value in [0, 1] to (N, 3) red, green, blue in [0, 1]; Smith 1978."""
+    hue, saturation, value = hsv.T
+    k = (np.array([[5], [3], [1]]) + hue * 6) % 6  # (3, N)
+    return (value - value * saturation * np.clip(np.minimum(k, 4 - k), 0, 1)).T
+
+
+def box(x: np.ndarray, y: np.ndarray, half_width: float, half_height: float) -> np.ndarray:
+    """Signed distance to an upright box around 0 (exact inside and beside it, a bound at its corners)."""
+    return np.maximum(np.abs(x) - half_width, np.abs(y) - half_height)
+
+
+def polygon(x: np.ndarray, y: np.ndarray, corners: np.ndarray) -> np.ndarray:
+    """Signed distance to the polygon with these corners (K, 2); Quilez, https://iquilezles.org/articles/distfunctions2d."""
+    squared, inside = np.full(x.shape, np.inf), np.zeros(x.shape, bool)
+    for (ax, ay), (bx, by) in zip(corners, np.roll(corners, 1, axis=0)):
+        along = np.clip(((x - ax) * (bx - ax) + (y - ay) * (by - ay)) / ((bx - ax) ** 2 + (by - ay) ** 2), 0, 1)
+        squared = np.minimum(squared, (x - ax - along * (bx - ax)) ** 2 + (y - ay - along * (by - ay)) ** 2)
+        if ay != by:  # even-odd rule: does a ray to the right cross this edge?
+            inside ^= ((ay > y) != (by > y)) & (x < (bx - ax) * (y - ay) / (by - ay) + ax)
+    return np.where(inside, -1, 1) * np.sqrt(squared)
+
+
+def corners(radii: tuple[float, ...], count: int) -> np.ndarray:
+    """`count` points around 0, the first at the top, their distances cycling through `radii`; y points down."""
+    angles = np.arange(count) / count * 2 * np.pi
+    lengths = np.resize(radii, count)
+    return np.stack((lengths * np.sin(angles), -lengths * np.cos(angles)), axis=1)
+
+
+def signed_distance(name: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Distance of the points (x, y) to the outline of shape `name`, which fits the unit circle; negative inside."""
+    r = np.hypot(x, y)
+    if name == "circle":
+        return r - 0.9
+    if name == "square":
+        return box(x, y, 0.75, 0.75)
+    if name == "triangle":
+        return polygon(x, y, corners((1.0,), 3))
+    if name == "diamond":
+        return polygon(x, y, corners((1.0, 0.6), 4))
+    if name == "plus":
+        return np.minimum(box(x, y, 0.95, 0.3), box(x, y, 0.3, 0.95))
+    if name == "cross":
+        u, v = (x + y) / np.sqrt(2), (x - y) / np.sqrt(2)
+        return np.minimum(box(u, v, 1.0, 0.25), box(u, v, 0.25, 1.0))
+    if name == "ring":
+        return np.abs(r - 0.75) - 0.2
+    if name == "star":
+        return polygon(x, y, corners((1.0, 0.42), 10))
+    if name == "moon":
+        return np.maximum(r - 0.9, 0.8 - np.hypot(x - 0.5, y))
+    bars = [box(x, y - middle, 0.9, 0.18) for middle in (-0.7, 0, 0.7)]  # stripes
+    return np.minimum.reduce(bars)

@@ -1,0 +1,473 @@
+"""The diffusion process: beta schedules, forward and reverse process, samplers and guidance (2.2 a-d, 2.3, 2.4 b).
+
+Symbols are those of the exercise sheet and of Ho et al. 2020 (https://arxiv.org/abs/2006.11239):
+x_zero is the image, x_t the noisy image, eps the noise, alphas_bar the cumulative product of alphas = 1 - betas.
+Time runs over t = 0 .. T-1 in code, where the paper counts 1 .. T: code t is the paper's t - 1.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Callable, Iterator, Sequence, Union
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+SAMPLERS = ("ddpm", "ddim")
+
+
+# ---------------------------------------------------------------------------- 2.3: beta schedules
+
+
+def linear_beta_schedule(beta_start: float, beta_end: float, timesteps: int) -> Tensor:
+    """Betas that grow linearly from `beta_start` to `beta_end`; Ho et al. 2020, section 4. (T,) in float64."""
+    return torch.linspace(beta_start, beta_end, timesteps, dtype=torch.float64)
+
+
+def cosine_beta_schedule(timesteps: int, s: float = 0.008) -> Tensor:
+    """Betas whose alphas_bar follows a squared cosine; Nichol and Dhariwal 2021, Eq. 17. (T,) in float64.
+
+    `s` keeps the first betas from vanishing. Betas are clipped at 0.999, as in the paper: at T = 1000 only the last one.
+    """
+    u = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64)
+    f = torch.cos((u + s) / (1 + s) * math.pi / 2) ** 2
+    return (1 - f[1:] / f[:-1]).clamp(max=0.999)
+
+
+def sigmoid_beta_schedule(beta_start: float, beta_end: float, timesteps: int, s_limit: float = 6) -> Tensor:
+    """Betas that follow a sigmoid over [-s_limit, s_limit]; the sheet's Eq. 10. (T,) in float64.
+
+    The sheet leaves the range of t open; here t = 0 .. T in T equal steps, so that both ends of the sigmoid are used.
+    """
+    t = torch.linspace(0, timesteps, timesteps, dtype=torch.float64)
+    return beta_start + torch.sigmoid(-s_limit + 2 * t / timesteps * s_limit) * (beta_end - beta_start)
+
+
+def rescaled(schedule: Callable[[float, float, int], Tensor], timesteps: int) -> Tensor:
+    """`schedule` from 1e-4 to 0.02 as published for T = 1000, its betas multiplied by 1000/T at any other T.
+
+    Without this, fewer steps add less noise in all: linear betas leave alphas_bar = 0.364 at T = 100, and samples
+    would start from a noise level that the model never saw.
+
+    Raises:
+        ValueError: a beta would reach 1 (T of 20 and below).
+    """
+    beta_end = 0.02 * 1000 / timesteps
+    if beta_end >= 1:
+        raise ValueError(
+            f"{timesteps} timesteps are too few: scaled by 1000/T the last beta would be {beta_end:g}, and a beta must be "
+            "below 1. Use at least 21 timesteps, or the cosine schedule."
+        )
+    return schedule(1e-4 * 1000 / timesteps, beta_end, timesteps)
+
+
+def _named_linear(timesteps: int) -> Tensor:
+    return rescaled(linear_beta_schedule, timesteps)
+
+
+def _named_sigmoid(timesteps: int) -> Tensor:
+    return rescaled(sigmoid_beta_schedule, timesteps)
+
+
+SCHEDULES: dict[str, Callable[[int], Tensor]] = {
+    "linear": _named_linear,
+    "cosine": cosine_beta_schedule,
+    "sigmoid": _named_sigmoid,
+}
+
+
+# ---------------------------------------------------------------------------- helpers
+
+
+def extract(a: Tensor, t: Tensor, x_shape: Sequence[int]) -> Tensor:
+    """The entries of table `a` (T,) at times `t` (B,), shaped (B, 1, ..., 1) to multiply a tensor of shape `x_shape`."""
+    return a.gather(-1, t).reshape(len(t), *[1] * (len(x_shape) - 1))
+
+
+def check_images(x_zero: Tensor) -> None:
+    """Refuses what is no image batch in [-1, 1].
+
+    Values are looked at on the CPU only: on an accelerator that would make every training step wait for the device.
+
+    Raises:
+        ValueError: integer images, or values outside [-1, 1].
+    """
+    if not x_zero.is_floating_point():
+        raise ValueError(f"images must be floats in [-1, 1], got {x_zero.dtype}: divide by 127.5 and subtract 1")
+    if x_zero.device.type == "cpu" and x_zero.numel() and (largest := x_zero.abs().amax().item()) > 1 + 1e-4:
+        raise ValueError(f"images must lie in [-1, 1], got |x| up to {largest:.4g}: scale 0..255 by x / 127.5 - 1")
+
+
+def image_generators(seed: int, first: int, count: int) -> list[torch.Generator]:
+    """One CPU random generator per image, for images `first` .. `first + count - 1` of the run with this seed.
+
+    Image i then gets the same noise whatever the batch size and the device.
+    """
+    # torch's CPU generator uses 32 bits of its seed; the factor keeps the images of neighbouring seeds apart.
+    return [torch.Generator().manual_seed((seed * 1_000_003 + i) % 2**32) for i in range(first, first + count)]
+
+
+Generators = Union[torch.Generator, Sequence[torch.Generator], None]
+
+
+def randn(shape: Sequence[int], device: torch.device, generator: Generators = None) -> Tensor:
+    """Standard normal noise; from one generator for the whole batch, or from a sequence of them, one per image."""
+    if generator is None:
+        return torch.randn(*shape, device=device)
+    if isinstance(generator, torch.Generator):
+        return torch.randn(*shape, generator=generator, device=generator.device).to(device)
+    if len(generator) != shape[0]:
+        raise ValueError(f"{len(generator)} generators for a batch of {shape[0]} images: give one per image")
+    return torch.stack([torch.randn(*shape[1:], generator=g, device=g.device) for g in generator]).to(device)
+
+
+def guided_eps(
+    model: Callable, x: Tensor, t: Tensor, classes: Tensor | None = None, guidance_scale: float = 0.0
+) -> Tensor:
+    """Classifier-free guidance, the sheet's Eq. 11: (1 + w) eps(x, t, c) - w eps(x, t). 2.4 b.
+
+    Args:
+        model: (x, t) -> eps or (x, t, classes) -> eps; for guidance its attribute `null_class` is the label of "no class".
+        x: (B, C, H, W) noisy images.  t: (B,) times.  classes: (B,) labels, or None for an unconditional prediction.
+        guidance_scale: w. 0 is the plain conditional prediction and -1 the unconditional one, one network call each on
+            B images; any other w makes both predictions in one call on 2B images.
+
+    Raises:
+        ValueError: guidance without classes, or of a model without a null class.
+    """
+    if classes is None:
+        if guidance_scale != 0:
+            raise ValueError(f"guidance_scale={guidance_scale:g} needs classes to guide to; got none")
+        return model(x, t)
+    if guidance_scale == 0:
+        return model(x, t, classes)
+    null_class = getattr(model, "null_class", None)
+    if null_class is None:
+        raise ValueError(
+            f"guidance_scale={guidance_scale:g} needs a class-conditional model; this one is unconditional "
+            "(train with --class_free_guidance)"
+        )
+    null = torch.full_like(classes, null_class)
+    if guidance_scale == -1:
+        return model(x, t, null)
+    both = model(torch.cat((x, x)), torch.cat((t, t)), torch.cat((classes, null)))  # (2B, C, H, W)
+    eps_class, eps_null = both.chunk(2)
+    return (1 + guidance_scale) * eps_class - guidance_scale * eps_null
+
+
+# ---------------------------------------------------------------------------- the process
+
+
+class Diffusion:
+    """A forward process q with fixed betas, and the reverse process p that a noise-predicting model drives.
+
+    Args:
+        timesteps: T, the number of noising steps.
+        get_noise_schedule: T -> betas (T,), for example `SCHEDULES["cosine"]`.
+        img_size: height and width of the images in pixels.
+        device: where the tables live; None takes CUDA where there is some, else the CPU. It must be the model's.
+
+    Raises:
+        ValueError: the schedule does not give T betas strictly between 0 and 1.
+    """
+
+    def __init__(self, timesteps, get_noise_schedule, img_size, device=None):
+        """2.2 a: every factor of Eqs. 4 and 8 is computed once, in float64, and kept as a float32 table."""
+        if timesteps < 1:
+            raise ValueError(f"timesteps must be at least 1, got {timesteps}")
+        betas = torch.as_tensor(get_noise_schedule(timesteps)).to("cpu", torch.float64)
+        if betas.shape != (timesteps,):
+            raise ValueError(f"the schedule gave betas of shape {tuple(betas.shape)}, expected ({timesteps},)")
+        if not ((betas > 0) & (betas < 1)).all():
+            raise ValueError(
+                f"every beta must lie strictly between 0 and 1, got {betas.min():.4g} to {betas.max():.4g}"
+            )
+
+        self.timesteps = timesteps
+        self.img_size = img_size
+        self.model_times = list(range(timesteps))  # the t that the model is given; `respaced` thins it
+
+        alphas = 1 - betas
+        alphas_bar = torch.cumprod(alphas, dim=0)
+        alphas_bar_prev = F.pad(alphas_bar[:-1], (1, 0), value=1.0)  # before step 0 there is no noise
+        if alphas_bar[-1] > 0.01:
+            warnings.warn(
+                f"alphas_bar ends at {alphas_bar[-1]:.3g} > 0.01: after {timesteps} steps x_T still shows the image, so "
+                "samples start from noise the model never saw. Use more timesteps or larger betas.",
+                stacklevel=2,
+            )
+        self._alphas_bar_exact = tuple(alphas_bar.tolist())  # float64, for `respaced`
+        self.betas = betas
+        self.alphas_bar = alphas_bar
+        self.alphas_bar_prev = alphas_bar_prev
+        # Eq. 4: x_t = sqrt_alphas_bar * x_zero + sqrt_one_minus_alphas_bar * eps
+        self.sqrt_alphas_bar = alphas_bar.sqrt()
+        self.sqrt_one_minus_alphas_bar = (1 - alphas_bar).sqrt()
+        # Eq. 8: x_{t-1} = sqrt_recip_alphas * (x_t - eps_factor * eps) + sqrt_betas * z
+        self.sqrt_recip_alphas = alphas.rsqrt()
+        self.eps_factor = betas / (1 - alphas_bar).sqrt()
+        self.sqrt_betas = betas.sqrt()
+        # Ho et al. 2020, Eq. 7: q(x_{t-1} | x_t, x_zero)
+        self.posterior_mean_x_zero = alphas_bar_prev.sqrt() * betas / (1 - alphas_bar)
+        self.posterior_mean_x_t = alphas.sqrt() * (1 - alphas_bar_prev) / (1 - alphas_bar)
+        self.posterior_variance = betas * (1 - alphas_bar_prev) / (1 - alphas_bar)
+
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.to(device)
+
+    def to(self, device) -> Diffusion:
+        """Moves the tables to `device` (as float32: some devices have no float64) and returns the diffusor."""
+        self.device = torch.device(device)
+        for name, table in vars(self).items():
+            if isinstance(table, Tensor):
+                setattr(self, name, table.to(self.device, torch.float32))
+        return self
+
+    # ------------------------------------------------------------------------ forward process
+
+    def q_sample(self, x_zero: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Draws x_t ~ q(x_t | x_zero) in one step; the sheet's Eqs. 4 and 5. 2.2 c.
+
+        Args:
+            x_zero: (B, C, H, W) images in [-1, 1].  t: (B,) times.  noise: eps like x_zero; None draws it from N(0, I).
+        """
+        if noise is None:
+            noise = torch.randn_like(x_zero)
+        signal = extract(self.sqrt_alphas_bar, t, x_zero.shape) * x_zero
+        return signal + extract(self.sqrt_one_minus_alphas_bar, t, x_zero.shape) * noise
+
+    @torch.no_grad()
+    def forward_trajectory(self, x_zero: Tensor, generator: Generators = None) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """The noising chain step by step, Eq. 3: yields (-1, x_zero, x_zero), then (t, x_t, x_zero) for t = 0 .. T-1."""
+        yield -1, x_zero, x_zero
+        x = x_zero
+        for index in range(self.timesteps):
+            z = randn(x.shape, x.device, generator)
+            x = (1 - self.betas[index]).sqrt() * x + self.sqrt_betas[index] * z
+            yield index, x, x_zero
+
+    def predict_x_zero(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """Eq. 4 solved for x_zero: the image that `eps` turned into `x_t`. (B, C, H, W), not clamped."""
+        noise = extract(self.sqrt_one_minus_alphas_bar, t, x_t.shape) * eps
+        return (x_t - noise) / extract(self.sqrt_alphas_bar, t, x_t.shape)
+
+    def predict_eps(self, x_t: Tensor, t: Tensor, x_zero: Tensor) -> Tensor:
+        """Eq. 4 solved for eps: the noise between `x_zero` and `x_t`. (B, C, H, W)."""
+        signal = extract(self.sqrt_alphas_bar, t, x_t.shape) * x_zero
+        return (x_t - signal) / extract(self.sqrt_one_minus_alphas_bar, t, x_t.shape)
+
+    def q_posterior(self, x_zero: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean (B, C, H, W) and variance (B, 1, 1, 1) of q(x_{t-1} | x_t, x_zero); Ho et al. 2020, Eqs. 6 and 7."""
+        mean = extract(self.posterior_mean_x_zero, t, x_t.shape) * x_zero
+        mean = mean + extract(self.posterior_mean_x_t, t, x_t.shape) * x_t
+        return mean, extract(self.posterior_variance, t, x_t.shape)
+
+    # ------------------------------------------------------------------------ training
+
+    def p_losses(self, denoise_model, x_zero, t, noise=None, loss_type="l1", classes=None) -> Tensor:
+        """The simplified loss, Eq. 9: how well the model predicts the noise in x_t. A scalar. 2.2 d.
+
+        Args:
+            denoise_model: (x_t, t) -> eps, or (x_t, t, classes) -> eps where classes are given.
+            x_zero: (B, C, H, W) images in [-1, 1].  t: (B,) times.  noise: the target; None draws it from N(0, I).
+            loss_type: "l1" (mean absolute) or "l2" (mean squared).  classes: (B,) labels for a conditional model.
+
+        Raises:
+            ValueError: images not in [-1, 1] (see `check_images`), or an unknown loss.
+        """
+        check_images(x_zero)
+        if noise is None:
+            noise = torch.randn_like(x_zero)
+        x_t = self.q_sample(x_zero, t, noise)
+        eps = denoise_model(x_t, t) if classes is None else denoise_model(x_t, t, classes)
+        if loss_type == "l1":
+            return F.l1_loss(eps, noise)
+        if loss_type == "l2":
+            return F.mse_loss(eps, noise)
+        raise ValueError(f"loss_type must be 'l1' or 'l2', got {loss_type!r}")
+
+    # ------------------------------------------------------------------------ reverse process
+
+    def ddpm_step(self, x: Tensor, t: Tensor, eps: Tensor, z: Tensor) -> Tensor:
+        """x_{t-1} from x_t and the predicted noise: the sheet's Eq. 8, with sigma_t^2 = beta_t and z ~ N(0, I)."""
+        mean = extract(self.sqrt_recip_alphas, t, x.shape) * (x - extract(self.eps_factor, t, x.shape) * eps)
+        return mean + extract(self.sqrt_betas, t, x.shape) * z
+
+    def ddim_step(self, x: Tensor, t: Tensor, eps: Tensor, z: Tensor, eta: float = 0.0) -> Tensor:
+        """x_{t-1} from x_t and the predicted noise; Song et al. 2021 (https://arxiv.org/abs/2010.02502), Eqs. 12 and 16.
+
+        eta = 0 is deterministic, eta = 1 ancestral sampling with the posterior variance. At t = 0 alphas_bar_prev is 1:
+        the result is the x_zero estimate.
+        """
+        alphas_bar_prev = extract(self.alphas_bar_prev, t, x.shape)
+        variance = eta**2 * extract(self.posterior_variance, t, x.shape)
+        direction = (1 - alphas_bar_prev - variance).clamp(min=0).sqrt()
+        return alphas_bar_prev.sqrt() * self.predict_x_zero(x, t, eps) + direction * eps + variance.sqrt() * z
+
+    def clamp_eps(self, x: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """The noise that belongs to x_t once the x_zero estimate is clamped to [-1, 1]; x_t itself is never clamped.
+
+        Every image lies in [-1, 1], but an error of eps is divided by sqrt(alphas_bar) on its way to x_zero: by 20,000 at
+        the start of the cosine schedule. Where nothing is clamped this changes nothing.
+        """
+        return self.predict_eps(x, t, self.predict_x_zero(x, t, eps).clamp(-1, 1))
+
+    @torch.no_grad()
+    def p_sample(
+        self, model, x, t, t_index, classes=None, guidance_scale=0.0, clamp=False, generator: Generators = None
+    ) -> Tensor:
+        """One reverse step x_t -> x_{t-1}: Eq. 8 to the letter. 2.2 d.
+
+        Args:
+            model: predicts eps, see `guided_eps`, also for `classes` and `guidance_scale`.
+            x: (B, C, H, W), x_t.  t: (B,), all equal to the integer `t_index`; no noise is added where it is 0.
+            clamp: use the noise of the clamped x_zero estimate (`clamp_eps`).
+        """
+        eps = guided_eps(model, x, t, classes, guidance_scale)
+        if clamp:
+            eps = self.clamp_eps(x, t, eps)
+        z = randn(x.shape, x.device, generator) if t_index > 0 else torch.zeros_like(x)
+        return self.ddpm_step(x, t, eps, z)
+
+    def respaced(self, steps: int | None) -> Diffusion:
+        """The same process on `steps` of its times, T-1 and 0 among them; None keeps all of them.
+
+        The betas of the thinned chain follow from alphas_bar at the times that are left (Nichol and Dhariwal 2021, Eq. 19);
+        `model_times` holds the t that the model knows them by.
+
+        Raises:
+            ValueError: steps not within 1 .. T.
+        """
+        if steps is None or steps == self.timesteps:
+            return self
+        if not 1 <= steps <= self.timesteps:
+            raise ValueError(f"sampling steps must lie within 1 .. {self.timesteps} (the timesteps), got {steps}")
+        times = torch.linspace(self.timesteps - 1, 0, steps, dtype=torch.float64).round().long().flip(0)
+        alphas_bar = torch.tensor(self._alphas_bar_exact, dtype=torch.float64)[times]
+        betas = 1 - alphas_bar / F.pad(alphas_bar[:-1], (1, 0), value=1.0)
+        thinned = Diffusion(steps, lambda _: betas, self.img_size, self.device)
+        thinned.model_times = [self.model_times[t] for t in times.tolist()]
+        return thinned
+
+    @torch.no_grad()
+    def sample_trajectory(
+        self,
+        model,
+        image_size: int,
+        batch_size: int = 16,
+        channels: int = 3,
+        *,
+        classes: Tensor | Sequence[int] | None = None,
+        guidance_scale: float = 0.0,
+        sampler: str = "ddpm",
+        steps: int | None = None,
+        eta: float = 0.0,
+        generator: Generators = None,
+        clamp: bool = True,
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Algorithm 2 of Ho et al. 2020, step by step: yields (t, x_t, x_zero estimate), last (-1, sample, sample).
+
+        One batch is alive at a time; keep what you need of it (`thin_trajectory`). The model's train / eval mode is the
+        caller's business. Arguments as in `sample`.
+        """
+        if sampler not in SAMPLERS:
+            raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta must lie within 0 .. 1, got {eta:g}")
+        if classes is not None:
+            classes = torch.as_tensor(classes, device=self.device)
+            if classes.shape != (batch_size,):
+                raise ValueError(f"classes must have shape ({batch_size},), got {tuple(classes.shape)}")
+
+        process = self.respaced(steps)
+        x = randn((batch_size, channels, image_size, image_size), self.device, generator)  # x_T
+        for index in reversed(range(process.timesteps)):
+            t = torch.full((batch_size,), index, device=self.device, dtype=torch.long)
+            model_t = torch.full_like(t, process.model_times[index])
+            eps = guided_eps(model, x, model_t, classes, guidance_scale)
+            if clamp:
+                eps = process.clamp_eps(x, t, eps)
+            yield process.model_times[index], x, process.predict_x_zero(x, t, eps)
+            noisy = index > 0 and (sampler == "ddpm" or eta > 0)
+            z = randn(x.shape, x.device, generator) if noisy else torch.zeros_like(x)
+            x = process.ddpm_step(x, t, eps, z) if sampler == "ddpm" else process.ddim_step(x, t, eps, z, eta)
+        yield -1, x, x
+
+    def sample(
+        self,
+        model,
+        image_size: int,
+        batch_size: int = 16,
+        channels: int = 3,
+        *,
+        classes: Tensor | Sequence[int] | None = None,
+        guidance_scale: float = 0.0,
+        sampler: str = "ddpm",
+        steps: int | None = None,
+        eta: float = 0.0,
+        generator: Generators = None,
+        clamp: bool = True,
+    ) -> Tensor:
+        """Draws images from noise, Algorithm 2 of Ho et al. 2020. 2.2 b. Returns (B, C, H, W), about in [-1, 1].
+
+        Args:
+            model: predicts eps; see `guided_eps`, also for `classes` (B,) and `guidance_scale`.
+            image_size: pixels; any size that the model accepts.
+            sampler: "ddpm" (ancestral, Eq. 8) or "ddim"; `eta` is DDIM's share of fresh noise, 0 .. 1.
+            steps: how many of the T times to visit, T-1 and 0 among them; None visits all.
+            generator: noise from one generator, or from one per image (`image_generators`); None is torch's global one.
+            clamp: clamp every x_zero estimate to [-1, 1] (`clamp_eps`); without it cosine schedules blow up.
+
+        Raises:
+            ValueError: unknown sampler, or eta, steps, classes or guidance out of range.
+        """
+        trajectory = self.sample_trajectory(
+            model,
+            image_size,
+            batch_size,
+            channels,
+            classes=classes,
+            guidance_scale=guidance_scale,
+            sampler=sampler,
+            steps=steps,
+            eta=eta,
+            generator=generator,
+            clamp=clamp,
+        )
+        for _, x, _ in tqdm(trajectory, "sampling", (steps or self.timesteps) + 1, leave=False, disable=None):
+            pass
+        return x
+
+
+def thin_trajectory(trajectory, length: int, frames: int) -> list[tuple[int, Tensor, Tensor]]:
+    """About `frames` evenly spaced entries of a trajectory of `length` entries, the first and the last among them.
+
+    They are copied to the CPU one by one, so memory grows with `frames` and not with T.
+    """
+    wanted = set(torch.linspace(0, length - 1, min(frames, length)).round().long().tolist())
+    return [(t, x.cpu(), x_zero.cpu()) for i, (t, x, x_zero) in enumerate(trajectory) if i in wanted]
+
+
+def sample_in_batches(
+    diffusor: Diffusion, model, count: int, batch_size: int, seed: int, *, classes=None, channels=3, **sampling
+) -> Iterator[Tensor]:
+    """`count` images in batches of at most `batch_size`, on the CPU; image i depends on seed and i alone.
+
+    Args:
+        classes: (count,) labels or None.  sampling: guidance_scale, sampler, steps, eta, as in `Diffusion.sample`.
+    """
+    for first in range(0, count, batch_size):
+        size = min(batch_size, count - first)
+        yield diffusor.sample(
+            model,
+            diffusor.img_size,
+            size,
+            channels,
+            classes=None if classes is None else classes[first : first + size],
+            generator=image_generators(seed, first, size),
+            **sampling,
+        ).cpu()

@@ -1,0 +1,591 @@
+"""Exercise 2, the program: train, test and sample a denoising diffusion probabilistic model.
+
+python ex2_main.py --epochs 50 --schedule cosine          train, then test, then draw the pictures
+python ex2_main.py test --checkpoint results/DDPM         losses of the validation and test set (2.2 e)
+python ex2_main.py sample --checkpoint results/DDPM       images of chosen classes (2.2 b, 2.4)
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+import ex2_config as cfg
+import ex2_viz as viz
+from ex2_data import DataSplits, InputError, load_splits, make_loader, reverse_transform
+from ex2_diffusion import SCHEDULES, Diffusion, check_images, image_generators, sample_in_batches, thin_trajectory
+from ex2_metrics import ShapesOracle, loss_over_timesteps, timestep_grid
+from ex2_model import Unet
+
+LOG_COLUMNS = ("step", "epoch", "seconds", "lr", "grad_norm", "train_loss", "epoch_loss", "val_loss")
+GUIDANCE_SCALES = (-1.0, 0.0, 1.0, 3.0)  # columns of the guidance grid
+ORACLE_SAMPLES = 200
+
+
+class RunError(RuntimeError):
+    """A run that can't go on, for a reason that is not the command line's; the message is one line."""
+
+
+# ---------------------------------------------------------------------------- the commands
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0, 2 for input that can't be used, 1 for a fault while running."""
+    try:
+        args = cfg.parse_args(sys.argv[1:] if argv is None else argv)
+        {"train": run_train, "test": run_test, "sample": run_sample}[args.command](args)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (RunError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run_train(args) -> None:
+    """`train`: fits the model, evaluates it and draws every picture of the exercise."""
+    config = dataclasses.replace(cfg.PRESETS[args.preset] if args.preset else cfg.Config(), **args.given)
+    device = cfg.pick_device(config.cuda)
+    make_run_dir(config.run_dir)
+    splits = load_splits(config.dataset, config.data_dir, config.image_size, config.seed, config.num_workers)
+    diffusor = cfg.build_diffusion(config, device)
+    model = fit(config, splits, diffusor, device)
+    evaluate(model, splits, diffusor, device, config)
+    draw_process(model, splits, diffusor, config)
+    draw_samples(model, splits.class_names, diffusor, config)
+    print(f"done: see {config.run_dir}/")
+
+
+def run_test(args) -> None:
+    """`test`: losses of a checkpoint on the validation and test set, as table, JSON and curve."""
+    checkpoint, config, device = open_checkpoint(args)
+    splits = load_splits(config.dataset, config.data_dir, config.image_size, config.seed, config.num_workers)
+    if splits.class_names != tuple(checkpoint["class_names"]):
+        raise InputError(f"the data has classes {splits.class_names}, the checkpoint {checkpoint['class_names']}")
+    model = cfg.restore_model(checkpoint, config, device)
+    evaluate(model, splits, cfg.build_diffusion(config, device), device, config)
+
+
+def run_sample(args) -> None:
+    """`sample`: images of chosen classes as single PNGs and as a grid."""
+    checkpoint, config, device = open_checkpoint(args)
+    if args.n_images < 1:
+        raise InputError(f"--n_images must be at least 1, got {args.n_images}")
+    names = checkpoint["class_names"]
+    chosen = choose_classes(args.classes, names, config)
+    out = Path(args.out) if args.out else config.run_dir / "samples"
+    make_run_dir(out)
+    sample_and_save_images(
+        1 if config.dry_run else args.n_images,
+        cfg.build_diffusion(config, device),
+        cfg.restore_model(checkpoint, config, device),
+        device,
+        out,
+        classes=None if chosen is None else [chosen[i % len(chosen)] for i in range(args.n_images)],
+        class_names=names,
+        guidance_scale=config.guidance_scale,
+        seed=config.seed,
+        batch_size=config.sample_batch,
+        **config.sampling,
+    )
+    print(f"done: see {out}/")
+
+
+def open_checkpoint(args):
+    """(checkpoint, config with the flags given now, device) for `test` and `sample`."""
+    checkpoint = cfg.load_checkpoint(args.checkpoint)
+    path = Path(args.checkpoint)
+    run_dir = path if path.is_dir() else path.parent
+    here = {"results_dir": str(run_dir.resolve().parent), "run_name": run_dir.resolve().name}
+    config = cfg.config_of(checkpoint, {"cuda": None, "dry_run": False, **args.given, **here})
+    return checkpoint, config, cfg.pick_device(config.cuda)
+
+
+def make_run_dir(path: Path) -> None:
+    """Creates the folder and sees that it can be written to."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        (path / ".writable").write_bytes(b"")
+        (path / ".writable").unlink()
+    except OSError as error:
+        raise InputError(f"can't write to {path} ({error.strerror}): choose another --results_dir") from error
+
+
+def choose_classes(wanted: list[str] | None, names: list[str], config: cfg.Config) -> list[int] | None:
+    """Labels for the names or numbers in `wanted`, all of them where it is None; None for an unconditional model."""
+    if not config.class_free_guidance:
+        if wanted:
+            raise InputError("--classes: this model is unconditional; train one with --class_free_guidance")
+        return None
+    numbers = {**{name: i for i, name in enumerate(names)}, **{str(i): i for i in range(len(names))}}
+    for name in wanted or ():
+        if name not in numbers:
+            raise InputError(f"--classes: unknown class {name!r}; the model knows {', '.join(names)}")
+    return [numbers[name] for name in wanted] if wanted else list(range(len(names)))
+
+
+# ---------------------------------------------------------------------------- training
+
+
+def fit(config: cfg.Config, splits: DataSplits, diffusor: Diffusion, device) -> Unet:
+    """Trains to the end, or goes on from the run's checkpoint; returns the model with its averaged (EMA) weights."""
+    torch.manual_seed(config.seed)
+    model = cfg.build_model(config, len(splits.class_names)).to(device)
+    loader = make_loader(
+        splits.train,
+        config.batch_size,
+        device,
+        train=True,
+        flip=config.flip,
+        seed=config.seed,
+        num_workers=config.num_workers,
+    )
+    val_loader = make_loader(splits.val, config.batch_size * 2, device, num_workers=config.num_workers)
+    epochs = 1 if config.dry_run else config.epochs
+    total_steps = 1 if config.dry_run else epochs * len(loader)
+    optimizer = AdamW(model.parameters(), lr=config.lr)
+    scheduler = build_scheduler(optimizer, config.warmup_steps, total_steps)
+    ema = build_ema(model, config.ema_decay)
+    start = resume(config, model, ema, optimizer, scheduler, device)
+    log = RunLog(config.run_dir / "log.csv", start)
+    if start < epochs:
+        announce(config, splits, model, diffusor, loader, (epochs - start) * len(loader))
+
+    for epoch in range(start, epochs):
+        loader.set_epoch(epoch)
+        epoch_loss = train(
+            model,
+            loader,
+            optimizer,
+            diffusor,
+            epoch,
+            device,
+            config,
+            scheduler=scheduler,
+            ema=ema,
+            log=log,
+            loss_type=config.loss_type,
+            grad_clip=config.grad_clip,
+            amp=config.amp,
+        )
+        val = test(ema.module, val_loader, diffusor, device, config)
+        val_loss = sum(val[config.loss_type]) / len(val["t"])
+        log.write(step=(epoch + 1) * len(loader), epoch=epoch, epoch_loss=epoch_loss, val_loss=val_loss)
+        print(f"epoch {epoch + 1}/{epochs}: train {epoch_loss:.4f}, val {val_loss:.4f} ({config.loss_type})")
+        if config.save_model:
+            cfg.save_checkpoint(
+                config.run_dir / cfg.CHECKPOINT_NAME,
+                config=dataclasses.asdict(config),
+                class_names=list(splits.class_names),
+                model=model.state_dict(),
+                ema=ema.module.state_dict(),
+                ema_updates=int(ema.n_averaged),
+                optimizer=optimizer.state_dict(),
+                scheduler=scheduler.state_dict(),
+                step=(epoch + 1) * len(loader),
+                epoch=epoch + 1,
+                random=random_state(),
+            )
+        viz.plot_training(log.rows(), config.run_dir / "training.png")
+    return ema.module.eval()
+
+
+def train(
+    model,
+    trainloader,
+    optimizer,
+    diffusor,
+    epoch,
+    device,
+    args,
+    *,
+    scheduler=None,
+    ema=None,
+    log=None,
+    loss_type="l2",
+    grad_clip=1.0,
+    amp=False,
+) -> float:
+    """One epoch of Algorithm 1 of Ho et al. 2020; returns the mean loss over its images.
+
+    Args:
+        trainloader: yields (images (B, C, H, W) in [-1, 1], labels (B,)).
+        args: has `log_interval` and `dry_run` (one batch only).
+        scheduler, ema: stepped once per optimiser step.  log: a `RunLog`.
+        grad_clip: largest norm of the gradient.  amp: bfloat16 autocast.
+
+    Raises:
+        RunError: the loss is no longer finite.
+    """
+    conditional = getattr(model, "class_free_guidance", False)
+    model.train()
+    meter = LossMeter(epoch)
+    progress = tqdm(trainloader, f"epoch {epoch + 1}", disable=None)
+    for step, (images, labels) in enumerate(progress):
+        images, labels = images.to(device), labels.to(device)
+        if step == 0:
+            check_images(images.cpu())
+        t = torch.randint(0, diffusor.timesteps, (len(images),), device=device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            loss = diffusor.p_losses(model, images, t, loss_type=loss_type, classes=labels if conditional else None)
+        lr = optimizer.param_groups[0]["lr"]
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+        if ema is not None:
+            ema.update_parameters(model)
+        meter.add(loss.detach(), norm, len(images))
+        last = args.dry_run or step + 1 == len(trainloader)
+        if last or len(meter.window) == args.log_interval:
+            train_loss, grad_norm = meter.close_window(lr)
+            progress.set_postfix(loss=f"{train_loss:.4f}")
+            if log is not None:
+                log.write(
+                    step=epoch * len(trainloader) + step + 1,
+                    epoch=epoch,
+                    lr=lr,
+                    grad_norm=grad_norm,
+                    train_loss=train_loss,
+                )
+        if last:
+            break
+    return meter.mean
+
+
+class LossMeter:
+    """Loss of one epoch as mean over images; reads the device once per window, not once per step."""
+
+    def __init__(self, epoch: int):
+        self.epoch = epoch
+        self.window: list[tuple] = []  # (loss, gradient norm, images) of the steps since the last row of the log
+        self.steps, self.images, self.total = 0, 0, 0.0
+
+    def add(self, loss, grad_norm, images: int) -> None:
+        self.window.append((loss, grad_norm, images))
+
+    def close_window(self, lr: float) -> tuple[float, float]:
+        """Mean loss over the images and mean gradient norm over the steps of the window, which starts anew.
+
+        Raises:
+            RunError: a loss of the window is not finite.
+        """
+        losses, norms, counts = zip(*self.window)
+        losses, norms, counts = torch.stack(losses).double().cpu(), torch.stack(norms).cpu(), torch.tensor(counts)
+        if not losses.isfinite().all():
+            bad = self.steps + int(losses.isfinite().int().argmin()) + 1
+            raise RunError(
+                f"the loss is not finite in step {bad} of epoch {self.epoch + 1} (learning rate {lr:.2g}): lower --lr or "
+                "--grad_clip, or use --no_amp; the last checkpoint is untouched, the same command with --lr changed and a "
+                "new --run_name starts afresh"
+            )
+        window_total = (losses * counts).sum().item()
+        self.total += window_total
+        self.images += int(counts.sum())
+        self.steps += len(counts)
+        self.window.clear()
+        return window_total / int(counts.sum()), norms.mean().item()
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.images
+
+
+def test(model, testloader, diffusor, device, args) -> dict:
+    """2.2 e: l1 and l2 loss at fixed times with fixed noise, without label dropout; see `loss_over_timesteps`.
+
+    Args:
+        args: `eval_timesteps` and `eval_images` bound the work where it has them; `dry_run` takes one batch.
+    """
+    training = model.training
+    model.eval()
+    times = timestep_grid(diffusor.timesteps, getattr(args, "eval_timesteps", 10))
+    max_images = 1 if args.dry_run else getattr(args, "eval_images", None)
+    losses = loss_over_timesteps(model, testloader, diffusor, times, max_images=max_images)
+    model.train(training)
+    return losses
+
+
+def build_scheduler(optimizer, warmup_steps: int, total_steps: int):
+    """Linear warm-up, then cosine decay to zero; counts optimiser steps."""
+    warmup = min(warmup_steps, total_steps // 10)
+    decay = CosineAnnealingLR(optimizer, T_max=max(1, total_steps - warmup))
+    if warmup == 0:
+        return decay
+    rise = LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=warmup)
+    return SequentialLR(optimizer, [rise, decay], milestones=[warmup])
+
+
+def build_ema(model, decay: float) -> AveragedModel:
+    """An exponential moving average of the weights, with decay min(decay, (1 + n) / (10 + n)) after n updates.
+
+    The ramp matters for short runs: with a constant 0.9999 the average of 750 steps would be 93% initial noise. The first
+    update copies the initial weights, so that n counts the optimiser steps.
+    """
+
+    def ramped_average(averages, weights, n):
+        return get_ema_multi_avg_fn(min(decay, (1 + int(n)) / (10 + int(n))))(averages, weights, n)
+
+    ema = AveragedModel(model, multi_avg_fn=ramped_average)
+    ema.update_parameters(model)
+    return ema
+
+
+def random_state() -> dict:
+    """The states of torch's global generators."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def resume(config: cfg.Config, model, ema, optimizer, scheduler, device) -> int:
+    """Restores an earlier run of the same name; returns how many epochs it has done, 0 where there is none.
+
+    Raises:
+        InputError: it was trained with other settings.
+    """
+    path = config.run_dir / cfg.CHECKPOINT_NAME
+    if config.dry_run or not path.is_file():
+        return 0
+    checkpoint = cfg.load_checkpoint(path)
+    before = cfg.config_of(checkpoint, {})
+    training = [
+        f.name for f in dataclasses.fields(config) if f.metadata["group"] in cfg.TRAINING_GROUPS or f.name == "seed"
+    ]
+    changed = [name for name in training if getattr(before, name) != getattr(config, name)]
+    if changed:
+        what = ", ".join(f"--{name} {getattr(before, name)} there, {getattr(config, name)} now" for name in changed)
+        raise InputError(f"{config.run_dir} holds a run with other settings ({what}): choose another --run_name")
+    model.load_state_dict(checkpoint["model"])
+    ema.module.load_state_dict(checkpoint["ema"])
+    ema.n_averaged.fill_(checkpoint["ema_updates"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    scheduler.load_state_dict(checkpoint["scheduler"])
+    torch.set_rng_state(checkpoint["random"]["cpu"])
+    if device.type == "cuda" and checkpoint["random"]["cuda"]:
+        torch.cuda.set_rng_state_all(checkpoint["random"]["cuda"])
+    print(f"{path}: {checkpoint['epoch']} of {config.epochs} epochs are done, going on from there")
+    return checkpoint["epoch"]
+
+
+def announce(config: cfg.Config, splits: DataSplits, model, diffusor: Diffusion, loader, steps: int) -> None:
+    """Says what is about to happen, how many steps it takes and about how long, from steps timed on a copy."""
+    (config.run_dir / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    parameters = sum(p.numel() for p in model.parameters())
+    print(
+        f"{config.run_name}: {config.dataset} at {config.image_size}x{config.image_size}, {len(splits.train)} training, "
+        f"{len(splits.val)} validation, {len(splits.test)} test images in {len(splits.class_names)} classes"
+    )
+    print(
+        f"U-Net with {parameters:,} parameters on {diffusor.device}, {config.schedule} schedule of {config.timesteps} steps"
+    )
+    if config.dry_run:
+        return
+    seconds = seconds_per_step(config, model, diffusor, loader)
+    print(
+        f"{steps} optimiser steps of {config.batch_size} images: about {steps * seconds / 60:.1f} min at {seconds:.2f} s each"
+    )
+
+
+def seconds_per_step(config: cfg.Config, model, diffusor: Diffusion, loader) -> float:
+    """Median time of an optimiser step, measured on a copy of the model; leaves the random state as it was."""
+    times = []
+    with torch.random.fork_rng():
+        copy = cfg.build_model(config, model.null_class or 1).to(diffusor.device)
+        optimizer = AdamW(copy.parameters())
+        few = [batch for _, batch in zip(range(5), loader)]
+        for batch in few:
+            start = time.perf_counter()
+            quiet = dataclasses.replace(config, dry_run=True)
+            train(copy, [batch], optimizer, diffusor, 0, diffusor.device, quiet, ema=build_ema(copy, 0), amp=config.amp)
+            times.append(time.perf_counter() - start)
+    return sorted(times)[len(times) // 2]
+
+
+class RunLog:
+    """log.csv of a run: a row per log interval and per epoch; empty cells where a row has no such figure.
+
+    Args:
+        first_epoch: rows of this epoch and later ones, left by a run that was cut off, are dropped.
+    """
+
+    def __init__(self, path: Path, first_epoch: int):
+        self.path = path
+        kept = [row for row in self.rows() if int(row["epoch"]) < first_epoch] if path.is_file() else []
+        self.started = time.perf_counter() - (float(kept[-1]["seconds"]) if kept else 0)
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, LOG_COLUMNS)
+            writer.writeheader()
+            writer.writerows(kept)
+
+    def write(self, **figures) -> None:
+        row = {"seconds": f"{time.perf_counter() - self.started:.1f}", **figures}
+        with open(self.path, "a", newline="") as file:
+            csv.DictWriter(file, LOG_COLUMNS).writerow(row)
+
+    def rows(self) -> list[dict]:
+        with open(self.path, newline="") as file:
+            return list(csv.DictReader(file))
+
+
+# ---------------------------------------------------------------------------- evaluation and pictures
+
+
+def evaluate(model, splits: DataSplits, diffusor: Diffusion, device, config: cfg.Config) -> dict:
+    """2.2 e: losses of val and test; for conditional shapes also whether samples show what they should."""
+    losses = {}
+    for name in ("val", "test"):
+        loader = make_loader(getattr(splits, name), config.batch_size * 2, device, num_workers=config.num_workers)
+        losses[name] = test(model, loader, diffusor, device, config)
+    report = {"weights": "EMA", "schedule": config.schedule, "timesteps": config.timesteps, "losses": losses}
+    if config.dataset == "shapes" and config.class_free_guidance:
+        report["class_accuracy"] = shapes_accuracy(model, diffusor, config)
+
+    print(f"{'t':>6} " + " ".join(f"{f'{name} {loss}':>9}" for name in losses for loss in ("l1", "l2")))
+    for k, t in enumerate(losses["val"]["t"]):
+        print(
+            f"{t + 1:>6} " + " ".join(f"{curve[loss][k]:>9.4f}" for curve in losses.values() for loss in ("l1", "l2"))
+        )
+    if "class_accuracy" in report:
+        print(
+            "samples that show their class: {accuracy:.1%} of {samples} at w={guidance_scale:g}".format(
+                **report["class_accuracy"]
+            )
+        )
+    (config.run_dir / "test_metrics.json").write_text(json.dumps(report, indent=2) + "\n")
+    viz.plot_loss_over_t(losses, config.run_dir / "loss_over_t.png")
+    return report
+
+
+def shapes_accuracy(model, diffusor: Diffusion, config: cfg.Config) -> dict:
+    """Share of conditional samples that the template oracle assigns to their class."""
+    count = 10 if config.dry_run else ORACLE_SAMPLES
+    classes = torch.arange(count) % model.null_class
+    batches = sample_in_batches(
+        diffusor,
+        model,
+        count,
+        config.sample_batch,
+        config.seed + 1,
+        classes=classes,
+        guidance_scale=config.guidance_scale,
+        **config.sampling,
+    )
+    accuracy = ShapesOracle(config.image_size).accuracy(reverse_transform(torch.cat(list(batches))), classes)
+    return {"accuracy": accuracy, "samples": count, "guidance_scale": config.guidance_scale, **config.sampling}
+
+
+def draw_process(model, splits: DataSplits, diffusor: Diffusion, config: cfg.Config) -> None:
+    """2.2 f and 2.3: schedules, and the forward and the reverse process as strips and animations."""
+    out = config.run_dir
+    viz.plot_schedules(
+        {name: schedule(config.timesteps) for name, schedule in SCHEDULES.items()}, out / "schedules.png"
+    )
+
+    count = min(4, len(splits.test))
+    loader = make_loader(splits.test, count, diffusor.device)
+    x_zero = next(iter(loader))[0]
+    forward = diffusor.forward_trajectory(x_zero, image_generators(config.seed, 0, count))
+    forward = [(t, x) for t, x, _ in thin_trajectory(forward, diffusor.timesteps + 1, 41)]
+    viz.save_strip(forward[::5], out / "forward_strip.png", "forward process: x_t")
+    viz.save_process_gif(forward, out / "forward.gif")
+
+    classes = None if model.null_class is None else torch.arange(count) % model.null_class
+    reverse = diffusor.sample_trajectory(
+        model,
+        config.image_size,
+        count,
+        classes=classes,
+        guidance_scale=0.0 if classes is None else config.guidance_scale,
+        generator=image_generators(config.seed, 0, count),
+        **config.sampling,
+    )
+    length = (config.sampling["steps"] or config.timesteps) + 1
+    reverse = thin_trajectory(reverse, length, 41)
+    viz.save_strip([(t, x) for t, x, _ in reverse[::5]], out / "reverse_strip.png", "reverse process: x_t")
+    viz.save_strip(
+        [(t, x) for t, _, x in reverse[::5]], out / "x_zero_strip.png", "reverse process: estimate of x_0 at t"
+    )
+    viz.save_process_gif([(t, x) for t, x, _ in reverse], out / "reverse.gif")
+
+
+def draw_samples(model, class_names, diffusor: Diffusion, config: cfg.Config) -> None:
+    """2.2 b and 2.4: a grid of samples; of a conditional model by class, and over guidance scales from the same noise."""
+    common = {"batch_size": config.sample_batch, "seed": config.seed, **config.sampling}
+    if model.null_class is None:
+        images = torch.cat(list(sample_in_batches(diffusor, model, 4 if config.dry_run else 64, **common)))
+        viz.save_grid(images, config.run_dir / "samples.png")
+        return
+    columns = 1 if config.dry_run else 8
+    classes = torch.arange(len(class_names)).repeat_interleave(columns)
+    images = sample_in_batches(
+        diffusor, model, len(classes), classes=classes, guidance_scale=config.guidance_scale, **common
+    )
+    title = f"guidance scale w = {config.guidance_scale:g}"
+    viz.save_grid(torch.cat(list(images)), config.run_dir / "class_grid.png", columns, class_names, title=title)
+
+    classes = torch.arange(len(class_names))
+    by_scale = [
+        torch.cat(list(sample_in_batches(diffusor, model, len(classes), classes=classes, guidance_scale=w, **common)))
+        for w in GUIDANCE_SCALES
+    ]
+    viz.save_grid(
+        torch.stack(by_scale, dim=1).flatten(0, 1),
+        config.run_dir / "guidance_grid.png",
+        len(GUIDANCE_SCALES),
+        class_names,
+        [f"w = {w:g}" for w in GUIDANCE_SCALES],
+    )
+
+
+def sample_and_save_images(
+    n_images,
+    diffusor,
+    model,
+    device,
+    store_path,
+    *,
+    classes=None,
+    class_names=None,
+    guidance_scale=0.0,
+    seed=0,
+    batch_size=100,
+    **sampling,
+) -> torch.Tensor:
+    """Samples images and saves them one by one and as `grid.png`; returns them, (n_images, C, H, W) on the CPU.
+
+    Args:
+        classes: a label per image, for a conditional model.  class_names: their names, for file names and the grid.
+        sampling: `sampler`, `steps` and `eta` as in `Diffusion.sample`.
+    """
+    store_path = Path(store_path)
+    store_path.mkdir(parents=True, exist_ok=True)
+    training = model.training
+    model.to(device).eval()
+    classes = None if classes is None else torch.as_tensor(classes)
+    batches = sample_in_batches(
+        diffusor, model, n_images, batch_size, seed, classes=classes, guidance_scale=guidance_scale, **sampling
+    )
+    images = torch.cat(list(batches))
+    model.train(training)
+    labels = [] if classes is None else [class_names[c] if class_names else str(c) for c in classes.tolist()]
+    names = [f"{i:04d}_{label}.png" for i, label in enumerate(labels)] or [f"{i:04d}.png" for i in range(n_images)]
+    viz.save_images(images, [store_path / name for name in names])
+    viz.save_grid(images, store_path / "grid.png", labels=labels)
+    return images
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,182 @@
+"""Pictures and animations of the process: tensors in, PNG and GIF files out (2.2 f, 2.3). Never calls a model.
+
+Times are labelled as in the paper: x_t after t noising steps, so x_0 is the image and x_T the noise; that is the code's
+t + 1.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Iterable, Mapping, Sequence
+
+import imageio.v3 as imageio
+import matplotlib
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from ex2_data import reverse_transform
+
+matplotlib.use("Agg")  # files only: works without a display
+import matplotlib.pyplot as plt  # noqa: E402
+
+plt.rcParams.update({"axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False})
+
+CELL = 64  # pixels: small images are enlarged to about this size, so that they can be seen
+
+
+# ---------------------------------------------------------------------------- images
+
+
+def enlarged(images: Tensor) -> Tensor:
+    """(N, C, H, W) uint8, each pixel repeated until the images are about `CELL` wide."""
+    factor = max(1, round(CELL / images.shape[-1]))
+    return images.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
+
+
+def save_images(images: Tensor, paths: Sequence[Path]) -> None:
+    """One PNG per image of (N, 3, H, W) in [-1, 1], at its own size."""
+    for image, path in zip(reverse_transform(images), paths):
+        imageio.imwrite(path, image.permute(1, 2, 0).cpu().numpy())
+
+
+def save_grid(
+    images: Tensor,
+    path: str | Path,
+    columns: int | None = None,
+    row_labels: Sequence[str] = (),
+    column_labels: Sequence[str] = (),
+    labels: Sequence[str] = (),
+    title: str = "",
+) -> None:
+    """All images (N, 3, H, W) in [-1, 1], row by row, as one PNG; labels at rows, at columns, or below each image.
+
+    Args:
+        columns: images in a row; None makes the grid about square.
+    """
+    columns = columns or int(np.ceil(np.sqrt(len(images))))
+    tiles = enlarged(reverse_transform(images.cpu()))
+    padding = 16 if labels else 2
+    grid = make_grid(tiles, nrow=columns, padding=padding, pad_value=255).permute(1, 2, 0).numpy()
+    height, width = tiles.shape[-2] + padding, tiles.shape[-1] + padding
+
+    dpi = 100
+    figure = plt.figure(figsize=(grid.shape[1] / dpi, grid.shape[0] / dpi), dpi=dpi)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.imshow(grid, interpolation="nearest")
+    axes.xaxis.tick_top()
+    axes.set_xticks([padding + width * (i + 0.5) for i in range(len(column_labels))], column_labels)
+    axes.set_yticks([padding + height * (i + 0.5) for i in range(len(row_labels))], row_labels)
+    for i, label in enumerate(labels):
+        row, column = divmod(i, columns)
+        axes.text(padding + width * column, height * (row + 1) + 1, label, fontsize=7, va="top")
+    axes.tick_params(length=0)
+    axes.grid(False)
+    axes.set_title(title, fontsize=11, pad=10)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    figure.savefig(path, dpi=dpi, bbox_inches="tight", pad_inches=0.1)
+    plt.close(figure)
+
+
+def save_strip(steps: Sequence[tuple[int, Tensor]], path: str | Path, title: str) -> None:
+    """Images over time as a PNG: one row per image, one column per (t, images (N, 3, H, W)), in the given order."""
+    images = torch.stack([x.cpu() for _, x in steps], dim=1).flatten(0, 1)  # (N * columns, 3, H, W)
+    labels = [f"t = {t + 1}" for t, _ in steps]
+    save_grid(images, path, columns=len(steps), column_labels=labels, title=title)
+
+
+def as_frame(frame) -> np.ndarray:
+    """(H, W, 3) uint8 from a (C, H, W) or (H, W, C) image, uint8 or float in [-1, 1]; one channel becomes three."""
+    frame = torch.as_tensor(frame).cpu()
+    if frame.is_floating_point():
+        frame = reverse_transform(frame)
+    if frame.shape[0] in (1, 3):
+        frame = frame.permute(1, 2, 0)
+    return frame.expand(-1, -1, 3).numpy()
+
+
+def save_gif(frames: Iterable, path: str | Path, fps: float = 10) -> None:
+    """An endless GIF from (C, H, W) or (H, W, C) images, uint8 or float in [-1, 1], in time order; the last one stays
+    for two seconds."""
+    frames = [as_frame(frame) for frame in frames]
+    durations = [1000 / fps] * (len(frames) - 1) + [2000]  # milliseconds
+    imageio.imwrite(path, np.stack(frames), extension=".gif", duration=durations, loop=0)
+
+
+def caption(images: Tensor, text: str) -> np.ndarray:
+    """The images (N, 3, H, W) in [-1, 1] as one (H, W, 3) uint8 frame, with `text` in a line above them."""
+    tiles = enlarged(reverse_transform(images.cpu()))
+    columns = int(np.ceil(np.sqrt(len(tiles))))
+    grid = make_grid(tiles, nrow=columns, padding=2, pad_value=255).permute(1, 2, 0).numpy()
+    bar = Image.new("RGB", (grid.shape[1], 20), "white")
+    ImageDraw.Draw(bar).text((4, 4), text, fill="black", font=ImageFont.load_default())
+    return np.concatenate((np.asarray(bar), grid))
+
+
+def save_process_gif(steps: Sequence[tuple[int, Tensor]], path: str | Path, fps: float = 10) -> None:
+    """A GIF of (t, images (N, 3, H, W)) in the given order, each frame labelled with its t."""
+    save_gif([caption(x, f"t = {t + 1}") for t, x in steps], path, fps)
+
+
+# ---------------------------------------------------------------------------- curves
+
+
+def save_figure(figure, path: str | Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def plot_schedules(schedules: Mapping[str, Tensor], path: str | Path) -> None:
+    """2.3: beta, alphas_bar and log-SNR of each schedule, name -> betas (T,), over its own T steps."""
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6))
+    for name, betas in schedules.items():
+        betas = betas.double().cpu()
+        alphas_bar = torch.cumprod(1 - betas, dim=0)
+        t = np.arange(1, len(betas) + 1)
+        axes[0].plot(t, betas, label=name)
+        axes[1].plot(t, alphas_bar, label=name)
+        axes[2].plot(t, torch.log(alphas_bar / (1 - alphas_bar)), label=name)
+    axes[0].set(title=r"noise added in step t, $\beta_t$", yscale="log")
+    axes[1].set(title=r"signal left after t steps, $\bar\alpha_t$")
+    axes[2].set(title=r"log-SNR, $\log\,\bar\alpha_t / (1 - \bar\alpha_t)$")
+    for ax in axes:
+        ax.set_xlabel("t")
+        ax.legend()
+    save_figure(figure, path)
+
+
+def plot_training(rows: Sequence[Mapping[str, str]], path: str | Path) -> None:
+    """Loss, learning rate and gradient norm over the optimiser steps, from the rows of log.csv."""
+
+    def column(name: str) -> tuple[list[int], list[float]]:
+        filled = [row for row in rows if row[name] != ""]
+        return [int(row["step"]) for row in filled], [float(row[name]) for row in filled]
+
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6))
+    axes[0].plot(*column("train_loss"), alpha=0.5, label="train, mean since the last row")
+    axes[0].plot(*column("epoch_loss"), "o-", label="train, mean of the epoch")
+    axes[0].plot(*column("val_loss"), "o-", label="val, EMA weights, fixed t and noise")
+    axes[0].set(title="loss of the predicted noise", yscale="log")
+    axes[0].legend(fontsize=8)
+    axes[1].plot(*column("lr"))
+    axes[1].set(title="learning rate")
+    axes[2].plot(*column("grad_norm"))
+    axes[2].set(title="gradient norm before clipping, mean", yscale="log")
+    for ax in axes:
+        ax.set_xlabel("optimiser step")
+    save_figure(figure, path)
+
+
+def plot_loss_over_t(curves: Mapping[str, Mapping], path: str | Path) -> None:
+    """2.2 e: l1 and l2 loss over the time; name -> {"t", "l1", "l2"} as `loss_over_timesteps` gives them."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6))
+    for ax, loss in zip(axes, ("l1", "l2")):
+        for (name, curve), style in zip(curves.items(), ("o-", "s--", "^:")):
+            ax.plot([t + 1 for t in curve["t"]], curve[loss], style, label=name, alpha=0.8)
+        ax.set(title=f"{loss} loss of the predicted noise", xlabel="t", yscale="log")
+        ax.legend()
+    save_figure(figure, path)
