@@ -102,8 +102,8 @@ class Config:
             )
         if (self.image_size // factor) ** 2 > MAX_ATTENTION_POSITIONS:
             raise InputError(
-                f"--image_size {self.image_size} leaves {self.image_size // factor}x{self.image_size // factor} positions "
-                "to the innermost attention, at most 32x32 fit: add a level to --dim_mults"
+                f"--image_size {self.image_size} leaves {self.image_size // factor}x{self.image_size // factor} "
+                "positions to the innermost attention, at most 32x32 fit: add a level to --dim_mults"
             )
 
     @property

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator
 from urllib.error import URLError
 
 import numpy as np
@@ -248,7 +248,7 @@ def check_cifar10_files(root: Path) -> None:
 
 
 def load_folder(data_dir: str | None, image_size: int, seed: int, num_workers: int):
-    """Images in `train/<class>/*` and `test/<class>/*`, or in `<class>/*`, of which a seeded tenth becomes the test set.
+    """Images in `train/<class>/*` and `test/<class>/*`; or in `<class>/*`, a seeded tenth of which is the test set.
 
     Held in memory where they fit `RESIDENT_LIMIT`, else read while training.
     """

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Callable, Iterator, Sequence, Union
+from collections.abc import Iterator, Sequence
+from typing import Callable, Union
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,7 @@ def linear_beta_schedule(beta_start: float, beta_end: float, timesteps: int) -> 
 def cosine_beta_schedule(timesteps: int, s: float = 0.008) -> Tensor:
     """Betas whose alphas_bar follows a squared cosine; Nichol and Dhariwal 2021, Eq. 17. (T,) in float64.
 
-    `s` keeps the first betas from vanishing. Betas are clipped at 0.999, as in the paper: at T = 1000 only the last one.
+    `s` keeps the first betas from vanishing. Betas are clipped at 0.999 as in the paper: at T = 1000 only the last.
     """
     u = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64)
     f = torch.cos((u + s) / (1 + s) * math.pi / 2) ** 2
@@ -58,8 +59,8 @@ def rescaled(schedule: Callable[[float, float, int], Tensor], timesteps: int) ->
     beta_end = 0.02 * 1000 / timesteps
     if beta_end >= 1:
         raise ValueError(
-            f"{timesteps} timesteps are too few: scaled by 1000/T the last beta would be {beta_end:g}, and a beta must be "
-            "below 1. Use at least 21 timesteps, or the cosine schedule."
+            f"{timesteps} timesteps are too few: scaled by 1000/T the last beta would be {beta_end:g}, and a beta must "
+            "be below 1. Use at least 21 timesteps, or the cosine schedule."
         )
     return schedule(1e-4 * 1000 / timesteps, beta_end, timesteps)
 
@@ -83,7 +84,7 @@ SCHEDULES: dict[str, Callable[[int], Tensor]] = {
 
 
 def extract(a: Tensor, t: Tensor, x_shape: Sequence[int]) -> Tensor:
-    """The entries of table `a` (T,) at times `t` (B,), shaped (B, 1, ..., 1) to multiply a tensor of shape `x_shape`."""
+    """The entries of table `a` (T,) at times `t` (B,), shaped (B, 1, ..., 1) to broadcast over `x_shape`."""
     return a.gather(-1, t).reshape(len(t), *[1] * (len(x_shape) - 1))
 
 
@@ -130,7 +131,8 @@ def guided_eps(
     """Classifier-free guidance, the sheet's Eq. 11: (1 + w) eps(x, t, c) - w eps(x, t). 2.4 b.
 
     Args:
-        model: (x, t) -> eps or (x, t, classes) -> eps; for guidance its attribute `null_class` is the label of "no class".
+        model: (x, t) -> eps, or (x, t, classes) -> eps; guidance needs its attribute `null_class`, the label of "no
+            class".
         x: (B, C, H, W) noisy images.  t: (B,) times.  classes: (B,) labels, or None for an unconditional prediction.
         guidance_scale: w. 0 is the plain conditional prediction and -1 the unconditional one, one network call each on
             B images; any other w makes both predictions in one call on 2B images.
@@ -195,8 +197,8 @@ class Diffusion:
         alphas_bar_prev = F.pad(alphas_bar[:-1], (1, 0), value=1.0)  # before step 0 there is no noise
         if alphas_bar[-1] > 0.01:
             warnings.warn(
-                f"alphas_bar ends at {alphas_bar[-1]:.3g} > 0.01: after {timesteps} steps x_T still shows the image, so "
-                "samples start from noise the model never saw. Use more timesteps or larger betas.",
+                f"alphas_bar ends at {alphas_bar[-1]:.3g} > 0.01: after {timesteps} steps x_T still shows the image, "
+                "so samples start from noise the model never saw. Use more timesteps or larger betas.",
                 stacklevel=2,
             )
         self._alphas_bar_exact = tuple(alphas_bar.tolist())  # float64, for `respaced`
@@ -242,7 +244,7 @@ class Diffusion:
 
     @torch.no_grad()
     def forward_trajectory(self, x_zero: Tensor, generator: Generators = None) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """The noising chain step by step, Eq. 3: yields (-1, x_zero, x_zero), then (t, x_t, x_zero) for t = 0 .. T-1."""
+        """Eq. 3 step by step: yields (-1, x_zero, x_zero), then (t, x_t, x_zero) for t = 0 .. T-1."""
         yield -1, x_zero, x_zero
         x = x_zero
         for index in range(self.timesteps):
@@ -298,10 +300,10 @@ class Diffusion:
         return mean + extract(self.sqrt_betas, t, x.shape) * z
 
     def ddim_step(self, x: Tensor, t: Tensor, eps: Tensor, z: Tensor, eta: float = 0.0) -> Tensor:
-        """x_{t-1} from x_t and the predicted noise; Song et al. 2021 (https://arxiv.org/abs/2010.02502), Eqs. 12 and 16.
+        """x_{t-1} from x_t and the predicted noise; Song et al. 2021, Eqs. 12 and 16.
 
-        eta = 0 is deterministic, eta = 1 ancestral sampling with the posterior variance. At t = 0 alphas_bar_prev is 1:
-        the result is the x_zero estimate.
+        https://arxiv.org/abs/2010.02502. eta = 0 is deterministic, eta = 1 ancestral sampling with the posterior
+        variance. At t = 0 alphas_bar_prev is 1: the result is the x_zero estimate.
         """
         alphas_bar_prev = extract(self.alphas_bar_prev, t, x.shape)
         variance = eta**2 * extract(self.posterior_variance, t, x.shape)
@@ -311,8 +313,8 @@ class Diffusion:
     def clamp_eps(self, x: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """The noise that belongs to x_t once the x_zero estimate is clamped to [-1, 1]; x_t itself is never clamped.
 
-        Every image lies in [-1, 1], but an error of eps is divided by sqrt(alphas_bar) on its way to x_zero: by 20,000 at
-        the start of the cosine schedule. Where nothing is clamped this changes nothing.
+        Every image lies in [-1, 1], but an error of eps is divided by sqrt(alphas_bar) on its way to x_zero: at the
+        noisy end of the cosine schedule it grows 20,000 times. Where nothing is clamped this changes nothing.
         """
         return self.predict_eps(x, t, self.predict_x_zero(x, t, eps).clamp(-1, 1))
 
@@ -336,8 +338,8 @@ class Diffusion:
     def respaced(self, steps: int | None) -> Diffusion:
         """The same process on `steps` of its times, T-1 and 0 among them; None keeps all of them.
 
-        The betas of the thinned chain follow from alphas_bar at the times that are left (Nichol and Dhariwal 2021, Eq. 19);
-        `model_times` holds the t that the model knows them by.
+        Its betas follow from alphas_bar at the times that are left (Nichol and Dhariwal 2021, Eq. 19); `model_times`
+        holds the t that the model knows them by.
 
         Raises:
             ValueError: steps not within 1 .. T.
@@ -438,7 +440,7 @@ class Diffusion:
             generator=generator,
             clamp=clamp,
         )
-        for _, x, _ in tqdm(trajectory, "sampling", (steps or self.timesteps) + 1, leave=False, disable=None):
+        for _, x, _ in tqdm(trajectory, "sampling", (steps or self.timesteps) + 1, leave=False, disable=None):  # noqa: B007
             pass
         return x
 

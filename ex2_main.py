@@ -7,17 +7,14 @@ python ex2_main.py sample --checkpoint results/DDPM       images of chosen class
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 import sys
 import time
+from copy import deepcopy
 from pathlib import Path
 
 import torch
-from torch.optim import AdamW
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import ex2_config as cfg
@@ -26,14 +23,10 @@ from ex2_data import DataSplits, InputError, load_splits, make_loader, reverse_t
 from ex2_diffusion import SCHEDULES, Diffusion, check_images, image_generators, sample_in_batches, thin_trajectory
 from ex2_metrics import ShapesOracle, loss_over_timesteps, timestep_grid
 from ex2_model import Unet
+from ex2_training import LossMeter, RunError, RunLog, TrainingState
 
-LOG_COLUMNS = ("step", "epoch", "seconds", "lr", "grad_norm", "train_loss", "epoch_loss", "val_loss")
 GUIDANCE_SCALES = (-1.0, 0.0, 1.0, 3.0)  # columns of the guidance grid
 ORACLE_SAMPLES = 200
-
-
-class RunError(RuntimeError):
-    """A run that can't go on, for a reason that is not the command line's; the message is one line."""
 
 
 # ---------------------------------------------------------------------------- the commands
@@ -154,51 +147,38 @@ def fit(config: cfg.Config, splits: DataSplits, diffusor: Diffusion, device) -> 
     val_loader = make_loader(splits.val, config.batch_size * 2, device, num_workers=config.num_workers)
     epochs = 1 if config.dry_run else config.epochs
     total_steps = 1 if config.dry_run else epochs * len(loader)
-    optimizer = AdamW(model.parameters(), lr=config.lr)
-    scheduler = build_scheduler(optimizer, config.warmup_steps, total_steps)
-    ema = build_ema(model, config.ema_decay)
-    start = resume(config, model, ema, optimizer, scheduler, device)
-    log = RunLog(config.run_dir / "log.csv", start)
-    if start < epochs:
-        announce(config, splits, model, diffusor, loader, (epochs - start) * len(loader))
+    state = TrainingState(model, config, total_steps)
+    first_epoch = state.resume(config)
+    log = RunLog(config.run_dir / "log.csv", first_epoch)
+    if first_epoch < epochs:
+        announce(config, splits, model, diffusor, loader, (epochs - first_epoch) * len(loader))
 
-    for epoch in range(start, epochs):
+    for epoch in range(first_epoch, epochs):
         loader.set_epoch(epoch)
         epoch_loss = train(
             model,
             loader,
-            optimizer,
+            state.optimizer,
             diffusor,
             epoch,
             device,
             config,
-            scheduler=scheduler,
-            ema=ema,
+            scheduler=state.scheduler,
+            ema=state.ema,
             log=log,
             loss_type=config.loss_type,
             grad_clip=config.grad_clip,
             amp=config.amp,
         )
-        val = test(ema.module, val_loader, diffusor, device, config)
+        val = test(state.ema.module, val_loader, diffusor, device, config)
         val_loss = sum(val[config.loss_type]) / len(val["t"])
-        log.write(step=(epoch + 1) * len(loader), epoch=epoch, epoch_loss=epoch_loss, val_loss=val_loss)
+        steps_done = (epoch + 1) * len(loader)
+        log.write(step=steps_done, epoch=epoch, epoch_loss=epoch_loss, val_loss=val_loss)
         print(f"epoch {epoch + 1}/{epochs}: train {epoch_loss:.4f}, val {val_loss:.4f} ({config.loss_type})")
         if config.save_model:
-            cfg.save_checkpoint(
-                config.run_dir / cfg.CHECKPOINT_NAME,
-                config=dataclasses.asdict(config),
-                class_names=list(splits.class_names),
-                model=model.state_dict(),
-                ema=ema.module.state_dict(),
-                ema_updates=int(ema.n_averaged),
-                optimizer=optimizer.state_dict(),
-                scheduler=scheduler.state_dict(),
-                step=(epoch + 1) * len(loader),
-                epoch=epoch + 1,
-                random=random_state(),
-            )
+            state.save(config, splits.class_names, epoch + 1, steps_done)
         viz.plot_training(log.rows(), config.run_dir / "training.png")
-    return ema.module.eval()
+    return state.ema.module.eval()
 
 
 def train(
@@ -266,44 +246,6 @@ def train(
     return meter.mean
 
 
-class LossMeter:
-    """Loss of one epoch as mean over images; reads the device once per window, not once per step."""
-
-    def __init__(self, epoch: int):
-        self.epoch = epoch
-        self.window: list[tuple] = []  # (loss, gradient norm, images) of the steps since the last row of the log
-        self.steps, self.images, self.total = 0, 0, 0.0
-
-    def add(self, loss, grad_norm, images: int) -> None:
-        self.window.append((loss, grad_norm, images))
-
-    def close_window(self, lr: float) -> tuple[float, float]:
-        """Mean loss over the images and mean gradient norm over the steps of the window, which starts anew.
-
-        Raises:
-            RunError: a loss of the window is not finite.
-        """
-        losses, norms, counts = zip(*self.window)
-        losses, norms, counts = torch.stack(losses).double().cpu(), torch.stack(norms).cpu(), torch.tensor(counts)
-        if not losses.isfinite().all():
-            bad = self.steps + int(losses.isfinite().int().argmin()) + 1
-            raise RunError(
-                f"the loss is not finite in step {bad} of epoch {self.epoch + 1} (learning rate {lr:.2g}): lower --lr or "
-                "--grad_clip, or use --no_amp; the last checkpoint is untouched, the same command with --lr changed and a "
-                "new --run_name starts afresh"
-            )
-        window_total = (losses * counts).sum().item()
-        self.total += window_total
-        self.images += int(counts.sum())
-        self.steps += len(counts)
-        self.window.clear()
-        return window_total / int(counts.sum()), norms.mean().item()
-
-    @property
-    def mean(self) -> float:
-        return self.total / self.images
-
-
 def test(model, testloader, diffusor, device, args) -> dict:
     """2.2 e: l1 and l2 loss at fixed times with fixed noise, without label dropout; see `loss_over_timesteps`.
 
@@ -319,125 +261,40 @@ def test(model, testloader, diffusor, device, args) -> dict:
     return losses
 
 
-def build_scheduler(optimizer, warmup_steps: int, total_steps: int):
-    """Linear warm-up, then cosine decay to zero; counts optimiser steps."""
-    warmup = min(warmup_steps, total_steps // 10)
-    decay = CosineAnnealingLR(optimizer, T_max=max(1, total_steps - warmup))
-    if warmup == 0:
-        return decay
-    rise = LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=warmup)
-    return SequentialLR(optimizer, [rise, decay], milestones=[warmup])
-
-
-def build_ema(model, decay: float) -> AveragedModel:
-    """An exponential moving average of the weights, with decay min(decay, (1 + n) / (10 + n)) after n updates.
-
-    The ramp matters for short runs: with a constant 0.9999 the average of 750 steps would be 93% initial noise. The first
-    update copies the initial weights, so that n counts the optimiser steps.
-    """
-
-    def ramped_average(averages, weights, n):
-        return get_ema_multi_avg_fn(min(decay, (1 + int(n)) / (10 + int(n))))(averages, weights, n)
-
-    ema = AveragedModel(model, multi_avg_fn=ramped_average)
-    ema.update_parameters(model)
-    return ema
-
-
-def random_state() -> dict:
-    """The states of torch's global generators."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
-
-
-def resume(config: cfg.Config, model, ema, optimizer, scheduler, device) -> int:
-    """Restores an earlier run of the same name; returns how many epochs it has done, 0 where there is none.
-
-    Raises:
-        InputError: it was trained with other settings.
-    """
-    path = config.run_dir / cfg.CHECKPOINT_NAME
-    if config.dry_run or not path.is_file():
-        return 0
-    checkpoint = cfg.load_checkpoint(path)
-    before = cfg.config_of(checkpoint, {})
-    training = [
-        f.name for f in dataclasses.fields(config) if f.metadata["group"] in cfg.TRAINING_GROUPS or f.name == "seed"
-    ]
-    changed = [name for name in training if getattr(before, name) != getattr(config, name)]
-    if changed:
-        what = ", ".join(f"--{name} {getattr(before, name)} there, {getattr(config, name)} now" for name in changed)
-        raise InputError(f"{config.run_dir} holds a run with other settings ({what}): choose another --run_name")
-    model.load_state_dict(checkpoint["model"])
-    ema.module.load_state_dict(checkpoint["ema"])
-    ema.n_averaged.fill_(checkpoint["ema_updates"])
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    scheduler.load_state_dict(checkpoint["scheduler"])
-    torch.set_rng_state(checkpoint["random"]["cpu"])
-    if device.type == "cuda" and checkpoint["random"]["cuda"]:
-        torch.cuda.set_rng_state_all(checkpoint["random"]["cuda"])
-    print(f"{path}: {checkpoint['epoch']} of {config.epochs} epochs are done, going on from there")
-    return checkpoint["epoch"]
-
-
 def announce(config: cfg.Config, splits: DataSplits, model, diffusor: Diffusion, loader, steps: int) -> None:
     """Says what is about to happen, how many steps it takes and about how long, from steps timed on a copy."""
     (config.run_dir / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
     parameters = sum(p.numel() for p in model.parameters())
     print(
-        f"{config.run_name}: {config.dataset} at {config.image_size}x{config.image_size}, {len(splits.train)} training, "
-        f"{len(splits.val)} validation, {len(splits.test)} test images in {len(splits.class_names)} classes"
+        f"{config.run_name}: {config.dataset} at {config.image_size}x{config.image_size}, "
+        f"{len(splits.train)} training, {len(splits.val)} validation and {len(splits.test)} test images, "
+        f"{len(splits.class_names)} classes"
     )
     print(
-        f"U-Net with {parameters:,} parameters on {diffusor.device}, {config.schedule} schedule of {config.timesteps} steps"
+        f"U-Net with {parameters:,} parameters on {diffusor.device}, "
+        f"{config.schedule} schedule with {config.timesteps} timesteps"
     )
     if config.dry_run:
         return
     seconds = seconds_per_step(config, model, diffusor, loader)
     print(
-        f"{steps} optimiser steps of {config.batch_size} images: about {steps * seconds / 60:.1f} min at {seconds:.2f} s each"
+        f"{steps} optimiser steps of {config.batch_size} images: "
+        f"about {steps * seconds / 60:.1f} min at {seconds:.3f} s each"
     )
 
 
 def seconds_per_step(config: cfg.Config, model, diffusor: Diffusion, loader) -> float:
     """Median time of an optimiser step, measured on a copy of the model; leaves the random state as it was."""
     times = []
+    quiet = dataclasses.replace(config, dry_run=True)
     with torch.random.fork_rng():
-        copy = cfg.build_model(config, model.null_class or 1).to(diffusor.device)
-        optimizer = AdamW(copy.parameters())
-        few = [batch for _, batch in zip(range(5), loader)]
-        for batch in few:
+        copy = TrainingState(deepcopy(model), config, total_steps=10)
+        for _, batch in zip(range(5), loader):
             start = time.perf_counter()
-            quiet = dataclasses.replace(config, dry_run=True)
-            train(copy, [batch], optimizer, diffusor, 0, diffusor.device, quiet, ema=build_ema(copy, 0), amp=config.amp)
+            device, optimizer = diffusor.device, copy.optimizer
+            train(copy.model, [batch], optimizer, diffusor, 0, device, quiet, ema=copy.ema, amp=config.amp)
             times.append(time.perf_counter() - start)
     return sorted(times)[len(times) // 2]
-
-
-class RunLog:
-    """log.csv of a run: a row per log interval and per epoch; empty cells where a row has no such figure.
-
-    Args:
-        first_epoch: rows of this epoch and later ones, left by a run that was cut off, are dropped.
-    """
-
-    def __init__(self, path: Path, first_epoch: int):
-        self.path = path
-        kept = [row for row in self.rows() if int(row["epoch"]) < first_epoch] if path.is_file() else []
-        self.started = time.perf_counter() - (float(kept[-1]["seconds"]) if kept else 0)
-        with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, LOG_COLUMNS)
-            writer.writeheader()
-            writer.writerows(kept)
-
-    def write(self, **figures) -> None:
-        row = {"seconds": f"{time.perf_counter() - self.started:.1f}", **figures}
-        with open(self.path, "a", newline="") as file:
-            csv.DictWriter(file, LOG_COLUMNS).writerow(row)
-
-    def rows(self) -> list[dict]:
-        with open(self.path, newline="") as file:
-            return list(csv.DictReader(file))
 
 
 # ---------------------------------------------------------------------------- evaluation and pictures
@@ -522,7 +379,7 @@ def draw_process(model, splits: DataSplits, diffusor: Diffusion, config: cfg.Con
 
 
 def draw_samples(model, class_names, diffusor: Diffusion, config: cfg.Config) -> None:
-    """2.2 b and 2.4: a grid of samples; of a conditional model by class, and over guidance scales from the same noise."""
+    """2.2 b and 2.4: a grid of samples; of a conditional model by class, and over guidance scales at equal noise."""
     common = {"batch_size": config.sample_batch, "seed": config.seed, **config.sampling}
     if model.null_class is None:
         images = torch.cat(list(sample_in_batches(diffusor, model, 4 if config.dry_run else 64, **common)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -27,8 +27,8 @@ def loss_over_timesteps(
 ) -> dict:
     """Mean l1 and l2 error of the predicted noise at each of `times`, over the first `max_images` images of `loader`.
 
-    Image i gets the same noise at every time, in every run and at any batch size, so the figures of two models differ by
-    the models alone. Call it with the model in eval mode.
+    Image i gets the same noise at every time, in every run and at any batch size, so the figures of two models differ
+    by the models alone. Call it with the model in eval mode.
 
     Args:
         model: (x_t, t) -> eps; (x_t, t, classes) -> eps where its `class_free_guidance` is true.

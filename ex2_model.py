@@ -20,10 +20,10 @@ class SinusoidalPositionEmbeddings(nn.Module):
     """Turns the time t into a vector the network can compute with: the positional encoding (2.1).
 
     A network cannot do much with a raw integer such as t = 731: the number is huge beside the other activations, and
-    neighbouring times have to be told apart as well as far ones. So t is shown as the hands of many clocks: dim/2 pairs
-    (sin(w t), cos(w t)) whose frequencies w fall geometrically from 1 to 1/10000. The fast clocks tell t from t + 1, the
-    slow ones early from late, and every value stays in [-1, 1]. A shift of t turns every pair by a fixed angle, whatever t
-    is, so "a little later" means the same everywhere.
+    neighbouring times have to be told apart as well as far ones. So t is shown as the hands of many clocks: dim/2
+    pairs (sin(w t), cos(w t)) whose frequencies w fall geometrically from 1 to 1/10000. The fast clocks tell t from
+    t + 1, the slow ones early from late, and every value stays in [-1, 1]. A shift of t turns every pair by a fixed
+    angle, whatever t is, so "a little later" means the same everywhere.
 
     Vaswani et al. 2017, section 3.5 (https://arxiv.org/abs/1706.03762). (B,) -> (B, dim).
 
@@ -57,7 +57,7 @@ class WeightStandardizedConv2d(nn.Conv2d):
 
 
 class Block(nn.Module):
-    """3x3 convolution, group norm, FiLM (scale and shift from the embedding, https://arxiv.org/abs/1709.07871), SiLU."""
+    """3x3 convolution, group norm, FiLM (scale and shift by the embedding, https://arxiv.org/abs/1709.07871), SiLU."""
 
     def __init__(self, dim: int, dim_out: int, groups: int):
         super().__init__()
@@ -214,7 +214,8 @@ class Unet(nn.Module):
             if width % resnet_block_groups:
                 raise ValueError(
                     f"group norm can't split {width} channels into {resnet_block_groups} groups "
-                    f"(dim={dim}, init_dim={init_dim}, dim_mults={tuple(dim_mults)}): use multiples of {resnet_block_groups}"
+                    f"(dim={dim}, init_dim={init_dim}, dim_mults={tuple(dim_mults)}): "
+                    f"use multiples of {resnet_block_groups}"
                 )
         emb_dim = dim * 4
 

@@ -1,0 +1,200 @@
+"""The U-Net, its time embedding and its class conditioning (2.1, 2.4 a)."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from ex2_model import SinusoidalPositionEmbeddings, Unet
+
+SKELETON = json.loads((Path(__file__).parent / "skeleton_unet.json").read_text())
+
+
+def deterministic_weights(shapes):
+    """Weights that depend on names and shapes alone, so that another network can be given the very same."""
+    weights = {}
+    for name, shape in shapes.items():
+        seed = int(hashlib.sha256(name.encode()).hexdigest()[:8], 16)
+        values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+        weights[name] = 1 + 0.1 * values if name.endswith("norm.weight") else 0.1 * values
+    return weights
+
+
+def conditional(**options):
+    torch.manual_seed(0)
+    return Unet(dim=8, dim_mults=(1, 2), class_free_guidance=True, **{"num_classes": 10, **options})
+
+
+@pytest.fixture
+def batch():
+    g = torch.Generator().manual_seed(1)
+    return torch.randn(4, 3, 8, 8, generator=g), torch.tensor([0, 5, 500, 999]), torch.tensor([0, 3, 3, 9])
+
+
+# ------------------------------------------------------------------ the skeleton's network
+
+
+def test_skeleton_checkpoint_loads_and_gives_the_skeletons_output():
+    """`skeleton_unet.json` holds names and shapes of the handed-out network's parameters, and its output for
+    `deterministic_weights`, recorded by running the handed-out code."""
+    model = Unet(dim=32, channels=3, dim_mults=(1, 2, 4)).eval()
+    assert sum(p.numel() for p in model.parameters()) == 2_602_115
+    model.load_state_dict(deterministic_weights(SKELETON["shapes"]), strict=True)
+    x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        output = model(x, torch.tensor([3, 700]))
+    expected = torch.tensor(SKELETON["output"])
+    assert (output[:, :, ::4, ::4] - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("size", [16, 32, 64, 128])
+def test_one_class_for_all_sizes(size):
+    model = Unet(dim=8, dim_mults=(1, 2, 4)).eval()
+    with torch.no_grad():
+        assert model(torch.randn(1, 3, size, size), torch.tensor([1])).shape == (1, 3, size, size)
+
+
+def test_full_attention_never_runs_over_more_than_32x32_positions():
+    with pytest.raises(ValueError, match="64x64 positions"):
+        Unet(dim=8, dim_mults=(1, 2))(torch.randn(1, 3, 128, 128), torch.tensor([1]))
+
+
+def test_sides_that_cannot_be_halved_are_named():
+    with pytest.raises(ValueError, match="10x10 pixels.*multiples of 4"):
+        Unet(dim=8, dim_mults=(1, 2, 4))(torch.randn(1, 3, 10, 10), torch.tensor([1]))
+
+
+def test_widths_that_group_norm_cannot_divide_are_named():
+    with pytest.raises(ValueError, match="10 channels into 4 groups"):
+        Unet(dim=10)
+    with pytest.raises(ValueError, match="30 channels into 4 groups"):
+        Unet(dim=8, init_dim=30)
+
+
+def test_init_dim_and_out_dim_are_honoured():
+    model = Unet(dim=8, init_dim=16, out_dim=6, dim_mults=(1, 2), channels=1)
+    assert model(torch.randn(2, 1, 8, 8), torch.tensor([1, 2])).shape == (2, 6, 8, 8)
+
+
+def test_every_skip_connection_is_used_once():
+    model = Unet(dim=8, dim_mults=(1, 2, 4))
+    model(torch.randn(1, 3, 16, 16), torch.tensor([1]))
+    del model.ups[-1]
+    with pytest.raises((AssertionError, RuntimeError)):
+        model(torch.randn(1, 3, 16, 16), torch.tensor([1]))
+
+
+def test_every_parameter_gets_a_gradient(batch):
+    model, (x, t, classes) = conditional(p_uncond=0.5), batch
+    torch.manual_seed(1)
+    model(x, t, classes).square().mean().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+
+
+# ------------------------------------------------------------------ time
+
+
+@pytest.mark.parametrize("dim", [4, 6, 8, 32, 128])
+def test_time_embedding_is_finite_and_of_width_dim(dim):
+    embedding = SinusoidalPositionEmbeddings(dim)(torch.arange(1000))
+    assert embedding.shape == (1000, dim)
+    assert embedding.isfinite().all() and embedding.abs().max() <= 1
+    assert len(torch.unique(embedding, dim=0)) == 1000
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2, 3, 7])
+def test_time_embedding_refuses_widths_it_cannot_fill(dim):
+    with pytest.raises(ValueError, match=f"dim={dim}"):
+        SinusoidalPositionEmbeddings(dim)
+
+
+def test_time_embedding_values():
+    embedding = SinusoidalPositionEmbeddings(4)(torch.tensor([2]))[0]
+    expected = torch.tensor([2.0, 2e-4])
+    torch.testing.assert_close(embedding, torch.cat((expected.sin(), expected.cos())))
+
+
+def test_output_depends_on_the_time(batch):
+    model, (x, t, _) = Unet(dim=8, dim_mults=(1, 2)).eval(), batch
+    assert (model(x, t) - model(x, t + 100)).abs().max() > 1e-3
+
+
+# ------------------------------------------------------------------ 2.4 a: classes
+
+
+def test_label_changes_the_output(batch):
+    model, (x, t, classes) = conditional().eval(), batch
+    changed = model(x, t, classes) - model(x, t, torch.tensor([1, 3, 3, 9]))
+    assert changed[0].abs().max() > 1e-4
+    assert changed[1:].abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("null_token", ["learned", "zero"])
+def test_null_labels_are_the_same_as_none(batch, null_token):
+    model, (x, t, _) = conditional(null_token=null_token).eval(), batch
+    torch.testing.assert_close(model(x, t), model(x, t, torch.full((4,), model.null_class)))
+
+
+def test_with_p_uncond_one_training_does_not_depend_on_labels(batch):
+    model, (x, t, classes) = conditional(p_uncond=1.0), batch
+    assert torch.equal(model(x, t, classes), model(x, t, 9 - classes))
+
+
+def test_eval_mode_drops_no_label(batch):
+    model, (x, t, classes) = conditional(p_uncond=1.0).eval(), batch
+    assert (model(x, t, classes) - model(x, t)).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("p_uncond, null_gets_gradient", [(0.5, True), (0.0, False)])
+def test_null_token_learns_when_labels_are_dropped(batch, p_uncond, null_gets_gradient):
+    model, (x, t, classes) = conditional(p_uncond=p_uncond), batch
+    torch.manual_seed(0)
+    model(x, t, classes).square().mean().backward()
+    assert (model.null_token.grad.abs().max() > 0) == null_gets_gradient
+
+
+@pytest.mark.parametrize("p_uncond, expected, tolerance", [(0.0, 0, 0), (1.0, 1, 0), (0.1, 0.1, 0.005)])
+def test_share_of_dropped_labels(p_uncond, expected, tolerance):
+    torch.manual_seed(0)
+    model, classes = conditional(p_uncond=p_uncond), torch.arange(100_000) % 10
+    before = classes.clone()
+    dropped = model.drop_labels(classes)
+    assert torch.equal(classes, before), "labels must not change in place"
+    assert (dropped == model.null_class).float().mean().item() == pytest.approx(expected, abs=tolerance)
+    kept = dropped != model.null_class
+    assert torch.equal(dropped[kept], classes[kept])
+
+
+def test_null_tokens():
+    learned, zero = conditional(null_token="learned"), conditional(null_token="zero")
+    assert isinstance(learned.null_token, torch.nn.Parameter)
+    assert "null_token" in zero.state_dict() and not zero.null_token.any()
+    assert "null_token" not in dict(zero.named_parameters())
+
+
+def test_default_share_of_dropped_labels_is_a_tenth():
+    assert conditional(p_uncond=None).p_uncond == 0.1
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"num_classes": None}, "num_classes"),
+        ({"num_classes": 0}, "got 0"),
+        ({"p_uncond": 1.5}, "got 1.5"),
+        ({"null_token": "none"}, "'none'"),
+    ],
+)
+def test_class_settings_that_cannot_be_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        conditional(**options)
+
+
+def test_labels_for_an_unconditional_model_or_of_wrong_number_are_errors(batch):
+    x, t, classes = batch
+    with pytest.raises(ValueError, match="unconditional"):
+        Unet(dim=8, dim_mults=(1, 2))(x, t, classes)
+    with pytest.raises(ValueError, match="expected 4 class labels"):
+        conditional()(x, t, classes[:2])

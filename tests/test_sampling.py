@@ -1,0 +1,241 @@
+"""Samplers, trajectories and classifier-free guidance (2.2 b, 2.4)."""
+
+import gc
+import math
+import weakref
+
+import pytest
+import torch
+
+from ex2_diffusion import SCHEDULES, Diffusion, guided_eps, image_generators, sample_in_batches, thin_trajectory
+from ex2_model import Unet
+
+
+@pytest.fixture(scope="module")
+def unet():
+    torch.manual_seed(0)
+    return Unet(dim=8, dim_mults=(1, 2), class_free_guidance=True, num_classes=10).eval()
+
+
+@pytest.fixture(scope="module")
+def short():
+    return Diffusion(50, SCHEDULES["cosine"], 8, "cpu")
+
+
+# ------------------------------------------------------------------ which steps are taken
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_every_time_is_visited_once_from_t_minus_1_to_0(linear, gaussian, sampler):
+    model = gaussian(linear)
+    linear.sample(model, 4, batch_size=2, sampler=sampler)
+    assert [t for t, _ in model.calls] == list(range(999, -1, -1))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 50, 999, 1000])
+def test_fewer_steps_keep_both_ends_and_the_signal_of_every_kept_time(linear, gaussian, steps):
+    model = gaussian(linear)
+    linear.sample(model, 4, batch_size=1, steps=steps)
+    times = [t for t, _ in model.calls]
+    assert len(times) == len(set(times)) == steps
+    assert times[0] == 999 and times == sorted(times, reverse=True)
+    assert times[-1] == 0 or steps == 1
+    spaced = linear.respaced(steps)
+    torch.testing.assert_close(spaced.alphas_bar, linear.alphas_bar[times[::-1]], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("steps", [0, -3, 1001])
+def test_impossible_step_counts_are_refused(linear, gaussian, steps):
+    with pytest.raises(ValueError, match=f"1 .. 1000.*got {steps}"):
+        linear.sample(gaussian(linear), 4, steps=steps)
+
+
+def test_unknown_sampler_eta_and_class_counts_are_refused(linear, gaussian):
+    for options in ({"sampler": "euler"}, {"eta": 1.5}, {"classes": [1, 2, 3]}):
+        with pytest.raises(ValueError, match="sampler|eta|classes"):
+            linear.sample(gaussian(linear), 4, batch_size=2, **options)
+
+
+# ------------------------------------------------------------------ what comes out
+
+
+@pytest.mark.parametrize(
+    "sampler, eta, expected", [("ddpm", 0.0, 0.50075), ("ddim", 1.0, 0.49611), ("ddim", 0.0, 0.5)]
+)
+def test_samples_have_the_deviation_of_the_data(linear, gaussian, sampler, eta, expected):
+    x = linear.sample(
+        gaussian(linear, s=0.5),
+        4,
+        batch_size=4096,
+        channels=4,
+        sampler=sampler,
+        eta=eta,
+        clamp=False,
+        generator=torch.Generator().manual_seed(0),
+    )
+    assert x.shape == (4096, 4, 4, 4)
+    assert x.std().item() == pytest.approx(expected, abs=0.003)
+    assert x.mean().item() == pytest.approx(0, abs=0.006)
+
+
+def test_sample_is_repeated_p_sample(short, gaussian):
+    model, g = gaussian(short, s=0.5), torch.Generator().manual_seed(3)
+    x = torch.randn(2, 3, 8, 8, generator=g)
+    for i in reversed(range(50)):
+        x = short.p_sample(model, x, torch.full((2,), i), i, clamp=True, generator=g)
+    sampled = short.sample(model, 8, batch_size=2, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(sampled, x)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_the_last_step_returns_the_image_estimate(short, gaussian, sampler):
+    *_, before, (t, sample, again) = short.sample_trajectory(gaussian(short), 8, 2, sampler=sampler)
+    assert t == -1 and sample is again
+    assert before[0] == 0
+    torch.testing.assert_close(sample, before[2], atol=1e-5, rtol=1e-5)
+
+
+def test_ddim_recomputes_the_noise_after_clamping(cosine):
+    """A model that always says "no noise" drives x_zero far outside [-1, 1]; clamped samples stay inside."""
+    x = cosine.sample(lambda x, t: torch.zeros_like(x), 4, batch_size=4, sampler="ddim", steps=10)
+    assert x.abs().max() <= 1 + 1e-4
+    free = cosine.sample(lambda x, t: torch.zeros_like(x), 4, batch_size=4, sampler="ddim", steps=10, clamp=False)
+    assert free.abs().max() > 100
+
+
+def test_x_t_itself_is_never_clamped(cosine, gaussian):
+    steps = list(cosine.sample_trajectory(gaussian(cosine, s=0.5), 4, 16, steps=20))
+    assert steps[0][1].abs().max() > 2
+    assert all(x_zero.abs().max() <= 1 + 1e-4 for _, _, x_zero in steps)
+
+
+def test_clamping_changes_nothing_where_nothing_is_clamped(linear, gaussian):
+    model = gaussian(linear, s=0.05)
+    x = [
+        linear.sample(model, 4, 2, steps=100, clamp=clamp, generator=torch.Generator().manual_seed(0))
+        for clamp in (True, False)
+    ]
+    torch.testing.assert_close(*x, atol=1e-4, rtol=1e-3)
+
+
+def test_samples_need_no_gradient_and_leave_the_model_alone(short, unet):
+    unet.train()
+    x = short.sample(unet, 8, batch_size=2, classes=[1, 2], steps=3)
+    assert not x.requires_grad
+    assert unet.training
+    unet.eval()
+    short.sample(unet, 8, batch_size=2, classes=[1, 2], steps=3)
+    assert not unet.training
+    assert all(not x.requires_grad for _, x, _ in short.sample_trajectory(unet, 8, 1, steps=3))
+
+
+# ------------------------------------------------------------------ seeds, memory, batches
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_same_seed_same_image_whatever_the_batch_size(short, unet, sampler):
+    classes = torch.arange(5)
+    options = dict(classes=classes, guidance_scale=1.0, sampler=sampler, steps=8)
+    whole = torch.cat(list(sample_in_batches(short, unet, 5, 5, seed=7, **options)))
+    parts = torch.cat(list(sample_in_batches(short, unet, 5, 2, seed=7, **options)))
+    torch.testing.assert_close(whole, parts, atol=1e-4, rtol=1e-4)
+    other = torch.cat(list(sample_in_batches(short, unet, 5, 5, seed=8, **options)))
+    assert (whole - other).abs().mean() > 0.05
+
+
+def test_images_of_neighbouring_seeds_share_no_noise():
+    first = {torch.randn(4, generator=g).sum().item() for g in image_generators(0, 0, 50)}
+    second = {torch.randn(4, generator=g).sum().item() for g in image_generators(1, 0, 50)}
+    assert len(first | second) == 100
+
+
+def test_one_generator_per_image_is_asked_for(short, unet):
+    with pytest.raises(ValueError, match="2 generators for a batch of 3"):
+        short.sample(unet, 8, batch_size=3, generator=image_generators(0, 0, 2))
+
+
+@pytest.mark.parametrize("count, batch_size", [(1, 4), (7, 3), (4, 4)])
+def test_any_number_of_images_in_any_batch_size(short, gaussian, count, batch_size):
+    batches = list(sample_in_batches(short, gaussian(short), count, batch_size, 0, steps=2))
+    assert sum(map(len, batches)) == count
+    assert max(map(len, batches)) <= batch_size
+
+
+def test_memory_of_a_trajectory_does_not_grow_with_its_steps(linear, gaussian):
+    alive, most = [], 0
+    for _, x, _ in linear.sample_trajectory(gaussian(linear), 4, 1, steps=200):
+        alive.append(weakref.ref(x))
+        del x
+        gc.collect(0)
+        most = max(most, sum(ref() is not None for ref in alive))
+    assert most <= 3
+
+
+def test_thinned_trajectory_keeps_both_ends_in_order(linear, gaussian):
+    kept = thin_trajectory(linear.sample_trajectory(gaussian(linear), 4, 1, steps=100), 101, 11)
+    times = [t for t, _, _ in kept]
+    assert len(kept) == 11
+    assert times[0] == 999 and times[-1] == -1 and times == sorted(times, reverse=True)
+    assert all(x.device.type == "cpu" for _, x, _ in kept)
+
+
+# ------------------------------------------------------------------ 2.4: guidance
+
+
+def test_guidance_is_eq_11_in_one_batched_call(linear, gaussian):
+    model = gaussian(linear, s=0.5, mu=-0.2, class_means=[0.3, 0.6])
+    x, t, classes = torch.randn(2, 3, 4, 4), torch.tensor([400, 400]), torch.tensor([0, 1])
+    conditional, null = model(x, t, classes), model(x, t, torch.tensor([2, 2]))
+    model.calls.clear()
+    guided = guided_eps(model, x, t, classes, 1.5)
+    assert model.calls == [(400, 4)]
+    torch.testing.assert_close(guided, 2.5 * conditional - 1.5 * null)
+
+
+def test_w_zero_is_conditional_and_w_minus_one_unconditional_at_one_forward(linear, gaussian):
+    model = gaussian(linear, s=0.5, mu=-0.2, class_means=[0.3, 0.6])
+    x, t, classes = torch.randn(2, 3, 4, 4), torch.tensor([400, 400]), torch.tensor([0, 1])
+    assert torch.equal(guided_eps(model, x, t, classes, 0.0), model(x, t, classes))
+    assert torch.equal(guided_eps(model, x, t, classes, -1.0), model(x, t))
+    assert [size for _, size in model.calls] == [2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("w", [0.0, 1.0, 3.0])
+def test_guided_samples_of_gaussians_have_the_extrapolated_mean(linear, gaussian, w):
+    model = gaussian(linear, s=0.3, mu=-0.1, class_means=[0.2])
+    x = linear.sample(
+        model,
+        4,
+        batch_size=1024,
+        classes=torch.zeros(1024, dtype=torch.long),
+        guidance_scale=w,
+        sampler="ddim",
+        clamp=False,
+        generator=torch.Generator().manual_seed(0),
+    )
+    assert x.mean().item() == pytest.approx((1 + w) * 0.2 + w * 0.1, abs=0.01)
+    assert x.std().item() == pytest.approx(0.3, abs=0.01)
+
+
+def test_guidance_without_classes_or_of_an_unconditional_model_is_an_error(short):
+    unconditional = Unet(dim=8, dim_mults=(1, 2)).eval()
+    x, t, classes = torch.randn(2, 3, 8, 8), torch.tensor([1, 1]), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match="needs classes"):
+        guided_eps(unconditional, x, t, None, 1.0)
+    with pytest.raises(ValueError, match="unconditional"):
+        guided_eps(unconditional, x, t, classes, 1.0)
+    with pytest.raises(ValueError, match="unconditional"):
+        short.sample(unconditional, 8, batch_size=2, classes=classes)
+
+
+def test_guidance_leaves_the_labels_as_they_were(short, unet):
+    classes = torch.arange(4)
+    short.sample(unet, 8, batch_size=4, classes=classes, guidance_scale=2.0, steps=2)
+    assert classes.tolist() == [0, 1, 2, 3]
+
+
+def test_standard_deviation_of_one_ancestral_batch_is_finite_for_every_schedule(gaussian):
+    for name, schedule in SCHEDULES.items():
+        diffusor = Diffusion(100, schedule, 8, "cpu")
+        x = diffusor.sample(gaussian(diffusor, s=0.4), 8, batch_size=64)
+        assert math.isclose(x.std().item(), 0.4, abs_tol=0.03), name
