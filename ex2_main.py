@@ -43,6 +43,9 @@ def main(argv: list[str] | None = None) -> int:
     except (RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted: every finished epoch is in ckpt.pt, the same command goes on from there", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -102,6 +105,7 @@ def open_checkpoint(args):
     run_dir = path if path.is_dir() else path.parent
     here = {"results_dir": str(run_dir.resolve().parent), "run_name": run_dir.resolve().name}
     config = cfg.config_of(checkpoint, {"cuda": None, "dry_run": False, **args.given, **here})
+    make_run_dir(config.run_dir)
     return checkpoint, config, cfg.pick_device(config.cuda)
 
 

@@ -89,7 +89,8 @@ def test_rescaled_is_the_published_schedule_at_1000():
 
 
 @pytest.mark.parametrize(
-    "schedule", [lambda n: torch.linspace(0, 0.02, n), lambda n: torch.linspace(0.1, 1.0, n), lambda n: torch.ones(3) / 2]
+    "schedule",
+    [lambda n: torch.linspace(0, 0.02, n), lambda n: torch.linspace(0.1, 1.0, n), lambda n: torch.ones(3) / 2],
 )
 def test_impossible_betas_are_refused(schedule):
     with pytest.raises(ValueError, match="between 0 and 1|shape"):
@@ -187,7 +188,8 @@ class TestDiffusionModel(unittest.TestCase):
         x_zero, noise = torch.randn(8, 3, 32, 32, generator=g), torch.randn(8, 3, 32, 32, generator=g)
         t = torch.randint(0, 100, (8,), generator=g)
         abar = torch.cumprod(1 - torch.linspace(0.001, 0.02, 100), 0)[t].reshape(-1, 1, 1, 1)
-        diffusor = Diffusion(timesteps=100, get_noise_schedule=lambda n: linear_beta_schedule(0.001, 0.02, n), img_size=32)
+        schedule = lambda n: linear_beta_schedule(0.001, 0.02, n)
+        diffusor = Diffusion(timesteps=100, get_noise_schedule=schedule, img_size=32)
         output = diffusor.q_sample(x_zero=x_zero.to(device), t=t.to(device), noise=noise.to(device))
         assert_almost_equal((abar.sqrt() * x_zero + (1 - abar).sqrt() * noise).numpy(), output.cpu().numpy(), decimal=5)
 

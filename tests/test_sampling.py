@@ -59,9 +59,7 @@ def test_unknown_sampler_eta_and_class_counts_are_refused(linear, gaussian):
 # ------------------------------------------------------------------ what comes out
 
 
-@pytest.mark.parametrize(
-    "sampler, eta, expected", [("ddpm", 0.0, 0.50075), ("ddim", 1.0, 0.49611), ("ddim", 0.0, 0.5)]
-)
+@pytest.mark.parametrize("sampler, eta, expected", [("ddpm", 0.0, 0.50075), ("ddim", 1.0, 0.49611), ("ddim", 0.0, 0.5)])
 def test_samples_have_the_deviation_of_the_data(linear, gaussian, sampler, eta, expected):
     x = linear.sample(
         gaussian(linear, s=0.5),

@@ -1,0 +1,231 @@
+"""The program as a user calls it: every command, bad input, exit codes, files, pictures."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import imageio.v3 as imageio
+import numpy as np
+import pytest
+import torch
+
+import ex2_config as cfg
+import ex2_data
+import ex2_main
+
+ROOT = Path(__file__).parent.parent
+TINY = "--dataset shapes --image_size 8 --dim 8 --dim_mults 1 2 --timesteps 30 --batch_size 100 --epochs 1".split()
+TINY += "--eval_images 20 --eval_timesteps 3 --sample_steps 3 --schedule cosine --no_cuda".split()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_shapes():
+    """Ten times fewer images than the data set has."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ex2_data, "SHAPES_COUNT", {"train": 1000, "test": 200})
+        yield
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, small_shapes):
+    """The folder of a tiny conditional run."""
+    results = tmp_path_factory.mktemp("results")
+    assert ex2_main.main([*TINY, "--results_dir", str(results), "--class_free_guidance", "--run_name", "cond"]) == 0
+    return results / "cond"
+
+
+def rejected(argv, capsys, code=2):
+    """The one line that `argv` is refused with."""
+    assert ex2_main.main(argv) == code
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    return captured.err
+
+
+# ------------------------------------------------------------------ commands
+
+
+def test_train_writes_every_file_of_the_run(run):
+    names = {path.name for path in run.iterdir()}
+    assert names == {
+        *("config.json", "log.csv", "ckpt.pt", "test_metrics.json", "training.png", "loss_over_t.png", "schedules.png"),
+        *("forward_strip.png", "forward.gif", "reverse_strip.png", "reverse.gif", "x_zero_strip.png"),
+        *("class_grid.png", "guidance_grid.png"),
+    }
+    rows = list(csv.DictReader((run / "log.csv").open()))
+    assert int(rows[-1]["step"]) == 9 and float(rows[-1]["val_loss"]) > 0
+    report = json.loads((run / "test_metrics.json").read_text())
+    assert report["losses"]["test"]["t"] == [0, 14, 29] and report["losses"]["val"]["images"] == 20
+    assert report["weights"] == "EMA" and 0 <= report["class_accuracy"]["accuracy"] <= 1
+    assert json.loads((run / "config.json").read_text())["flip"] is True
+
+
+def test_unconditional_run_has_a_grid_without_class_names(tmp_path, capsys):
+    assert ex2_main.main([*TINY, "--results_dir", str(tmp_path), "--dry_run"]) == 0
+    names = {path.name for path in (tmp_path / "DDPM-dry_run").iterdir()}
+    assert "samples.png" in names and "class_grid.png" not in names
+    assert "class_accuracy" not in json.loads((tmp_path / "DDPM-dry_run" / "test_metrics.json").read_text())
+
+
+def test_start_says_steps_and_time(tmp_path, capsys):
+    assert ex2_main.main([*TINY, "--results_dir", str(tmp_path)]) == 0
+    assert "9 optimiser steps of 100 images: about" in capsys.readouterr().out
+
+
+def test_test_repeats_the_figures_of_the_training_run(run, capsys):
+    before = json.loads((run / "test_metrics.json").read_text())
+    assert ex2_main.main(["test", "--checkpoint", str(run), "--no_cuda"]) == 0
+    assert json.loads((run / "test_metrics.json").read_text()) == before
+    assert "test l2" in capsys.readouterr().out
+
+
+def test_sample_writes_the_chosen_classes_and_a_grid(run, tmp_path):
+    command = ["sample", "--checkpoint", str(run / "ckpt.pt"), "--classes", "moon", "3", "--n_images", "5"]
+    assert ex2_main.main([*command, "--out", str(tmp_path), "--sample_batch", "2"]) == 0
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [
+        "0000_moon.png",
+        "0001_diamond.png",
+        "0002_moon.png",
+        "0003_diamond.png",
+        "0004_moon.png",
+        "grid.png",
+    ]
+    assert imageio.imread(tmp_path / names[0]).shape == (8, 8, 3)
+    again = tmp_path / "again"
+    assert ex2_main.main([*command, "--out", str(again), "--sample_batch", "5"]) == 0
+    first, second = (imageio.imread(folder / names[1]).astype(int) for folder in (tmp_path, again))
+    assert np.abs(first - second).max() <= 1
+
+
+def test_dry_run_leaves_the_real_run_alone(run):
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    for command in ("test", "sample"):
+        assert ex2_main.main([command, "--checkpoint", str(run), "--dry_run"]) == 0
+    assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+
+
+def test_sample_and_save_images_with_the_skeletons_arguments(run, tmp_path):
+    saved = cfg.load_checkpoint(run)
+    config = cfg.config_of(saved, {})
+    model, diffusor = cfg.restore_model(saved, config, "cpu").train(), cfg.build_diffusion(config, "cpu")
+    images = ex2_main.sample_and_save_images(2, diffusor, model, "cpu", tmp_path / "out")
+    assert images.shape == (2, 3, 8, 8) and model.training
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0000.png", "0001.png", "grid.png"]
+    png = torch.from_numpy(imageio.imread(tmp_path / "out" / "0000.png")).permute(2, 0, 1)
+    assert torch.equal(png, ex2_main.reverse_transform(images[0]))
+
+
+def test_program_runs_from_anywhere_and_reports_errors_on_one_line(tmp_path):
+    command = [sys.executable, str(ROOT / "ex2_main.py"), "--epochs", "0"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: --epochs must be at least 1, got 0\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--epochs 0", "--epochs must be at least 1, got 0"),
+        ("--batch_size -4", "--batch_size must be at least 1"),
+        ("--epochs many", "invalid int value"),
+        ("--lr 0", "--lr must be above 0"),
+        ("--lr nan", "--lr must be finite"),
+        ("--p_uncond 1.2", "--p_uncond must be at most 1"),
+        ("--eta -1", "--eta must be at least 0"),
+        ("--timesteps 0", "--timesteps must be at least 1"),
+        ("--timesteps 10", "10 timesteps are too few"),
+        ("--timesteps 50 --sample_steps 51", "--sample_steps must be at most --timesteps"),
+        ("--schedule quadratic", "linear, cosine, sigmoid; got 'quadratic'"),
+        ("--dataset mnist", "cifar10, shapes, folder; got 'mnist'"),
+        ("--sampler euler", "ddpm, ddim; got 'euler'"),
+        ("--loss_type l3", "l1, l2; got 'l3'"),
+        ("--dim 10", "10 channels into 4 groups"),
+        ("--dim_mults 1 0", "--dim_mults must be at least 1"),
+        ("--image_size 30", "can't be halved 2 times"),
+        ("--image_size 256", "64x64 positions"),
+        ("--run_name a/b", "--run_name must be a plain folder name"),
+        ("--seed -1", "--seed must be at least 0"),
+        ("--no_such_flag", "unrecognized arguments"),
+        ("--preset huge", "invalid choice"),
+        ("--dataset folder", "needs --data_dir"),
+        ("--dataset folder --data_dir nowhere", "nowhere is no folder"),
+        ("test", "--checkpoint"),
+        ("test --checkpoint nowhere", "no checkpoint at nowhere"),
+    ],
+)
+def test_bad_input_is_one_clear_line(flags, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    quick = [] if flags.startswith("test") or "dataset" in flags else ["--dataset", "shapes"]
+    assert message in rejected([*flags.split(), *quick], capsys)
+    assert not list(tmp_path.rglob("ckpt.pt"))
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--classes", "unicorn"], "unknown class 'unicorn'; the model knows circle, square"),
+        (["--classes", "10"], "unknown class '10'"),
+        (["--n_images", "0"], "--n_images must be at least 1"),
+        (["--sample_steps", "31"], "--sample_steps must be at most"),
+    ],
+)
+def test_bad_requests_for_samples(run, flags, message, capsys):
+    assert message in rejected(["sample", "--checkpoint", str(run), *flags], capsys)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    line = rejected([*TINY, "--results_dir", str(tmp_path / "file")], capsys)
+    assert "can't write to" in line and "--results_dir" in line
+
+
+def test_a_full_disk_is_one_line_and_exit_code_1(tmp_path, capsys, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    assert "No space left on device" in rejected([*TINY, "--results_dir", str(tmp_path)], capsys, code=1)
+
+
+def test_insisting_on_a_gpu_that_is_not_there(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no CUDA GPU" in rejected(["--cuda"], capsys)
+
+
+def test_booleans_have_an_on_and_an_off_form():
+    for f in cfg.fields(cfg.Config):
+        if "type" not in f.metadata:
+            assert cfg.parse_args([f"--{f.name}"]).given == {f.name: True}
+            assert cfg.parse_args([f"--no_{f.name}"]).given == {f.name: False}
+
+
+def test_flags_of_the_skeleton_stay():
+    args = cfg.parse_args(
+        "--batch_size 8 --timesteps 100 --epochs 2 --lr 0.003 --no_cuda".split()
+        + "--log_interval 5 --save_model --run_name x --dry_run".split()
+    )
+    assert args.command == "train"
+    assert args.given == {
+        **{"batch_size": 8, "timesteps": 100, "epochs": 2, "lr": 0.003, "cuda": False, "log_interval": 5},
+        **{"save_model": True, "run_name": "x", "dry_run": True},
+    }
+
+
+def test_flags_beside_a_preset_count(tmp_path):
+    args = cfg.parse_args(["--preset", "quick", "--epochs", "7"])
+    assert cfg.dataclasses.replace(cfg.PRESETS[args.preset], **args.given).epochs == 7
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["test"], ["sample"]])
+def test_help_names_every_flag_of_the_command(command, capsys):
+    with pytest.raises(SystemExit) as done:
+        ex2_main.main([*command, "--help"])
+    assert done.value.code == 0
+    assert "usage: ex2_main.py" in capsys.readouterr().out

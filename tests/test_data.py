@@ -1,0 +1,349 @@
+"""Pixels, splits, loaders and the three data sets."""
+
+import hashlib
+import os
+import pickle
+import tarfile
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision.datasets import CIFAR10
+
+import ex2_data
+from ex2_data import (
+    SHAPES,
+    ImageFiles,
+    ImageSet,
+    InputError,
+    draw_shapes,
+    load_cifar10,
+    load_folder,
+    load_shapes,
+    load_splits,
+    make_loader,
+    read_image,
+    reverse_transform,
+    split_off,
+    to_model_range,
+)
+from ex2_metrics import ShapesOracle
+
+# ------------------------------------------------------------------ pixels
+
+
+def test_pixels_survive_the_round_trip():
+    pixels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(reverse_transform(to_model_range(pixels)), pixels)
+    assert to_model_range(pixels).min() == -1 and to_model_range(pixels).max() == 1
+
+
+def test_reverse_transform_values():
+    x = torch.tensor([-5.0, -1.0, 0.0, 1.0, 1.3])
+    assert reverse_transform(x).tolist() == [0, 0, 128, 255, 255]
+
+
+# ------------------------------------------------------------------ splits and loaders
+
+
+def images_with_numbers(count):
+    """Images whose left column holds their number and whose right column holds 255."""
+    images = torch.zeros(count, 3, 2, 2, dtype=torch.uint8)
+    images[..., 0] = torch.arange(count, dtype=torch.uint8)[:, None, None]
+    images[..., 1] = 255
+    return ImageSet(images, torch.arange(count))
+
+
+def test_split_is_90_to_10_disjoint_complete_and_seeded():
+    dataset = images_with_numbers(200)
+    train, val = split_off(dataset, seed=3)
+    assert (len(train), len(val)) == (180, 20)
+    assert sorted(torch.cat((train.labels, val.labels)).tolist()) == list(range(200))
+    assert torch.equal(val.labels, split_off(dataset, seed=3)[1].labels)
+    assert not torch.equal(val.labels, split_off(dataset, seed=4)[1].labels)
+
+
+def test_too_few_images_to_split_are_named():
+    with pytest.raises(InputError, match="3 images are too few"):
+        split_off(images_with_numbers(3), seed=0)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 50, 64])
+def test_resident_loader_yields_every_image_once_with_its_label(batch_size):
+    loader = make_loader(images_with_numbers(50), batch_size, "cpu", train=True)
+    batches = list(loader)
+    assert len(batches) == len(loader) == -(-50 // batch_size)
+    labels = torch.cat([labels for _, labels in batches])
+    images = reverse_transform(torch.cat([images for images, _ in batches]))
+    assert sorted(labels.tolist()) == list(range(50))
+    assert torch.equal(images[:, 0, 0, 0].long(), labels)
+
+
+def test_order_depends_on_seed_and_epoch_alone():
+    def order(seed, epoch):
+        loader = make_loader(images_with_numbers(50), 50, "cpu", train=True, seed=seed)
+        loader.set_epoch(epoch)
+        return next(iter(loader))[1].tolist()
+
+    assert order(0, 0) == order(0, 0)
+    assert order(0, 0) != order(0, 1) and order(0, 0) != order(1, 0)
+
+
+def test_flips_half_of_the_training_images_and_no_others():
+    dataset = images_with_numbers(200)
+
+    def flipped(**options):
+        images = reverse_transform(torch.cat([x for x, _ in make_loader(dataset, 32, "cpu", **options)]))
+        return (images[:, 0, 0, 0] == 255).float().mean().item()
+
+    assert 0.4 < flipped(train=True, flip=True) < 0.6
+    assert flipped(train=True, flip=False) == 0
+    assert flipped(train=False, flip=True) == 0
+
+
+def test_data_sets_survive_pickling():
+    """Worker processes of Windows and macOS get their data set that way."""
+    for dataset in (images_with_numbers(3), ImageFiles((), torch.empty(0), 8)):
+        assert len(pickle.loads(pickle.dumps(dataset))) == len(dataset)
+
+
+# ------------------------------------------------------------------ folder
+
+
+def make_tree(root, layout, size=(20, 14)):
+    for name, count in layout.items():
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            Image.new("RGB", size, (i, 100, 200)).save(root / name / f"{i:03d}.png")
+
+
+def test_folder_with_train_and_test(tmp_path):
+    make_tree(tmp_path, {"train/cat": 12, "train/dog": 8, "test/cat": 3, "test/dog": 2})
+    splits = load_splits("folder", str(tmp_path), 8, seed=0)
+    assert splits.class_names == ("cat", "dog")
+    assert (len(splits.train), len(splits.val), len(splits.test)) == (18, 2, 5)
+    assert splits.train.images.shape == (18, 3, 8, 8) and splits.train.images.dtype == torch.uint8
+    assert splits.test.labels.tolist() == [0, 0, 0, 1, 1]
+
+
+def test_folder_of_classes_alone_holds_out_a_test_set(tmp_path):
+    make_tree(tmp_path, {"a": 30, "b": 20})
+    train, test, names = load_folder(str(tmp_path), 8, 0, 0)
+    assert (len(train), len(test), names) == (45, 5, ("a", "b"))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_folder_that_does_not_fit_is_read_while_training(tmp_path, monkeypatch, num_workers):
+    make_tree(tmp_path, {"a": 30, "b": 20})
+    monkeypatch.setattr(ex2_data, "RESIDENT_LIMIT", 100)
+    splits = load_splits("folder", str(tmp_path), 8, seed=0)
+    assert isinstance(splits.train, ImageFiles)
+    loader = make_loader(splits.train, 16, "cpu", train=True, flip=True, num_workers=num_workers)
+    assert isinstance(loader, DataLoader)
+    loader.set_epoch(1)
+    batches = list(loader)
+    assert sum(len(labels) for _, labels in batches) == len(loader.dataset) == 45 - round(4.5)
+    assert batches[0][0].shape == (16, 3, 8, 8) and batches[0][0].abs().max() <= 1
+    first = [labels.tolist() for _, labels in batches]
+    loader.set_epoch(1)
+    assert [labels.tolist() for _, labels in loader] == first
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "CMYK", "1"])
+def test_every_mode_becomes_three_channels(tmp_path, mode):
+    path = tmp_path / ("x.jpg" if mode == "CMYK" else "x.png")
+    Image.new("RGB", (10, 10), (255, 255, 255)).convert(mode if mode != "LA" else "L").convert(mode).save(path)
+    image = read_image(path, 8)
+    assert image.shape == (3, 8, 8) and image.dtype == torch.uint8
+    assert image.min() >= 250
+
+
+def test_transparency_is_put_on_white(tmp_path):
+    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "x.png")
+    assert (read_image(tmp_path / "x.png", 8) == 255).all()
+
+
+@pytest.mark.parametrize("size", [(40, 20), (20, 40), (8, 8), (3, 5)])
+def test_images_are_resized_and_centre_cropped(tmp_path, size):
+    image = Image.new("RGB", size, (0, 255, 0))
+    image.paste((255, 0, 0), (0, 0, size[0] // 5, size[1] // 5))  # a corner that a centre crop of 2:1 images loses
+    image.save(tmp_path / "x.png")
+    out = read_image(tmp_path / "x.png", 8)
+    assert out.shape == (3, 8, 8)
+    if max(size) >= 2 * min(size):
+        assert out[0].max() < 60
+
+
+def test_other_files_are_skipped_and_counted(tmp_path, capsys):
+    make_tree(tmp_path, {"a": 12})
+    (tmp_path / "a" / "notes.txt").write_text("x")
+    (tmp_path / "a" / "Thumbs.db").write_text("x")
+    train, test, _ = load_folder(str(tmp_path), 8, 0, 0)
+    assert len(train) + len(test) == 12
+    assert "skipped 2 files" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n"])
+def test_an_image_that_cannot_be_read_is_named(tmp_path, content):
+    make_tree(tmp_path, {"a": 12})
+    (tmp_path / "a" / "broken.png").write_bytes(content)
+    with pytest.raises(InputError, match=r"broken\.png can't be read"):
+        load_folder(str(tmp_path), 8, 0, 0)
+
+
+def test_folders_of_another_shape_are_explained(tmp_path):
+    with pytest.raises(InputError, match="needs --data_dir"):
+        load_folder(None, 8, 0, 0)
+    with pytest.raises(InputError, match="nowhere is no folder"):
+        load_folder(str(tmp_path / "nowhere"), 8, 0, 0)
+    with pytest.raises(InputError, match="no class folders"):
+        load_folder(str(tmp_path), 8, 0, 0)
+    (tmp_path / "a").mkdir()
+    with pytest.raises(InputError, match="holds no images"):
+        load_folder(str(tmp_path), 8, 0, 0)
+
+
+def test_train_and_test_must_have_the_same_classes(tmp_path):
+    make_tree(tmp_path, {"train/a": 10, "train/b": 10, "test/a": 2})
+    with pytest.raises(InputError, match="classes in .*test differ"):
+        load_folder(str(tmp_path), 8, 0, 0)
+
+
+# ------------------------------------------------------------------ cifar10
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise urllib.error.URLError("no network in this test")
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    monkeypatch.delenv("CIFAR10_ROOT", raising=False)
+
+
+@pytest.fixture
+def small_cifar10(tmp_path, monkeypatch):
+    """A data set of 20 + 4 images in the format of the python archive, whose md5s torchvision is made to expect."""
+    folder = tmp_path / "full" / CIFAR10.base_folder
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+
+    def write(name, content):
+        (folder / name).write_bytes(pickle.dumps(content))
+        return name, hashlib.md5((folder / name).read_bytes()).hexdigest()
+
+    def batch(count):
+        return {"data": rng.integers(0, 256, (count, 3072), dtype=np.uint8), "labels": [i % 10 for i in range(count)]}
+
+    monkeypatch.setattr(CIFAR10, "train_list", [write(f"data_batch_{i}", batch(4)) for i in range(1, 6)])
+    monkeypatch.setattr(CIFAR10, "test_list", [write("test_batch", batch(4))])
+    name, md5 = write("batches.meta", {"label_names": [f"class{i}" for i in range(10)]})
+    monkeypatch.setattr(CIFAR10, "meta", {"filename": name, "key": "label_names", "md5": md5})
+    return tmp_path / "full"
+
+
+@pytest.mark.parametrize("image_size", [32, 16])
+def test_cifar10_that_is_there_needs_no_network(small_cifar10, no_network, image_size):
+    train, test, names = load_cifar10(str(small_cifar10), image_size)
+    assert train.images.shape == (20, 3, image_size, image_size) and train.images.dtype == torch.uint8
+    assert (len(test), len(names)) == (4, 10)
+    with open(small_cifar10 / CIFAR10.base_folder / "data_batch_1", "rb") as file:
+        pixels = pickle.load(file)["data"]
+    if image_size == 32:
+        assert torch.equal(train.images[:4].reshape(4, -1), torch.from_numpy(pixels))
+
+
+def test_cifar10_is_looked_for_in_order(small_cifar10, no_network, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ex2_data, "COURSE_CIFAR10", small_cifar10)
+    assert ex2_data.find_cifar10(str(tmp_path / "empty")) == small_cifar10
+    monkeypatch.setattr(ex2_data, "COURSE_CIFAR10", tmp_path / "absent")
+    monkeypatch.setenv("CIFAR10_ROOT", str(small_cifar10))
+    assert ex2_data.find_cifar10(None) == small_cifar10
+    monkeypatch.delenv("CIFAR10_ROOT")
+    os.symlink(small_cifar10, tmp_path / "data")
+    assert str(ex2_data.find_cifar10(None)) == "data"
+
+
+def test_cifar10_archive_is_extracted_offline(small_cifar10, no_network, monkeypatch, tmp_path):
+    place = tmp_path / "archive"
+    place.mkdir()
+    with tarfile.open(place / CIFAR10.filename, "w:gz") as archive:
+        archive.add(small_cifar10 / CIFAR10.base_folder, CIFAR10.base_folder)
+    monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5((place / CIFAR10.filename).read_bytes()).hexdigest())
+    assert len(load_cifar10(str(place), 32)[0]) == 20
+
+
+def test_missing_cifar10_says_where_it_looked_and_what_to_do(no_network, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError) as error:
+        load_cifar10(str(tmp_path / "mine"), 32)
+    message = str(error.value)
+    for part in (
+        str(tmp_path / "mine" / "cifar-10-batches-py"),
+        "/proj/aimi-adl/CIFAR10",
+        "--dataset shapes",
+        "no network",
+    ):
+        assert part in message
+    assert "\n" not in message
+
+
+def test_damaged_archive_is_named(no_network, tmp_path):
+    (tmp_path / CIFAR10.filename).write_bytes(b"half an archive")
+    with pytest.raises(InputError, match=f"{CIFAR10.filename} is damaged.*c58f30108f718f92721af3b95e74349a"):
+        load_cifar10(str(tmp_path), 32)
+
+
+@pytest.mark.parametrize(
+    "damage, state", [(lambda p: p.write_bytes(b"x"), "damaged"), (lambda p: p.unlink(), "missing")]
+)
+def test_damaged_batch_file_is_named(small_cifar10, no_network, damage, state):
+    damage(small_cifar10 / CIFAR10.base_folder / "data_batch_3")
+    with pytest.raises(InputError, match=f"data_batch_3 is {state}"):
+        load_cifar10(str(small_cifar10), 32)
+
+
+# ------------------------------------------------------------------ shapes
+
+
+@pytest.mark.parametrize("image_size", [8, 16, 33])
+def test_shapes_of_any_size_have_ten_balanced_classes(image_size):
+    train, test, names = load_shapes(image_size, seed=0)
+    assert train.images.shape == (10_000, 3, image_size, image_size) and train.images.dtype == torch.uint8
+    assert names == SHAPES
+    assert torch.bincount(train.labels).tolist() == [1000] * 10 and torch.bincount(test.labels).tolist() == [200] * 10
+
+
+def test_shapes_depend_on_the_seed_alone_and_test_differs_from_train():
+    (train, test, _), (again, _, _), (other, _, _) = load_shapes(8, 0), load_shapes(8, 0), load_shapes(8, 1)
+    assert torch.equal(train.images, again.images)
+    assert not torch.equal(train.images, other.images)
+    known = {image.numpy().tobytes() for image in train.images}
+    assert not any(image.numpy().tobytes() in known for image in test.images)
+
+
+def test_shapes_are_anti_aliased_at_their_true_size():
+    """The painted area of a circle is pi r^2 at every resolution: the edge pixels carry their fraction of it."""
+    areas = []
+    for size in (16, 32, 128):
+        images = draw_shapes(np.zeros(50, int), size, np.random.default_rng(0)).double()
+        ground, paint = images[:, :, :1, :1], images.flatten(2).amax(-1)
+        contrast = (images - ground).sum(1)
+        areas.append((contrast.sum((1, 2)) / contrast.amax((1, 2)) / size**2).numpy())
+        assert paint.shape == (50, 3)
+    assert np.abs(areas[0] / areas[2] - 1).max() < 0.1
+    assert np.abs(areas[1] / areas[2] - 1).max() < 0.05
+
+
+def test_oracle_knows_fresh_shapes():
+    labels = np.arange(1000) % 10
+    images = draw_shapes(labels, 16, np.random.default_rng(123))
+    oracle = ShapesOracle(16)
+    assert oracle.accuracy(images, torch.from_numpy(labels)) >= 0.98
+    noise = torch.randint(0, 256, (1000, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert oracle.accuracy(noise, torch.from_numpy(labels)) < 0.3

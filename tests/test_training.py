@@ -1,0 +1,385 @@
+"""Train and test loop, averaged weights, checkpoints and resuming (2.1, 2.2 e)."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import ex2_config as cfg
+import ex2_main
+from ex2_data import ImageSet, InputError, make_loader
+from ex2_diffusion import SCHEDULES, Diffusion
+from ex2_metrics import loss_over_timesteps, timestep_grid
+from ex2_model import Unet
+from ex2_training import LossMeter, RunError, RunLog, build_ema, build_scheduler
+
+CPU = torch.device("cpu")
+SKELETON_ARGS = SimpleNamespace(log_interval=100, dry_run=False, batch_size=8, timesteps=50)
+
+
+@pytest.fixture
+def diffusor():
+    return Diffusion(50, SCHEDULES["cosine"], 8, "cpu")
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return Unet(dim=8, dim_mults=(1, 2), class_free_guidance=True, num_classes=3)
+
+
+def random_set(count, size=8):
+    g = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=g)
+    return ImageSet(images, torch.arange(count) % 3)
+
+
+def tiny_config(tmp_path, **changes):
+    settings = {
+        "dataset": "shapes",
+        "image_size": 8,
+        "dim": 8,
+        "dim_mults": (1, 2),
+        "timesteps": 50,
+        "batch_size": 16,
+        "epochs": 2,
+        "results_dir": str(tmp_path),
+        "eval_images": 8,
+        "eval_timesteps": 2,
+        "class_free_guidance": True,
+    }
+    config = cfg.Config(**{**settings, **changes})
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    return config
+
+
+def tiny_splits():
+    sets = [random_set(40), random_set(8), random_set(8)]
+    return SimpleNamespace(train=sets[0], val=sets[1], test=sets[2], class_names=("a", "b", "c"))
+
+
+# ------------------------------------------------------------------ train
+
+
+class Recorder(torch.nn.Module):
+    """Predicts zeros and remembers what it was asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.zeros(()))
+        self.x, self.t = [], []
+
+    def forward(self, x, t):
+        self.x.append(x.detach())
+        self.t.append(t)
+        return x * self.scale
+
+
+def run_epoch(model, diffusor, dataset=None, batch_size=8, args=SKELETON_ARGS, lr=1e-3, **options):
+    loader = make_loader(dataset or random_set(20), batch_size, CPU, train=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    return ex2_main.train(model, loader, optimizer, diffusor, 0, CPU, args, **options)
+
+
+def test_train_with_the_skeletons_arguments_lowers_the_loss(model, diffusor):
+    dataset = random_set(64)
+    losses = [run_epoch(model, diffusor, dataset, lr=3e-3) for _ in range(6)]
+    assert losses[-1] < losses[0]
+
+
+def test_training_draws_all_times_for_every_sample(diffusor):
+    torch.manual_seed(0)
+    recorder = Recorder()
+    run_epoch(recorder, diffusor, random_set(2000, size=2), batch_size=100)
+    times = torch.cat(recorder.t)
+    assert set(times.tolist()) == set(range(50))
+    assert all(len(t.unique()) > 1 for t in recorder.t)
+
+
+def test_epoch_loss_is_the_mean_over_images_with_a_smaller_last_batch():
+    meter = LossMeter(0)
+    for loss, count in ((1.0, 8), (2.0, 8), (7.0, 4)):
+        meter.add(torch.tensor(loss), torch.tensor(1.0), count)
+        meter.close_window(1e-3)
+    assert meter.mean == pytest.approx((8 + 16 + 28) / 20)
+
+
+def test_window_loss_does_not_depend_on_the_log_interval():
+    losses = [(torch.tensor(float(i)), torch.tensor(0.0), 3 + i) for i in range(6)]
+    means = []
+    for interval in (1, 2, 6):
+        meter = LossMeter(0)
+        for i, step in enumerate(losses):
+            meter.add(*step)
+            if (i + 1) % interval == 0:
+                meter.close_window(1e-3)
+        means.append(meter.mean)
+    assert means == pytest.approx([means[0]] * 3)
+
+
+def test_dry_run_takes_one_batch_and_reports_its_mean(diffusor):
+    torch.manual_seed(0)
+    recorder = Recorder()
+    args = SimpleNamespace(log_interval=100, dry_run=True)
+    loss = run_epoch(recorder, diffusor, random_set(500, size=16), batch_size=50, args=args)
+    assert len(recorder.x) == 1
+    assert loss == pytest.approx(1, abs=0.02)
+
+
+def test_train_hands_the_model_images_in_range_and_sets_train_mode(model, diffusor):
+    model.eval()
+    run_epoch(model, diffusor)
+    assert model.training
+    raw = [(torch.full((4, 3, 8, 8), 128.0), torch.zeros(4, dtype=torch.long))]
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(ValueError, match=r"\|x\| up to 128"):
+        ex2_main.train(model, raw, optimizer, diffusor, 0, CPU, SKELETON_ARGS)
+
+
+def test_gradients_are_clipped_and_the_norm_before_is_reported(diffusor):
+    model = Recorder()
+    model.scale.data.fill_(1000.0)
+    rows = []
+    log = SimpleNamespace(write=lambda **row: rows.append(row))
+    run_epoch(model, diffusor, log=log, grad_clip=0.5)
+    assert rows[-1]["grad_norm"] > 100
+    assert model.scale.grad.abs().item() == pytest.approx(0.5, rel=1e-3)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(diffusor):
+    class Diverging(Recorder):
+        def forward(self, x, t):
+            super().forward(x, t)
+            return x * self.scale * (float("nan") if len(self.x) == 3 else 1.0)
+
+    with pytest.raises(RunError, match=r"step 3 of epoch 1 \(learning rate 0.001\): lower --lr"):
+        run_epoch(Diverging(), diffusor)
+
+
+def test_diverged_run_keeps_the_last_good_checkpoint(tmp_path, diffusor, monkeypatch):
+    config = tiny_config(tmp_path)
+    real_train = ex2_main.train
+
+    def fail_in_second_epoch(model, loader, optimizer, diffusor, epoch, *rest, **options):
+        if epoch == 1:
+            torch.nn.init.constant_(model.final_conv.bias, float("nan"))
+        return real_train(model, loader, optimizer, diffusor, epoch, *rest, **options)
+
+    monkeypatch.setattr(ex2_main, "train", fail_in_second_epoch)
+    with pytest.raises(RunError, match="epoch 2"):
+        ex2_main.fit(config, tiny_splits(), diffusor, CPU)
+    saved = cfg.load_checkpoint(config.run_dir)
+    assert saved["epoch"] == 1
+    assert all(v.isfinite().all() for v in saved["model"].values())
+
+
+def test_bfloat16_training_stays_near_float32(diffusor):
+    losses = []
+    for amp in (False, True):
+        torch.manual_seed(0)
+        model = Unet(dim=8, dim_mults=(1, 2))
+        torch.manual_seed(1)
+        losses.append(run_epoch(model, diffusor, random_set(64), amp=amp))
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+    assert losses[0] != losses[1]
+
+
+# ------------------------------------------------------------------ schedule and averages
+
+
+def test_warm_up_counts_optimiser_steps_and_decay_ends_at_zero():
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    scheduler = build_scheduler(optimizer, warmup_steps=10, total_steps=200)
+    rates = []
+    for _ in range(200):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert max(rates) == rates[10] == pytest.approx(0.1)
+    assert rates[:11] == sorted(rates[:11]) and rates[0] > 0
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
+
+
+def test_warm_up_takes_at_most_a_tenth_of_a_short_run():
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    scheduler = build_scheduler(optimizer, warmup_steps=500, total_steps=20)
+    for _ in range(2):
+        optimizer.step()
+        scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1)
+
+
+def test_average_follows_the_ramp_and_differs_from_the_weights():
+    layer = torch.nn.Linear(1, 1, bias=False)
+    layer.weight.data.fill_(1.0)
+    ema = build_ema(layer, 0.9)
+    expected = 1.0
+    for n in range(1, 200):
+        layer.weight.data.fill_(float(n % 7))
+        ema.update_parameters(layer)
+        decay = min(0.9, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * (n % 7)
+        assert ema.module.weight.item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+        if n == 1:
+            assert ema.module.weight.item() != layer.weight.item() or n % 7 == 1
+
+
+def test_short_runs_forget_the_initial_weights_even_with_a_long_average():
+    layer = torch.nn.Linear(1, 1, bias=False)
+    layer.weight.data.fill_(1.0)
+    ema = build_ema(layer, 0.9999)
+    layer.weight.data.fill_(0.0)
+    for _ in range(750):
+        ema.update_parameters(layer)
+    assert ema.module.weight.item() < 1e-6  # with a constant 0.9999 it would be 0.93
+
+
+def test_test_and_samples_use_the_average(tmp_path, diffusor):
+    config = tiny_config(tmp_path)
+    averaged = ex2_main.fit(config, tiny_splits(), diffusor, CPU)
+    saved = cfg.load_checkpoint(config.run_dir)
+    restored = cfg.restore_model(saved, config, CPU)
+    for name, value in averaged.state_dict().items():
+        assert torch.equal(value, restored.state_dict()[name])
+    assert any(not torch.equal(saved["ema"][k], saved["model"][k]) for k in saved["model"])
+    assert not averaged.training
+
+
+# ------------------------------------------------------------------ 2.2 e: test
+
+
+def test_test_is_in_eval_mode_without_gradients_or_dropped_labels_and_restores_the_mode(model, diffusor):
+    seen = []
+
+    class Probe(Unet):
+        def forward(self, x, t, classes=None):
+            seen.append((self.training, torch.is_grad_enabled(), classes.tolist()))
+            return super().forward(x, t, classes)
+
+    probe = Probe(dim=8, dim_mults=(1, 2), class_free_guidance=True, num_classes=3, p_uncond=1.0).train()
+    loader = make_loader(random_set(6), 4, CPU, flip=True)
+    ex2_main.test(probe, loader, diffusor, CPU, SKELETON_ARGS)
+    assert probe.training
+    assert {(mode, grad) for mode, grad, _ in seen} == {(False, False)}
+    assert [0, 1, 2, 0] in [labels for _, _, labels in seen]
+
+
+def test_test_losses_are_fixed_whatever_the_global_seed_and_batch_size(model, diffusor):
+    results = []
+    for seed, batch_size in ((0, 3), (1, 8)):
+        torch.manual_seed(seed)
+        results.append(ex2_main.test(model, make_loader(random_set(8), batch_size, CPU), diffusor, CPU, SKELETON_ARGS))
+    assert results[0]["t"] == results[1]["t"] == timestep_grid(50, 10)
+    assert results[0]["l2"] == pytest.approx(results[1]["l2"], rel=1e-4)
+    assert results[0]["l1"] == pytest.approx(results[1]["l1"], rel=1e-4)
+
+
+def test_losses_of_known_predictors(diffusor):
+    loader = make_loader(random_set(30, size=32), 8, CPU)
+    zero = loss_over_timesteps(lambda x, t: torch.zeros_like(x), loader, diffusor, [0, 20, 49])
+    assert zero["images"] == 30
+    assert zero["l2"] == pytest.approx([1, 1, 1], abs=0.02)
+    assert zero["l1"] == pytest.approx([0.798] * 3, abs=0.02)
+    few = loss_over_timesteps(lambda x, t: torch.zeros_like(x), loader, diffusor, [0], max_images=11)
+    assert few["images"] == 11
+
+
+@pytest.mark.parametrize("timesteps, count", [(1000, 10), (50, 2), (5, 10), (1, 3)])
+def test_grid_of_times_has_both_ends(timesteps, count):
+    grid = timestep_grid(timesteps, count)
+    assert grid == sorted(set(grid)) and len(grid) == min(count, timesteps)
+    assert grid[0] == 0 and (grid[-1] == timesteps - 1 or count == 1)
+
+
+# ------------------------------------------------------------------ checkpoints
+
+
+def test_checkpoint_is_plain_and_without_foreign_prefixes(tmp_path, diffusor):
+    config = tiny_config(tmp_path, epochs=1)
+    ex2_main.fit(config, tiny_splits(), diffusor, CPU)
+    saved = torch.load(config.run_dir / "ckpt.pt", weights_only=True)
+    assert cfg.Config(**saved["config"]) == config
+    assert saved["class_names"] == ["a", "b", "c"] and saved["epoch"] == 1 and saved["step"] == 3
+    assert not [k for part in ("model", "ema") for k in saved[part] if "module." in k or "_orig_mod" in k]
+    assert not list(config.run_dir.glob("*.tmp"))
+
+
+def test_interrupted_and_resumed_training_is_the_uninterrupted_one(tmp_path, diffusor, monkeypatch):
+    straight = ex2_main.fit(tiny_config(tmp_path / "a", epochs=3), tiny_splits(), diffusor, CPU)
+
+    config = tiny_config(tmp_path / "b", epochs=3)
+    real_test = ex2_main.test
+
+    def interrupt(*args):
+        if (config.run_dir / "ckpt.pt").exists():
+            raise KeyboardInterrupt
+        return real_test(*args)
+
+    monkeypatch.setattr(ex2_main, "test", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        ex2_main.fit(config, tiny_splits(), diffusor, CPU)
+    monkeypatch.setattr(ex2_main, "test", real_test)
+    resumed = ex2_main.fit(config, tiny_splits(), diffusor, CPU)
+    for name, value in straight.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+    steps = [int(row["step"]) for row in RunLog(config.run_dir / "log.csv", 3).rows()]
+    assert steps == sorted(steps) and steps[-1] == 9
+
+
+def test_resuming_with_other_settings_names_them(tmp_path, diffusor):
+    ex2_main.fit(tiny_config(tmp_path, epochs=1), tiny_splits(), diffusor, CPU)
+    with pytest.raises(InputError, match=r"--batch_size 16 there, 20 now.*--run_name"):
+        ex2_main.fit(tiny_config(tmp_path, epochs=1, batch_size=20), tiny_splits(), diffusor, CPU)
+
+
+def test_finished_run_is_not_trained_again(tmp_path, diffusor, capsys):
+    config = tiny_config(tmp_path, epochs=1)
+    first = ex2_main.fit(config, tiny_splits(), diffusor, CPU)
+    before = (config.run_dir / "ckpt.pt").read_bytes()
+    again = ex2_main.fit(config, tiny_splits(), diffusor, CPU)
+    assert "1 of 1 epochs are done" in capsys.readouterr().out
+    assert (config.run_dir / "ckpt.pt").read_bytes() == before
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in first.state_dict().items())
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", "truncated", "other"])
+def test_files_that_are_no_checkpoint_are_refused(tmp_path, content):
+    path = tmp_path / "ckpt.pt"
+    if content == "truncated":
+        cfg.save_checkpoint(path, model={"w": torch.zeros(1000)})
+        path.write_bytes(path.read_bytes()[:2000])
+    elif content == "other":
+        torch.save({"w": torch.zeros(2)}, path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=r"ckpt\.pt is (damaged|no checkpoint)"):
+        cfg.load_checkpoint(path)
+
+
+def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "ckpt.pt"
+    cfg.save_checkpoint(path, epoch=1)
+    monkeypatch.setattr(
+        torch, "save", lambda content, file: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
+    with pytest.raises(OSError):
+        cfg.save_checkpoint(path, epoch=2)
+    assert cfg.load_checkpoint(path)["epoch"] == 1
+
+
+def test_step_time_is_measured_without_changing_anything(tmp_path, diffusor, model):
+    config = tiny_config(tmp_path)
+    before, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    seconds = ex2_main.seconds_per_step(config, model, diffusor, make_loader(random_set(40), 16, CPU, train=True))
+    assert 0 < seconds < 10
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_configs_of_a_checkpoint_can_be_changed_for_sampling(tmp_path):
+    config = tiny_config(tmp_path)
+    changed = cfg.config_of({"config": dataclasses.asdict(config)}, {"sampler": "ddim", "sample_steps": 5})
+    assert changed.sampling == {"sampler": "ddim", "steps": 5, "eta": 0.0}
+    assert changed.dim_mults == (1, 2)

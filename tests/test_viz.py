@@ -1,0 +1,95 @@
+"""Pictures: brightness, order, labels, shapes; no display needed."""
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import ex2_viz as viz
+from ex2_diffusion import SCHEDULES
+
+
+def frames_of(path):
+    with Image.open(path) as gif:
+        for i in range(gif.n_frames):
+            gif.seek(i)
+            yield np.asarray(gif.convert("RGB")), gif.info["duration"]
+
+
+def test_no_display_is_needed():
+    assert matplotlib.get_backend().lower() == "agg"
+
+
+def test_saved_images_are_scaled_back_and_not_dark(tmp_path):
+    images = torch.stack([torch.full((3, 4, 4), value) for value in (-1.0, 0.0, 1.0)])
+    paths = [tmp_path / f"{i}.png" for i in range(3)]
+    viz.save_images(images, paths)
+    assert [np.asarray(Image.open(path)).mean() for path in paths] == [0, 128, 255]
+
+
+def test_grid_shows_every_image_in_its_place(tmp_path):
+    colours = torch.eye(3).repeat(2, 1)[:, :, None, None].expand(6, 3, 16, 16) * 2 - 1
+    viz.save_grid(colours, tmp_path / "g.png", columns=3, row_labels=["a", "b"], column_labels=["x", "y", "z"])
+    picture = np.asarray(Image.open(tmp_path / "g.png").convert("RGB"))
+    for channel in range(3):
+        other = [c for c in range(3) if c != channel]
+        pure = (picture[..., channel] == 255) & (picture[..., other] == 0).all(-1)
+        assert pure.sum() == pytest.approx(2 * 64 * 64, rel=0.05)
+        columns = np.flatnonzero(pure.any(0))
+        assert abs(columns.mean() - (picture.shape[1] - 3 * 66) - 66 * channel - 33) < 15
+
+
+@pytest.mark.parametrize("size, width", [(8, 64), (16, 64), (32, 64), (64, 64), (128, 128)])
+def test_small_images_are_enlarged(size, width):
+    assert viz.enlarged(torch.zeros(1, 3, size, size, dtype=torch.uint8)).shape[-1] == width
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (8, 8, 3), (1, 8, 8)])
+@pytest.mark.parametrize("fps", [4, 10])
+def test_gif_keeps_order_shape_and_pace(tmp_path, shape, fps):
+    frames = [torch.full(shape, value) for value in (-1.0, -0.5, 0.0, 0.5, 1.0)]
+    viz.save_gif(frames, tmp_path / "x.gif", fps=fps)
+    pictures, durations = zip(*frames_of(tmp_path / "x.gif"))
+    assert [picture.shape for picture in pictures] == [(8, 8, 3)] * 5
+    levels = [picture.mean() for picture in pictures]
+    assert levels == pytest.approx([0, 64, 128, 191, 255], abs=3)
+    assert durations == (1000 // fps,) * 4 + (2000,)
+
+
+def test_frames_of_the_process_carry_their_time(tmp_path):
+    steps = [(t, torch.zeros(4, 3, 8, 8)) for t in (9, 4, -1)]
+    viz.save_process_gif(steps, tmp_path / "x.gif")
+    pictures = [picture for picture, _ in frames_of(tmp_path / "x.gif")]
+    captions = [picture[:20] for picture in pictures]
+    assert len(pictures) == 3
+    for t, shown in zip((9, 4, -1), captions):
+        expected = viz.caption(torch.zeros(4, 3, 8, 8), f"t = {t + 1}")[:20]
+        assert np.abs(shown.astype(int) - expected).max() < 40
+    assert not np.array_equal(captions[0], captions[1])
+
+
+def test_schedule_plot_draws_the_betas_it_is_given(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(viz, "save_figure", lambda figure, path: drawn.append(figure))
+    schedules = {name: schedule(100) for name, schedule in SCHEDULES.items()}
+    viz.plot_schedules(schedules, tmp_path / "s.png")
+    axes = drawn[0].axes
+    assert [line.get_label() for line in axes[0].lines] == list(SCHEDULES)
+    for k, betas in enumerate(schedules.values()):
+        abar = torch.cumprod(1 - betas, 0)
+        for ax, values in zip(axes, (betas, abar, torch.log(abar / (1 - abar)))):
+            assert ax.lines[k].get_xdata().tolist() == list(range(1, 101))
+            np.testing.assert_allclose(ax.lines[k].get_ydata(), values.numpy())
+    viz.plt.close(drawn[0])
+
+
+def test_curves_are_drawn(tmp_path):
+    row = dict.fromkeys(("step", "epoch", "seconds", "lr", "grad_norm", "train_loss", "epoch_loss", "val_loss"), "")
+    rows = [{**row, "step": str(i), "lr": "0.1", "grad_norm": "1", "train_loss": "0.5"} for i in range(3)]
+    rows.append({**row, "step": "3", "epoch_loss": "0.5", "val_loss": "0.4"})
+    viz.plot_training(rows, tmp_path / "a.png")
+    curve = {"t": [0, 5, 9], "l1": [0.5, 0.2, 0.1], "l2": [0.4, 0.2, 0.1]}
+    viz.plot_loss_over_t({"val": curve, "test": curve}, tmp_path / "b.png")
+    for name in ("a.png", "b.png"):
+        assert np.asarray(Image.open(tmp_path / name)).std() > 5
