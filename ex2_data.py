@@ -341,13 +341,13 @@ def load_shapes(image_size: int, seed: int) -> tuple[ImageSet, ImageSet, tuple[s
 
 
 def draw_shapes(labels: np.ndarray, image_size: int, rng: np.random.Generator) -> Tensor:
-    """One anti-aliased shape per label, of random colour, size, place and tilt on a dark random ground.
+    """One anti-aliased shape per label, of random colours, size, place and tilt, bright on dark ground.
 
     Returns: (N, 3, image_size, image_size) uint8.
     """
     count = len(labels)
-    radius = rng.uniform(0.55, 0.85, (count, 1, 1))  # in half image sizes
-    centre = rng.uniform(-1, 1, (count, 2, 1, 1)) * (0.92 - radius[:, None])
+    radius = rng.uniform(0.6, 0.9, (count, 1, 1))  # in half image sizes
+    centre = rng.uniform(-1, 1, (count, 2, 1, 1)) * (0.95 - radius[:, None])
     tilt = rng.uniform(-0.2, 0.2, (count, 1, 1))  # radians: a square stays unlike a diamond
     paint = hsv_to_rgb(rng.uniform((0, 0.35, 0.8), (1, 1, 1), (count, 3)))
     ground = hsv_to_rgb(rng.uniform((0, 0, 0.05), (1, 1, 0.35), (count, 3)))

@@ -332,10 +332,8 @@ def test_shapes_are_anti_aliased_at_their_true_size():
     areas = []
     for size in (16, 32, 128):
         images = draw_shapes(np.zeros(50, int), size, np.random.default_rng(0)).double()
-        ground, paint = images[:, :, :1, :1], images.flatten(2).amax(-1)
-        contrast = (images - ground).sum(1)
+        contrast = (images - images[:, :, :1, :1]).abs().sum(1)  # to the ground, which the corner shows
         areas.append((contrast.sum((1, 2)) / contrast.amax((1, 2)) / size**2).numpy())
-        assert paint.shape == (50, 3)
     assert np.abs(areas[0] / areas[2] - 1).max() < 0.1
     assert np.abs(areas[1] / areas[2] - 1).max() < 0.05
 
