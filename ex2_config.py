@@ -78,7 +78,9 @@ class Config:
         None, "sampling", "network calls per image (default: all T)", type=int, minimum=1
     )
     eta: float = setting(0.0, "sampling", "DDIM's share of fresh noise", type=float, minimum=0, maximum=1)
-    guidance_scale: float = setting(1.0, "sampling", "w of Eq. 11, for class-conditional models", type=float)
+    guidance_scale: Optional[float] = setting(
+        None, "sampling", "w of Eq. 11 (default: 1 for class-conditional models)", type=float
+    )
     sample_batch: int = setting(100, "sampling", "images that are sampled at a time", type=int, minimum=1)
 
     def __post_init__(self):
@@ -92,6 +94,9 @@ class Config:
                 check_setting(f, item)
         if self.sample_steps is not None and self.sample_steps > self.timesteps:
             raise InputError(f"--sample_steps must be at most --timesteps ({self.timesteps}), got {self.sample_steps}")
+        if self.eta > 0 and self.sampler != "ddim":
+            raise InputError("--eta is the share of fresh noise of DDIM: give --sampler ddim with it")
+        self._check_class_settings()
         if self.run_name in ("", ".", "..") or Path(self.run_name).name != self.run_name:
             raise InputError(f"--run_name must be a plain folder name, got {self.run_name!r}")
         factor = 2 ** (len(self.dim_mults) - 1)
@@ -106,6 +111,17 @@ class Config:
                 "positions to the innermost attention, at most 32x32 fit: add a level to --dim_mults"
             )
 
+    def _check_class_settings(self) -> None:
+        """Settings that only a class-conditional model heeds must not be ignored silently."""
+        if self.class_free_guidance:
+            return
+        defaults = {"p_uncond": 0.1, "null_token": "learned"}
+        for name, default in defaults.items():
+            if getattr(self, name) != default:
+                raise InputError(f"--{name} is for class-conditional models: give --class_free_guidance with it")
+        if self.guidance_scale:
+            raise InputError("--guidance_scale needs a class-conditional model: train with --class_free_guidance")
+
     @property
     def run_dir(self) -> Path:
         """Where the run's files go; a dry run keeps out of the way of the real one."""
@@ -113,9 +129,14 @@ class Config:
 
     @property
     def sampling(self) -> dict:
-        """The keyword arguments of `Diffusion.sample` that are the user's choice, guidance aside."""
-        steps = min(2, self.timesteps) if self.dry_run else self.sample_steps
-        return {"sampler": self.sampler, "steps": steps, "eta": self.eta}
+        """The keyword arguments of `Diffusion.sample` that are the user's choice."""
+        default_scale = 1.0 if self.class_free_guidance else 0.0
+        return {
+            "guidance_scale": default_scale if self.guidance_scale is None else self.guidance_scale,
+            "sampler": self.sampler,
+            "steps": min(2, self.timesteps) if self.dry_run else self.sample_steps,
+            "eta": self.eta,
+        }
 
 
 def check_setting(f: dataclasses.Field, value) -> None:
@@ -211,6 +232,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     test.add_argument(
         "--data_dir", default=argparse.SUPPRESS, help="where the data lies, if not where it lay in training"
     )
+    test.add_argument("--out", help="folder for the figures (default: the run's folder)")
     add_flags(test, ("run", "evaluation", "sampling"), RUN_FLAGS_OF_TRAIN)
 
     sample = commands.add_parser("sample", help="draw images from a checkpoint")

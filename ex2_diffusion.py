@@ -378,8 +378,10 @@ class Diffusion:
         """
         if sampler not in SAMPLERS:
             raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
-        if not 0 <= eta <= 1:
-            raise ValueError(f"eta must lie within 0 .. 1, got {eta:g}")
+        if not 0 <= eta <= 1 or (eta > 0 and sampler != "ddim"):
+            raise ValueError(
+                f"eta must lie within 0 .. 1, and be 0 for any sampler but ddim; got {eta:g} for {sampler}"
+            )
         if classes is not None:
             classes = torch.as_tensor(classes, device=self.device)
             if classes.shape != (batch_size,):

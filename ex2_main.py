@@ -11,6 +11,7 @@ import dataclasses
 import json
 import sys
 import time
+from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted: every finished epoch is in ckpt.pt, the same command goes on from there", file=sys.stderr)
+        print("interrupted; training goes on after its last finished epoch when started again", file=sys.stderr)
         return 130
     return 0
 
@@ -69,6 +70,7 @@ def run_test(args) -> None:
     splits = load_splits(config.dataset, config.data_dir, config.image_size, config.seed, config.num_workers)
     if splits.class_names != tuple(checkpoint["class_names"]):
         raise InputError(f"the data has classes {splits.class_names}, the checkpoint {checkpoint['class_names']}")
+    make_run_dir(config.run_dir)
     model = cfg.restore_model(checkpoint, config, device)
     evaluate(model, splits, cfg.build_diffusion(config, device), device, config)
 
@@ -80,7 +82,7 @@ def run_sample(args) -> None:
         raise InputError(f"--n_images must be at least 1, got {args.n_images}")
     names = checkpoint["class_names"]
     chosen = choose_classes(args.classes, names, config)
-    out = Path(args.out) if args.out else config.run_dir / "samples"
+    out = config.run_dir if args.out else config.run_dir / "samples"
     make_run_dir(out)
     sample_and_save_images(
         1 if config.dry_run else args.n_images,
@@ -90,7 +92,6 @@ def run_sample(args) -> None:
         out,
         classes=None if chosen is None else [chosen[i % len(chosen)] for i in range(args.n_images)],
         class_names=names,
-        guidance_scale=config.guidance_scale,
         seed=config.seed,
         batch_size=config.sample_batch,
         **config.sampling,
@@ -99,13 +100,12 @@ def run_sample(args) -> None:
 
 
 def open_checkpoint(args):
-    """(checkpoint, config with the flags given now, device) for `test` and `sample`."""
+    """(checkpoint, config, device) for `test` and `sample`, with the flags given now, and --out as run_dir."""
     checkpoint = cfg.load_checkpoint(args.checkpoint)
     path = Path(args.checkpoint)
-    run_dir = path if path.is_dir() else path.parent
-    here = {"results_dir": str(run_dir.resolve().parent), "run_name": run_dir.resolve().name}
-    config = cfg.config_of(checkpoint, {"cuda": None, "dry_run": False, **args.given, **here})
-    make_run_dir(config.run_dir)
+    out = Path(args.out or (path if path.is_dir() else path.parent)).resolve()
+    now = {"cuda": None, "dry_run": False, **args.given, "results_dir": str(out.parent), "run_name": out.name}
+    config = cfg.config_of(checkpoint, now)
     return checkpoint, config, cfg.pick_device(config.cuda)
 
 
@@ -116,7 +116,7 @@ def make_run_dir(path: Path) -> None:
         (path / ".writable").write_bytes(b"")
         (path / ".writable").unlink()
     except OSError as error:
-        raise InputError(f"can't write to {path} ({error.strerror}): choose another --results_dir") from error
+        raise InputError(f"can't write to {path} ({error.strerror}): choose a folder you can write to") from error
 
 
 def choose_classes(wanted: list[str] | None, names: list[str], config: cfg.Config) -> list[int] | None:
@@ -254,7 +254,7 @@ def test(model, testloader, diffusor, device, args) -> dict:
     """2.2 e: l1 and l2 loss at fixed times with fixed noise, without label dropout; see `loss_over_timesteps`.
 
     Args:
-        args: `eval_timesteps` and `eval_images` bound the work where it has them; `dry_run` takes one batch.
+        args: `eval_timesteps` and `eval_images` bound the work where it has them; `dry_run` takes one image.
     """
     training = model.training
     model.eval()
@@ -314,20 +314,21 @@ def evaluate(model, splits: DataSplits, diffusor: Diffusion, device, config: cfg
     if config.dataset == "shapes" and config.class_free_guidance:
         report["class_accuracy"] = shapes_accuracy(model, diffusor, config)
 
-    print(f"{'t':>6} " + " ".join(f"{f'{name} {loss}':>9}" for name in losses for loss in ("l1", "l2")))
-    for k, t in enumerate(losses["val"]["t"]):
-        print(
-            f"{t + 1:>6} " + " ".join(f"{curve[loss][k]:>9.4f}" for curve in losses.values() for loss in ("l1", "l2"))
-        )
-    if "class_accuracy" in report:
-        print(
-            "samples that show their class: {accuracy:.1%} of {samples} at w={guidance_scale:g}".format(
-                **report["class_accuracy"]
-            )
-        )
+    print_report(report)
     (config.run_dir / "test_metrics.json").write_text(json.dumps(report, indent=2) + "\n")
     viz.plot_loss_over_t(losses, config.run_dir / "loss_over_t.png")
     return report
+
+
+def print_report(report: dict) -> None:
+    """The losses as a table, a row per time; below it the class accuracy where there is one."""
+    columns = [(name, loss) for name in report["losses"] for loss in ("l1", "l2")]
+    print(f"{'t':>6}", *(f"{name + ' ' + loss:>9}" for name, loss in columns))
+    for k, t in enumerate(report["losses"]["val"]["t"]):
+        print(f"{t + 1:>6}", *(f"{report['losses'][name][loss][k]:>9.4f}" for name, loss in columns))
+    if "class_accuracy" in report:
+        figures = report["class_accuracy"]
+        print(f"{figures['accuracy']:.1%} of {figures['samples']} samples show their class")
 
 
 def shapes_accuracy(model, diffusor: Diffusion, config: cfg.Config) -> dict:
@@ -341,19 +342,16 @@ def shapes_accuracy(model, diffusor: Diffusion, config: cfg.Config) -> dict:
         config.sample_batch,
         config.seed + 1,
         classes=classes,
-        guidance_scale=config.guidance_scale,
         **config.sampling,
     )
     accuracy = ShapesOracle(config.image_size).accuracy(reverse_transform(torch.cat(list(batches))), classes)
-    return {"accuracy": accuracy, "samples": count, "guidance_scale": config.guidance_scale, **config.sampling}
+    return {"accuracy": accuracy, "samples": count, **config.sampling}
 
 
 def draw_process(model, splits: DataSplits, diffusor: Diffusion, config: cfg.Config) -> None:
     """2.2 f and 2.3: schedules, and the forward and the reverse process as strips and animations."""
     out = config.run_dir
-    viz.plot_schedules(
-        {name: schedule(config.timesteps) for name, schedule in SCHEDULES.items()}, out / "schedules.png"
-    )
+    viz.plot_schedules(possible_schedules(config.timesteps), out / "schedules.png")
 
     count = min(4, len(splits.test))
     loader = make_loader(splits.test, count, diffusor.device)
@@ -369,7 +367,6 @@ def draw_process(model, splits: DataSplits, diffusor: Diffusion, config: cfg.Con
         config.image_size,
         count,
         classes=classes,
-        guidance_scale=0.0 if classes is None else config.guidance_scale,
         generator=image_generators(config.seed, 0, count),
         **config.sampling,
     )
@@ -382,6 +379,15 @@ def draw_process(model, splits: DataSplits, diffusor: Diffusion, config: cfg.Con
     viz.save_process_gif([(t, x) for t, x, _ in reverse], out / "reverse.gif")
 
 
+def possible_schedules(timesteps: int) -> dict:
+    """name -> betas (T,) of the named schedules that exist for that many steps."""
+    betas = {}
+    for name, schedule in SCHEDULES.items():
+        with suppress(ValueError):
+            betas[name] = schedule(timesteps)
+    return betas
+
+
 def draw_samples(model, class_names, diffusor: Diffusion, config: cfg.Config) -> None:
     """2.2 b and 2.4: a grid of samples; of a conditional model by class, and over guidance scales at equal noise."""
     common = {"batch_size": config.sample_batch, "seed": config.seed, **config.sampling}
@@ -391,17 +397,15 @@ def draw_samples(model, class_names, diffusor: Diffusion, config: cfg.Config) ->
         return
     columns = 1 if config.dry_run else 8
     classes = torch.arange(len(class_names)).repeat_interleave(columns)
-    images = sample_in_batches(
-        diffusor, model, len(classes), classes=classes, guidance_scale=config.guidance_scale, **common
-    )
-    title = f"guidance scale w = {config.guidance_scale:g}"
-    viz.save_grid(torch.cat(list(images)), config.run_dir / "class_grid.png", columns, class_names, title=title)
+    images = torch.cat(list(sample_in_batches(diffusor, model, len(classes), classes=classes, **common)))
+    title = f"guidance scale w = {common['guidance_scale']:g}"
+    viz.save_grid(images, config.run_dir / "class_grid.png", columns, class_names, title=title)
 
     classes = torch.arange(len(class_names))
-    by_scale = [
-        torch.cat(list(sample_in_batches(diffusor, model, len(classes), classes=classes, guidance_scale=w, **common)))
-        for w in GUIDANCE_SCALES
-    ]
+    by_scale = []
+    for w in GUIDANCE_SCALES:
+        guided = {**common, "guidance_scale": w}
+        by_scale.append(torch.cat(list(sample_in_batches(diffusor, model, len(classes), classes=classes, **guided))))
     viz.save_grid(
         torch.stack(by_scale, dim=1).flatten(0, 1),
         config.run_dir / "guidance_grid.png",
@@ -420,7 +424,6 @@ def sample_and_save_images(
     *,
     classes=None,
     class_names=None,
-    guidance_scale=0.0,
     seed=0,
     batch_size=100,
     **sampling,
@@ -429,16 +432,14 @@ def sample_and_save_images(
 
     Args:
         classes: a label per image, for a conditional model.  class_names: their names, for file names and the grid.
-        sampling: `sampler`, `steps` and `eta` as in `Diffusion.sample`.
+        sampling: `guidance_scale`, `sampler`, `steps` and `eta` as in `Diffusion.sample`.
     """
     store_path = Path(store_path)
     store_path.mkdir(parents=True, exist_ok=True)
     training = model.training
     model.to(device).eval()
     classes = None if classes is None else torch.as_tensor(classes)
-    batches = sample_in_batches(
-        diffusor, model, n_images, batch_size, seed, classes=classes, guidance_scale=guidance_scale, **sampling
-    )
+    batches = sample_in_batches(diffusor, model, n_images, batch_size, seed, classes=classes, **sampling)
     images = torch.cat(list(batches))
     model.train(training)
     labels = [] if classes is None else [class_names[c] if class_names else str(c) for c in classes.tolist()]

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from ex2_data import SHAPES, draw_shapes
 from ex2_diffusion import Diffusion, check_images, image_generators
+from ex2_shapes import SHAPES, draw_shapes
 
 NOISE_SEED = 20_201_216  # of every evaluation, so that figures of different runs are comparable
 

@@ -16,11 +16,9 @@ from torchvision.datasets import CIFAR10
 
 import ex2_data
 from ex2_data import (
-    SHAPES,
     ImageFiles,
     ImageSet,
     InputError,
-    draw_shapes,
     load_cifar10,
     load_folder,
     load_shapes,
@@ -32,6 +30,7 @@ from ex2_data import (
     to_model_range,
 )
 from ex2_metrics import ShapesOracle
+from ex2_shapes import SHAPES, draw_shapes
 
 # ------------------------------------------------------------------ pixels
 
@@ -333,6 +332,8 @@ def test_shapes_are_anti_aliased_at_their_true_size():
     for size in (16, 32, 128):
         images = draw_shapes(np.zeros(50, int), size, np.random.default_rng(0)).double()
         contrast = (images - images[:, :, :1, :1]).abs().sum(1)  # to the ground, which the corner shows
+        edge = contrast / contrast.amax((1, 2), keepdim=True)
+        assert ((edge > 0.1) & (edge < 0.9)).flatten(1).any(1).all()
         areas.append((contrast.sum((1, 2)) / contrast.amax((1, 2)) / size**2).numpy())
     assert np.abs(areas[0] / areas[2] - 1).max() < 0.1
     assert np.abs(areas[1] / areas[2] - 1).max() < 0.05

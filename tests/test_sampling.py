@@ -51,7 +51,7 @@ def test_impossible_step_counts_are_refused(linear, gaussian, steps):
 
 
 def test_unknown_sampler_eta_and_class_counts_are_refused(linear, gaussian):
-    for options in ({"sampler": "euler"}, {"eta": 1.5}, {"classes": [1, 2, 3]}):
+    for options in ({"sampler": "euler"}, {"eta": 1.5, "sampler": "ddim"}, {"eta": 0.5}, {"classes": [1, 2, 3]}):
         with pytest.raises(ValueError, match="sampler|eta|classes"):
             linear.sample(gaussian(linear), 4, batch_size=2, **options)
 

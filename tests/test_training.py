@@ -381,5 +381,5 @@ def test_step_time_is_measured_without_changing_anything(tmp_path, diffusor, mod
 def test_configs_of_a_checkpoint_can_be_changed_for_sampling(tmp_path):
     config = tiny_config(tmp_path)
     changed = cfg.config_of({"config": dataclasses.asdict(config)}, {"sampler": "ddim", "sample_steps": 5})
-    assert changed.sampling == {"sampler": "ddim", "steps": 5, "eta": 0.0}
+    assert changed.sampling == {"guidance_scale": 1.0, "sampler": "ddim", "steps": 5, "eta": 0.0}
     assert changed.dim_mults == (1, 2)
