@@ -328,6 +328,21 @@ def test_interrupted_and_resumed_training_is_the_uninterrupted_one(tmp_path, dif
     assert steps == sorted(steps) and steps[-1] == 9
 
 
+def test_every_epoch_has_its_own_order(tmp_path, diffusor, monkeypatch):
+    orders = []
+    real_train = ex2_main.train
+
+    def remember(model, loader, *rest, **options):
+        orders.append(torch.cat([images.flatten(1)[:, 0] for images, _ in loader]).tolist())
+        return real_train(model, loader, *rest, **options)
+
+    monkeypatch.setattr(ex2_main, "train", remember)
+    monkeypatch.setattr(ex2_main, "announce", lambda *args: None)
+    ex2_main.fit(tiny_config(tmp_path, epochs=3, flip=False), tiny_splits(), diffusor, CPU)
+    assert len({tuple(order) for order in orders}) == 3
+    assert len({tuple(sorted(order)) for order in orders}) == 1
+
+
 def test_resuming_with_other_settings_names_them(tmp_path, diffusor):
     ex2_main.fit(tiny_config(tmp_path, epochs=1), tiny_splits(), diffusor, CPU)
     with pytest.raises(InputError, match=r"--batch_size 16 there, 20 now.*--run_name"):
