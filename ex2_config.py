@@ -36,7 +36,7 @@ class Config:
 
     run_name: str = setting("DDPM", "run", "everything of the run lands in <results_dir>/<run_name>/", type=str)
     results_dir: str = setting("results", "run", "folder of all runs", type=str)
-    seed: int = setting(0, "run", "of weights, data order, noise and samples", type=int, minimum=0)
+    seed: int = setting(0, "run", "of weights, data order, noise and samples", type=int, minimum=0, maximum=2**32 - 1)
     cuda: Optional[bool] = setting(
         None, "run", "insist on the GPU, or stay off it (default: the GPU where there is one)"
     )
@@ -45,10 +45,10 @@ class Config:
     save_model: bool = setting(True, "run", "write ckpt.pt after every epoch, from which the same command goes on")
 
     dataset: str = setting("cifar10", "data", "the data set", type=str, choices=DATASETS)
-    data_dir: Optional[str] = setting(None, "data", "where cifar10 or the image folder lies", type=str)
     image_size: int = setting(32, "data", "height and width in pixels", type=int, minimum=8)
     flip: bool = setting(True, "data", "mirror training images at random")
-    num_workers: int = setting(0, "data", "processes that read image files", type=int, minimum=0)
+    data_dir: Optional[str] = setting(None, "access to the data", "where cifar10 or the image folder lies", type=str)
+    num_workers: int = setting(0, "access to the data", "processes that read image files", type=int, minimum=0)
 
     timesteps: int = setting(1000, "diffusion process", "T, the number of noising steps", type=int, minimum=1)
     schedule: str = setting("linear", "diffusion process", "beta schedule", type=str, choices=tuple(SCHEDULES))
@@ -95,7 +95,7 @@ class Config:
         if self.sample_steps is not None and self.sample_steps > self.timesteps:
             raise InputError(f"--sample_steps must be at most --timesteps ({self.timesteps}), got {self.sample_steps}")
         if self.eta > 0 and self.sampler != "ddim":
-            raise InputError("--eta is the share of fresh noise of DDIM: give --sampler ddim with it")
+            raise InputError(f"--eta {self.eta:g} is for DDIM alone: give --sampler ddim with it, or --eta 0")
         self._check_class_settings()
         if self.run_name in ("", ".", "..") or Path(self.run_name).name != self.run_name:
             raise InputError(f"--run_name must be a plain folder name, got {self.run_name!r}")
@@ -114,23 +114,29 @@ class Config:
     def _check_class_settings(self) -> None:
         """Settings that only a class-conditional model heeds must not be ignored silently."""
         if self.class_free_guidance:
+            if self.guidance_scale and self.p_uncond == 0:
+                raise InputError("--guidance_scale needs a model that also learnt without labels (--p_uncond above 0)")
             return
-        defaults = {"p_uncond": 0.1, "null_token": "learned"}
-        for name, default in defaults.items():
-            if getattr(self, name) != default:
-                raise InputError(f"--{name} is for class-conditional models: give --class_free_guidance with it")
+        for f in fields(self):
+            if f.name in ("p_uncond", "null_token") and getattr(self, f.name) != f.default:
+                raise InputError(f"--{f.name} is for class-conditional models: give --class_free_guidance with it")
         if self.guidance_scale:
             raise InputError("--guidance_scale needs a class-conditional model: train with --class_free_guidance")
 
     @property
+    def can_guide(self) -> bool:
+        """Whether the model predicts both with and without a class, as Eq. 11 needs."""
+        return self.class_free_guidance and self.p_uncond > 0
+
+    @property
     def run_dir(self) -> Path:
         """Where the run's files go; a dry run keeps out of the way of the real one."""
-        return Path(self.results_dir) / (self.run_name + "-dry_run" * self.dry_run)
+        return Path(self.results_dir) / (f"{self.run_name}-dry_run" if self.dry_run else self.run_name)
 
     @property
     def sampling(self) -> dict:
         """The keyword arguments of `Diffusion.sample` that are the user's choice."""
-        default_scale = 1.0 if self.class_free_guidance else 0.0
+        default_scale = 1.0 if self.can_guide else 0.0
         return {
             "guidance_scale": default_scale if self.guidance_scale is None else self.guidance_scale,
             "sampler": self.sampler,
@@ -168,17 +174,20 @@ PRESETS = {
         dataset="shapes",
         image_size=16,
         schedule="cosine",
-        dim_mults=(1, 2),
+        dim_mults=(1, 2, 2),
         class_free_guidance=True,
-        epochs=3,
+        epochs=2,
         batch_size=16,
-        sampler="ddim",
-        sample_steps=50,
+        eval_images=128,
+        sample_steps=30,
     ),
 }
 
 
 # ---------------------------------------------------------------------------- command line
+
+
+RUN_FLAGS_OF_TRAIN = ("run_name", "results_dir", "save_model", "log_interval")
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -219,7 +228,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
     `train` is what runs when no command is named.
     """
-    parser = OneLineParser(prog="ex2_main.py", description="Train, test and sample a DDPM (exercise 2).")
+    parser = OneLineParser(
+        prog="ex2_main.py",
+        description="Train, test and sample a DDPM (exercise 2).",
+        epilog="Flags without a command are train's; `ex2_main.py train --help` lists them.",
+    )
     commands = parser.add_subparsers(dest="command", metavar="{train,test,sample}", parser_class=OneLineParser)
 
     train = commands.add_parser("train", help="train, test and draw every picture (what runs when no command is named)")
@@ -229,11 +242,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
     test = commands.add_parser("test", help="evaluate a checkpoint on the validation and test set")
     test.add_argument("--checkpoint", required=True, help="a run's folder, or its ckpt.pt")
-    test.add_argument(
-        "--data_dir", default=argparse.SUPPRESS, help="where the data lies, if not where it lay in training"
-    )
     test.add_argument("--out", help="folder for the figures (default: the run's folder)")
-    add_flags(test, ("run", "evaluation", "sampling"), RUN_FLAGS_OF_TRAIN)
+    add_flags(test, ("run", "access to the data", "evaluation", "sampling"), RUN_FLAGS_OF_TRAIN)
 
     sample = commands.add_parser("sample", help="draw images from a checkpoint")
     sample.add_argument("--checkpoint", required=True, help="a run's folder, or its ckpt.pt")
@@ -248,9 +258,6 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     names = {f.name for f in fields(Config)}
     args.given = {name: value for name, value in vars(args).items() if name in names}
     return args
-
-
-RUN_FLAGS_OF_TRAIN = ("run_name", "results_dir", "save_model", "log_interval")
 
 
 def pick_device(cuda: bool | None) -> torch.device:
@@ -334,8 +341,16 @@ def load_checkpoint(path: str | Path, device="cpu") -> dict:
 
 
 def config_of(checkpoint: dict, given: dict) -> Config:
-    """The Config a checkpoint was trained with, with the fields in `given` replaced."""
-    return dataclasses.replace(Config(**checkpoint["config"]), **given)
+    """The Config a checkpoint was trained with, with the fields in `given` replaced.
+
+    Raises:
+        InputError: a value out of range, or settings that this version does not know.
+    """
+    try:
+        config = Config(**checkpoint["config"])
+    except (KeyError, TypeError) as error:
+        raise InputError(f"the checkpoint's settings are not this version's ({error}): train anew") from error
+    return dataclasses.replace(config, **given)
 
 
 def restore_model(checkpoint: dict, config: Config, device) -> Unet:

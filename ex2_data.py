@@ -265,6 +265,8 @@ def load_folder(data_dir: str | None, image_size: int, seed: int, num_workers: i
         if find_classes(test_dir) != class_names:
             raise InputError(f"the classes in {test_dir} differ from those in {train_dir}: both need the same folders")
         test = find_images(test_dir, class_names, image_size)
+        # Files come class by class; in random order the first few hundred stand for all of them.
+        test = test.subset(torch.randperm(len(test), generator=torch.Generator().manual_seed(seed)))
     else:
         train, test = split_off(train, seed + 1)
     if 3 * image_size**2 * (len(train) + len(test)) <= RESIDENT_LIMIT:
@@ -289,12 +291,12 @@ def find_images(folder: Path, class_names: tuple[str, ...], image_size: int) -> 
     paths, labels, skipped = [], [], Counter()
     for label, name in enumerate(class_names):
         files = sorted(path for path in (folder / name).iterdir() if path.is_file())
-        found = [path for path in files if path.suffix.lower() in IMG_EXTENSIONS]
+        found = [path for path in files if path.suffix.lower() in IMG_EXTENSIONS and path.name[0] != "."]
         if not found:
             raise InputError(
                 f"{folder / name} holds no images ({', '.join(IMG_EXTENSIONS)}): fill or remove the folder"
             )
-        skipped.update(path.suffix or "no suffix" for path in files if path.suffix.lower() not in IMG_EXTENSIONS)
+        skipped.update(path.suffix or path.name for path in set(files) - set(found))
         paths += found
         labels += [label] * len(found)
     if skipped:
@@ -312,11 +314,15 @@ def read_image(path: Path, image_size: int) -> Tensor:
     try:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16 bits of grey: convert("RGB") would clip them
+                image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
+            if image.mode == "F":
+                raise ValueError("its pixels are floats of unknown range")
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             image = image.convert("RGB")
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
         raise InputError(f"{path} can't be read as an image ({error}): repair or delete it") from error
     return TF.pil_to_tensor(TF.center_crop(TF.resize(image, image_size, antialias=True), image_size))
 

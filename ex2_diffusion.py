@@ -23,9 +23,28 @@ SAMPLERS = ("ddpm", "ddim")
 # ---------------------------------------------------------------------------- 2.3: beta schedules
 
 
+def checked_betas(betas: Tensor, timesteps: int) -> Tensor:
+    """`betas`, once they are T values strictly between 0 and 1.
+
+    Raises:
+        ValueError: they are not, or T is below 1.
+    """
+    if betas.shape != (timesteps,):
+        raise ValueError(f"the schedule gave betas of shape {tuple(betas.shape)}, expected ({timesteps},)")
+    if not ((betas > 0) & (betas < 1)).all():
+        raise ValueError(f"every beta must lie strictly between 0 and 1, got {betas.min():.4g} to {betas.max():.4g}")
+    return betas
+
+
+def check_timesteps(timesteps: int) -> None:
+    if timesteps < 1:
+        raise ValueError(f"timesteps must be at least 1, got {timesteps}")
+
+
 def linear_beta_schedule(beta_start: float, beta_end: float, timesteps: int) -> Tensor:
     """Betas that grow linearly from `beta_start` to `beta_end`; Ho et al. 2020, section 4. (T,) in float64."""
-    return torch.linspace(beta_start, beta_end, timesteps, dtype=torch.float64)
+    check_timesteps(timesteps)
+    return checked_betas(torch.linspace(beta_start, beta_end, timesteps, dtype=torch.float64), timesteps)
 
 
 def cosine_beta_schedule(timesteps: int, s: float = 0.008) -> Tensor:
@@ -33,9 +52,10 @@ def cosine_beta_schedule(timesteps: int, s: float = 0.008) -> Tensor:
 
     `s` keeps the first betas from vanishing. Betas are clipped at 0.999 as in the paper: at T = 1000 only the last.
     """
+    check_timesteps(timesteps)
     u = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64)
     f = torch.cos((u + s) / (1 + s) * math.pi / 2) ** 2
-    return (1 - f[1:] / f[:-1]).clamp(max=0.999)
+    return checked_betas((1 - f[1:] / f[:-1]).clamp(max=0.999), timesteps)
 
 
 def sigmoid_beta_schedule(beta_start: float, beta_end: float, timesteps: int, s_limit: float = 6) -> Tensor:
@@ -43,8 +63,10 @@ def sigmoid_beta_schedule(beta_start: float, beta_end: float, timesteps: int, s_
 
     The sheet leaves the range of t open; here t = 0 .. T in T equal steps, so that both ends of the sigmoid are used.
     """
+    check_timesteps(timesteps)
     t = torch.linspace(0, timesteps, timesteps, dtype=torch.float64)
-    return beta_start + torch.sigmoid(-s_limit + 2 * t / timesteps * s_limit) * (beta_end - beta_start)
+    rise = torch.sigmoid(-s_limit + 2 * t / timesteps * s_limit)
+    return checked_betas(beta_start + rise * (beta_end - beta_start), timesteps)
 
 
 def rescaled(schedule: Callable[[float, float, int], Tensor], timesteps: int) -> Tensor:
@@ -56,6 +78,7 @@ def rescaled(schedule: Callable[[float, float, int], Tensor], timesteps: int) ->
     Raises:
         ValueError: a beta would reach 1 (T of 20 and below).
     """
+    check_timesteps(timesteps)
     beta_end = 0.02 * 1000 / timesteps
     if beta_end >= 1:
         raise ValueError(
@@ -178,15 +201,8 @@ class Diffusion:
 
     def __init__(self, timesteps, get_noise_schedule, img_size, device=None):
         """2.2 a: every factor of Eqs. 4 and 8 is computed once, in float64, and kept as a float32 table."""
-        if timesteps < 1:
-            raise ValueError(f"timesteps must be at least 1, got {timesteps}")
-        betas = torch.as_tensor(get_noise_schedule(timesteps)).to("cpu", torch.float64)
-        if betas.shape != (timesteps,):
-            raise ValueError(f"the schedule gave betas of shape {tuple(betas.shape)}, expected ({timesteps},)")
-        if not ((betas > 0) & (betas < 1)).all():
-            raise ValueError(
-                f"every beta must lie strictly between 0 and 1, got {betas.min():.4g} to {betas.max():.4g}"
-            )
+        check_timesteps(timesteps)
+        betas = checked_betas(torch.as_tensor(get_noise_schedule(timesteps)).to("cpu", torch.float64), timesteps)
 
         self.timesteps = timesteps
         self.img_size = img_size
@@ -447,12 +463,17 @@ class Diffusion:
         return x
 
 
+def evenly_spaced(length: int, count: int) -> list[int]:
+    """`count` indices spread over 0 .. length - 1, both ends among them; all of them where there are fewer."""
+    return torch.linspace(0, length - 1, min(count, length)).round().long().tolist()
+
+
 def thin_trajectory(trajectory, length: int, frames: int) -> list[tuple[int, Tensor, Tensor]]:
     """About `frames` evenly spaced entries of a trajectory of `length` entries, the first and the last among them.
 
     They are copied to the CPU one by one, so memory grows with `frames` and not with T.
     """
-    wanted = set(torch.linspace(0, length - 1, min(frames, length)).round().long().tolist())
+    wanted = set(evenly_spaced(length, frames))
     return [(t, x.cpu(), x_zero.cpu()) for i, (t, x, x_zero) in enumerate(trajectory) if i in wanted]
 
 

@@ -8,7 +8,9 @@ python ex2_main.py sample --checkpoint results/DDPM       images of chosen class
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import math
 import sys
 import time
 from contextlib import suppress
@@ -21,13 +23,23 @@ from tqdm import tqdm
 import ex2_config as cfg
 import ex2_viz as viz
 from ex2_data import DataSplits, InputError, load_splits, make_loader, reverse_transform
-from ex2_diffusion import SCHEDULES, Diffusion, check_images, image_generators, sample_in_batches, thin_trajectory
-from ex2_metrics import ShapesOracle, loss_over_timesteps, timestep_grid
+from ex2_diffusion import (
+    SCHEDULES,
+    Diffusion,
+    check_images,
+    evenly_spaced,
+    image_generators,
+    sample_in_batches,
+    thin_trajectory,
+)
+from ex2_metrics import ShapesOracle, loss_over_timesteps
 from ex2_model import Unet
 from ex2_training import LossMeter, RunError, RunLog, TrainingState
 
 GUIDANCE_SCALES = (-1.0, 0.0, 1.0, 3.0)  # columns of the guidance grid
 ORACLE_SAMPLES = 200
+GIF_FRAMES = 41
+STRIP_COLUMNS = 9
 
 
 # ---------------------------------------------------------------------------- the commands
@@ -39,13 +51,18 @@ def main(argv: list[str] | None = None) -> int:
         args = cfg.parse_args(sys.argv[1:] if argv is None else argv)
         {"train": run_train, "test": run_test, "sample": run_sample}[args.command](args)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # From a worker process that reads images the message comes with the worker's traceback before it.
+        message = str(error).splitlines()[-1].replace("ex2_data.InputError: ", "")
+        print(f"error: {message}", file=sys.stderr)
         return 2
     except (RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except torch.cuda.OutOfMemoryError:
+        print("error: the GPU's memory is full: lower --batch_size, --sample_batch or --dim", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
-        print("interrupted; training goes on after its last finished epoch when started again", file=sys.stderr)
+        print("interrupted; a training goes on after its last saved epoch when started again", file=sys.stderr)
         return 130
     return 0
 
@@ -54,6 +71,8 @@ def run_train(args) -> None:
     """`train`: fits the model, evaluates it and draws every picture of the exercise."""
     config = dataclasses.replace(cfg.PRESETS[args.preset] if args.preset else cfg.Config(), **args.given)
     device = cfg.pick_device(config.cuda)
+    if config.amp and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise InputError("--amp: this GPU can't compute in bfloat16; train without it")
     make_run_dir(config.run_dir)
     splits = load_splits(config.dataset, config.data_dir, config.image_size, config.seed, config.num_workers)
     diffusor = cfg.build_diffusion(config, device)
@@ -82,15 +101,16 @@ def run_sample(args) -> None:
         raise InputError(f"--n_images must be at least 1, got {args.n_images}")
     names = checkpoint["class_names"]
     chosen = choose_classes(args.classes, names, config)
-    out = config.run_dir if args.out else config.run_dir / "samples"
+    count = 1 if config.dry_run else args.n_images
+    out = config.run_dir if args.out else next_free(config.run_dir / "samples")
     make_run_dir(out)
     sample_and_save_images(
-        1 if config.dry_run else args.n_images,
+        count,
         cfg.build_diffusion(config, device),
         cfg.restore_model(checkpoint, config, device),
         device,
         out,
-        classes=None if chosen is None else [chosen[i % len(chosen)] for i in range(args.n_images)],
+        classes=None if chosen is None else [chosen[i % len(chosen)] for i in range(count)],
         class_names=names,
         seed=config.seed,
         batch_size=config.sample_batch,
@@ -109,6 +129,11 @@ def open_checkpoint(args):
     return checkpoint, config, cfg.pick_device(config.cuda)
 
 
+def next_free(folder: Path) -> Path:
+    """The first of folder/001, folder/002, ... that is not there yet, so that no call mixes with an earlier one's."""
+    return next(path for i in itertools.count(1) if not (path := folder / f"{i:03d}").exists())
+
+
 def make_run_dir(path: Path) -> None:
     """Creates the folder and sees that it can be written to."""
     try:
@@ -125,7 +150,7 @@ def choose_classes(wanted: list[str] | None, names: list[str], config: cfg.Confi
         if wanted:
             raise InputError("--classes: this model is unconditional; train one with --class_free_guidance")
         return None
-    numbers = {**{name: i for i, name in enumerate(names)}, **{str(i): i for i in range(len(names))}}
+    numbers = {**{str(i): i for i in range(len(names))}, **{name: i for i, name in enumerate(names)}}
     for name in wanted or ():
         if name not in numbers:
             raise InputError(f"--classes: unknown class {name!r}; the model knows {', '.join(names)}")
@@ -150,12 +175,13 @@ def fit(config: cfg.Config, splits: DataSplits, diffusor: Diffusion, device) -> 
     )
     val_loader = make_loader(splits.val, config.batch_size * 2, device, num_workers=config.num_workers)
     epochs = 1 if config.dry_run else config.epochs
-    total_steps = 1 if config.dry_run else epochs * len(loader)
-    state = TrainingState(model, config, total_steps)
+    steps_per_epoch = 1 if config.dry_run else len(loader)
+    state = TrainingState(model, config, epochs * steps_per_epoch, device)
     first_epoch = state.resume(config)
     log = RunLog(config.run_dir / "log.csv", first_epoch)
+    (config.run_dir / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
     if first_epoch < epochs:
-        announce(config, splits, model, diffusor, loader, (epochs - first_epoch) * len(loader))
+        announce(config, splits, model, diffusor, loader, (epochs - first_epoch) * steps_per_epoch)
 
     for epoch in range(first_epoch, epochs):
         loader.set_epoch(epoch)
@@ -176,9 +202,13 @@ def fit(config: cfg.Config, splits: DataSplits, diffusor: Diffusion, device) -> 
         )
         val = test(state.ema.module, val_loader, diffusor, device, config)
         val_loss = sum(val[config.loss_type]) / len(val["t"])
-        steps_done = (epoch + 1) * len(loader)
+        steps_done = (epoch + 1) * steps_per_epoch
         log.write(step=steps_done, epoch=epoch, epoch_loss=epoch_loss, val_loss=val_loss)
         print(f"epoch {epoch + 1}/{epochs}: train {epoch_loss:.4f}, val {val_loss:.4f} ({config.loss_type})")
+        if not math.isfinite(val_loss):
+            raise RunError(
+                f"the weights are no longer finite after epoch {epoch + 1}; the last checkpoint is untouched"
+            )
         if config.save_model:
             state.save(config, splits.class_names, epoch + 1, steps_done)
         viz.plot_training(log.rows(), config.run_dir / "training.png")
@@ -212,10 +242,11 @@ def train(
     Raises:
         RunError: the loss is no longer finite.
     """
+    device = torch.device(device)
     conditional = getattr(model, "class_free_guidance", False)
     model.train()
     meter = LossMeter(epoch)
-    progress = tqdm(trainloader, f"epoch {epoch + 1}", disable=None)
+    progress = tqdm(trainloader, f"epoch {epoch + 1}", disable=args.dry_run or None)
     for step, (images, labels) in enumerate(progress):
         images, labels = images.to(device), labels.to(device)
         if step == 0:
@@ -232,10 +263,10 @@ def train(
             scheduler.step()
         if ema is not None:
             ema.update_parameters(model)
-        meter.add(loss.detach(), norm, len(images))
+        meter.add(loss.detach(), norm, len(images), lr)
         last = args.dry_run or step + 1 == len(trainloader)
         if last or len(meter.window) == args.log_interval:
-            train_loss, grad_norm = meter.close_window(lr)
+            train_loss, grad_norm = meter.close_window()
             progress.set_postfix(loss=f"{train_loss:.4f}")
             if log is not None:
                 log.write(
@@ -258,7 +289,7 @@ def test(model, testloader, diffusor, device, args) -> dict:
     """
     training = model.training
     model.eval()
-    times = timestep_grid(diffusor.timesteps, getattr(args, "eval_timesteps", 10))
+    times = evenly_spaced(diffusor.timesteps, getattr(args, "eval_timesteps", 10))
     max_images = 1 if args.dry_run else getattr(args, "eval_images", None)
     losses = loss_over_timesteps(model, testloader, diffusor, times, max_images=max_images)
     model.train(training)
@@ -267,7 +298,6 @@ def test(model, testloader, diffusor, device, args) -> dict:
 
 def announce(config: cfg.Config, splits: DataSplits, model, diffusor: Diffusion, loader, steps: int) -> None:
     """Says what is about to happen, how many steps it takes and about how long, from steps timed on a copy."""
-    (config.run_dir / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
     parameters = sum(p.numel() for p in model.parameters())
     print(
         f"{config.run_name}: {config.dataset} at {config.image_size}x{config.image_size}, "
@@ -291,8 +321,8 @@ def seconds_per_step(config: cfg.Config, model, diffusor: Diffusion, loader) -> 
     """Median time of an optimiser step, measured on a copy of the model; leaves the random state as it was."""
     times = []
     quiet = dataclasses.replace(config, dry_run=True)
-    with torch.random.fork_rng():
-        copy = TrainingState(deepcopy(model), config, total_steps=10)
+    with torch.random.fork_rng(devices=[diffusor.device] if diffusor.device.type == "cuda" else []):
+        copy = TrainingState(deepcopy(model), config, total_steps=10, device=diffusor.device)
         for _, batch in zip(range(5), loader):
             start = time.perf_counter()
             device, optimizer = diffusor.device, copy.optimizer
@@ -355,10 +385,11 @@ def draw_process(model, splits: DataSplits, diffusor: Diffusion, config: cfg.Con
 
     count = min(4, len(splits.test))
     loader = make_loader(splits.test, count, diffusor.device)
-    x_zero = next(iter(loader))[0]
+    x_zero = next(iter(loader))[0].to(diffusor.device)
     forward = diffusor.forward_trajectory(x_zero, image_generators(config.seed, 0, count))
-    forward = [(t, x) for t, x, _ in thin_trajectory(forward, diffusor.timesteps + 1, 41)]
-    viz.save_strip(forward[::5], out / "forward_strip.png", "forward process: x_t")
+    forward = [(t, x) for t, x, _ in thin_trajectory(forward, diffusor.timesteps + 1, GIF_FRAMES)]
+    columns = evenly_spaced(len(forward), STRIP_COLUMNS)
+    viz.save_strip([forward[i] for i in columns], out / "forward_strip.png", "forward process: x_t")
     viz.save_process_gif(forward, out / "forward.gif")
 
     classes = None if model.null_class is None else torch.arange(count) % model.null_class
@@ -371,11 +402,10 @@ def draw_process(model, splits: DataSplits, diffusor: Diffusion, config: cfg.Con
         **config.sampling,
     )
     length = (config.sampling["steps"] or config.timesteps) + 1
-    reverse = thin_trajectory(reverse, length, 41)
-    viz.save_strip([(t, x) for t, x, _ in reverse[::5]], out / "reverse_strip.png", "reverse process: x_t")
-    viz.save_strip(
-        [(t, x) for t, _, x in reverse[::5]], out / "x_zero_strip.png", "reverse process: estimate of x_0 at t"
-    )
+    reverse = thin_trajectory(reverse, length, GIF_FRAMES)
+    strip = [reverse[i] for i in evenly_spaced(len(reverse), STRIP_COLUMNS)]
+    viz.save_strip([(t, x) for t, x, _ in strip], out / "reverse_strip.png", "reverse process: x_t")
+    viz.save_strip([(t, x) for t, _, x in strip], out / "x_zero_strip.png", "reverse process: estimate of x_0 at t")
     viz.save_process_gif([(t, x) for t, x, _ in reverse], out / "reverse.gif")
 
 
@@ -401,6 +431,8 @@ def draw_samples(model, class_names, diffusor: Diffusion, config: cfg.Config) ->
     title = f"guidance scale w = {common['guidance_scale']:g}"
     viz.save_grid(images, config.run_dir / "class_grid.png", columns, class_names, title=title)
 
+    if not config.can_guide:
+        return
     classes = torch.arange(len(class_names))
     by_scale = []
     for w in GUIDANCE_SCALES:
@@ -443,8 +475,8 @@ def sample_and_save_images(
     images = torch.cat(list(batches))
     model.train(training)
     labels = [] if classes is None else [class_names[c] if class_names else str(c) for c in classes.tolist()]
-    names = [f"{i:04d}_{label}.png" for i, label in enumerate(labels)] or [f"{i:04d}.png" for i in range(n_images)]
-    viz.save_images(images, [store_path / name for name in names])
+    suffixes = [f"_{label}" for label in labels] if labels else [""] * n_images
+    viz.save_images(images, [store_path / f"{i:04d}{suffix}.png" for i, suffix in enumerate(suffixes)])
     viz.save_grid(images, store_path / "grid.png", labels=labels)
     return images
 

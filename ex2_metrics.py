@@ -16,11 +16,6 @@ from ex2_shapes import SHAPES, draw_shapes
 NOISE_SEED = 20_201_216  # of every evaluation, so that figures of different runs are comparable
 
 
-def timestep_grid(timesteps: int, count: int) -> list[int]:
-    """`count` evenly spaced times, 0 and T-1 among them (all T where there are fewer)."""
-    return torch.linspace(0, timesteps - 1, min(count, timesteps)).round().long().tolist()
-
-
 @torch.no_grad()
 def loss_over_timesteps(
     model, loader: Iterable, diffusor: Diffusion, times: Sequence[int], *, max_images: int | None = None
@@ -69,20 +64,24 @@ class ShapesOracle:
 
     def __init__(self, image_size: int, templates: int = 800):
         labels = np.repeat(np.arange(len(SHAPES)), templates)
-        renders = draw_shapes(labels, image_size, np.random.default_rng(NOISE_SEED))
+        rng = np.random.default_rng(NOISE_SEED)
         self.labels = torch.from_numpy(labels)
-        self.templates = self.normalised_masks(renders)
+        parts = [self.normalised_masks(draw_shapes(part, image_size, rng)) for part in np.array_split(labels, 16)]
+        self.templates = torch.cat(parts)
 
     @staticmethod
     def normalised_masks(images: Tensor) -> Tensor:
         """(N, H*W) of mean 0 and length 1, high on the shape, from (N, 3, H, W) uint8."""
         pixels = images.float() / 255
+        if pixels.shape[-1] > 32:  # shapes are as plain at 32x32, and thousands of templates fit the memory
+            pixels = F.interpolate(pixels, size=(32, 32), mode="area")
         border = torch.cat(
             (pixels[..., 0, :], pixels[..., -1, :], pixels[..., 0], pixels[..., -1]), dim=-1
         )  # (N, 3, 4H)
         contrast = pixels.flatten(2) - border.median(dim=-1, keepdim=True).values  # (N, 3, H*W)
         paint = (contrast * contrast.norm(dim=1, keepdim=True)).mean(dim=-1, keepdim=True)  # (N, 3, 1)
-        return F.normalize((contrast * paint).sum(1) - (contrast * paint).sum(1).mean(-1, keepdim=True), dim=-1)
+        masks = (contrast * paint).sum(1)  # (N, H*W)
+        return F.normalize(masks - masks.mean(-1, keepdim=True), dim=-1)
 
     def classify(self, images: Tensor) -> Tensor:
         """(N,) labels of (N, 3, H, W) uint8 images."""

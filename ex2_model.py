@@ -51,7 +51,8 @@ class WeightStandardizedConv2d(nn.Conv2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        eps = 1e-5 if x.dtype == torch.float32 else 1e-3
+        # By the weights' type and not by x's, so that a model trained under autocast is evaluated as the same function.
+        eps = 1e-5 if self.weight.dtype == torch.float32 else 1e-3
         var, mean = torch.var_mean(self.weight, dim=(1, 2, 3), keepdim=True, correction=0)
         return self._conv_forward(x, (self.weight - mean) * (var + eps).rsqrt(), self.bias)
 
@@ -279,7 +280,7 @@ class Unet(nn.Module):
         dropped = torch.rand(classes.shape, device=classes.device) < self.p_uncond
         return classes.masked_fill(dropped, self.null_class)
 
-    def embed_classes(self, classes: Tensor | None, batch_size: int, device: torch.device) -> Tensor:
+    def embed_classes(self, classes: Tensor | None, batch_size: int) -> Tensor:
         """(B, emb_dim): the class embedding, or the null token where the label is `null_class` or none is given."""
         if classes is None:
             return self.null_token.expand(batch_size, -1)
@@ -305,7 +306,7 @@ class Unet(nn.Module):
             )
         emb = self.time_mlp(time)  # (B, 4 dim)
         if self.class_free_guidance:
-            emb = emb + self.embed_classes(classes, len(x), x.device)
+            emb = emb + self.embed_classes(classes, len(x))
         elif classes is not None:
             raise ValueError("this U-Net is unconditional and takes no classes (train with class_free_guidance)")
 

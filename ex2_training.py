@@ -25,15 +25,18 @@ class RunError(RuntimeError):
 class TrainingState:
     """Everything that training changes: weights, their average, the optimiser's moments and the learning rate."""
 
-    def __init__(self, model, config: Config, total_steps: int):
+    def __init__(self, model, config: Config, total_steps: int, device: torch.device):
         self.model = model
+        self.device = device
         self.ema = build_ema(model, config.ema_decay)
         self.optimizer = AdamW(model.parameters(), lr=config.lr)
         self.scheduler = build_scheduler(self.optimizer, config.warmup_steps, total_steps)
 
     def save(self, config: Config, class_names, epochs_done: int, step: int) -> None:
         """Writes the run's checkpoint: `restore_model` makes a model of it, and `resume` goes on from it."""
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        random = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.device)
         save_checkpoint(
             config.run_dir / CHECKPOINT_NAME,
             config=dataclasses.asdict(config),
@@ -45,7 +48,7 @@ class TrainingState:
             scheduler=self.scheduler.state_dict(),
             epoch=epochs_done,
             step=step,
-            random={"cpu": torch.get_rng_state(), "cuda": cuda},
+            random=random,
         )
 
     def resume(self, config: Config) -> int:
@@ -65,8 +68,8 @@ class TrainingState:
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scheduler.load_state_dict(saved["scheduler"])
         torch.set_rng_state(saved["random"]["cpu"])
-        if torch.cuda.is_available() and saved["random"]["cuda"]:
-            torch.cuda.set_rng_state_all(saved["random"]["cuda"])
+        if self.device.type == "cuda" and "cuda" in saved["random"]:
+            torch.cuda.set_rng_state(saved["random"]["cuda"], self.device)
         print(f"{path}: {saved['epoch']} of {config.epochs} epochs are done, going on from there")
         return saved["epoch"]
 
@@ -97,8 +100,9 @@ def build_ema(model, decay: float) -> AveragedModel:
     first update copies the initial weights, so that n counts the optimiser steps.
     """
 
-    def ramped_average(averages, weights, n):
-        return get_ema_multi_avg_fn(min(decay, (1 + int(n)) / (10 + int(n))))(averages, weights, n)
+    def ramped_average(averages, weights, _):
+        n = int(ema.n_averaged)  # lives on the CPU, unlike the copy that torch hands over: no wait for the device
+        get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(averages, weights, n)
 
     ema = AveragedModel(model, multi_avg_fn=ramped_average)
     ema.update_parameters(model)
@@ -110,25 +114,27 @@ class LossMeter:
 
     def __init__(self, epoch: int):
         self.epoch = epoch
-        self.window: list[tuple] = []  # (loss, gradient norm, images) of the steps since the last row of the log
+        self.window: list[tuple] = []  # (loss, gradient norm, images, lr) of the steps since the last row of the log
         self.steps, self.images, self.total = 0, 0, 0.0
 
-    def add(self, loss, grad_norm, images: int) -> None:
-        self.window.append((loss, grad_norm, images))
+    def add(self, loss, grad_norm, images: int, lr: float) -> None:
+        self.window.append((loss, grad_norm, images, lr))
 
-    def close_window(self, lr: float) -> tuple[float, float]:
+    def close_window(self) -> tuple[float, float]:
         """Mean loss over the images and mean gradient norm over the steps of the window, which starts anew.
 
         Raises:
-            RunError: a loss of the window is not finite.
+            RunError: a loss or a gradient of the window is not finite.
         """
-        losses, norms, counts = zip(*self.window)
+        losses, norms, counts, rates = zip(*self.window)
         losses, norms, counts = torch.stack(losses).double().cpu(), torch.stack(norms).cpu(), torch.tensor(counts)
-        if not losses.isfinite().all():
-            bad = self.steps + int(losses.isfinite().int().argmin()) + 1
+        finite = losses.isfinite() & norms.isfinite()
+        if not finite.all():
+            bad = int(finite.int().argmin())
             raise RunError(
-                f"the loss is not finite in step {bad} of epoch {self.epoch + 1} (learning rate {lr:.2g}): lower --lr "
-                "or --grad_clip, or use --no_amp, and choose a new --run_name; the last checkpoint is untouched"
+                f"the loss or its gradient is not finite in step {self.steps + bad + 1} of epoch {self.epoch + 1} "
+                f"(learning rate {rates[bad]:.2g}): lower --lr or --grad_clip, or use --no_amp, and choose a new "
+                "--run_name; the last checkpoint is untouched"
             )
         window_total = (losses * counts).sum().item()
         self.total += window_total
@@ -151,7 +157,8 @@ class RunLog:
 
     def __init__(self, path: Path, first_epoch: int):
         self.path = path
-        kept = [row for row in self.rows() if int(row["epoch"]) < first_epoch] if path.is_file() else []
+        rows = self.rows() if first_epoch > 0 and path.is_file() else []
+        kept = [row for row in rows if None not in row.values() and int(row["epoch"]) < first_epoch]
         self.started = time.perf_counter() - (float(kept[-1]["seconds"]) if kept else 0)
         with open(path, "w", newline="") as file:
             writer = csv.DictWriter(file, LOG_COLUMNS)

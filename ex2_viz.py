@@ -10,19 +10,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import imageio.v3 as imageio
-import matplotlib
 import numpy as np
 import torch
+from matplotlib.figure import Figure  # without pyplot: needs no display and leaves a notebook's backend alone
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.utils import make_grid
 
 from ex2_data import reverse_transform
-
-matplotlib.use("Agg")  # files only: works without a display
-import matplotlib.pyplot as plt
-
-plt.rcParams.update({"axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False})
 
 CELL = 64  # pixels: small images are enlarged to about this size, so that they can be seen
 
@@ -63,7 +58,7 @@ def save_grid(
     height, width = tiles.shape[-2] + padding, tiles.shape[-1] + padding
 
     dpi = 100
-    figure = plt.figure(figsize=(grid.shape[1] / dpi, grid.shape[0] / dpi), dpi=dpi)
+    figure = Figure(figsize=(grid.shape[1] / dpi, grid.shape[0] / dpi), dpi=dpi)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.imshow(grid, interpolation="nearest")
     axes.xaxis.tick_top()
@@ -73,12 +68,10 @@ def save_grid(
         row, column = divmod(i, columns)
         axes.text(padding + width * column, height * (row + 1) + 1, label, fontsize=7, va="top")
     axes.tick_params(length=0)
-    axes.grid(False)
     axes.set_title(title, fontsize=11, pad=10)
     for spine in axes.spines.values():
         spine.set_visible(False)
     figure.savefig(path, dpi=dpi, bbox_inches="tight", pad_inches=0.1)
-    plt.close(figure)
 
 
 def save_strip(steps: Sequence[tuple[int, Tensor]], path: str | Path, title: str) -> None:
@@ -91,6 +84,8 @@ def save_strip(steps: Sequence[tuple[int, Tensor]], path: str | Path, title: str
 def as_frame(frame) -> np.ndarray:
     """(H, W, 3) uint8 from a (C, H, W) or (H, W, C) image, uint8 or float in [-1, 1]; one channel becomes three."""
     frame = torch.as_tensor(frame).cpu()
+    if frame.ndim != 3 or not {frame.shape[0], frame.shape[-1]} & {1, 3}:
+        raise ValueError(f"a frame must be (C, H, W) or (H, W, C) with 1 or 3 channels, got {tuple(frame.shape)}")
     if frame.is_floating_point():
         frame = reverse_transform(frame)
     if frame.shape[0] in (1, 3):
@@ -103,7 +98,8 @@ def save_gif(frames: Iterable, path: str | Path, fps: float = 10) -> None:
     for two seconds."""
     frames = [as_frame(frame) for frame in frames]
     durations = [1000 / fps] * (len(frames) - 1) + [2000]  # milliseconds
-    imageio.imwrite(path, np.stack(frames), extension=".gif", duration=durations, loop=0)
+    duration = durations if len(frames) > 1 else durations[0]
+    imageio.imwrite(path, np.stack(frames), extension=".gif", duration=duration, loop=0)
 
 
 def caption(images: Tensor, text: str) -> np.ndarray:
@@ -124,15 +120,19 @@ def save_process_gif(steps: Sequence[tuple[int, Tensor]], path: str | Path, fps:
 # ---------------------------------------------------------------------------- curves
 
 
-def save_figure(figure, path: str | Path) -> None:
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+def curve_axes(count: int):
+    """(figure, axes) for `count` plots side by side, over the time or the steps."""
+    figure = Figure(figsize=(4 * count, 3.6), layout="tight")
+    axes = figure.subplots(1, count)
+    for ax in axes:
+        ax.grid(alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure, axes
 
 
 def plot_schedules(schedules: Mapping[str, Tensor], path: str | Path) -> None:
     """2.3: beta, alphas_bar and log-SNR of each schedule, name -> betas (T,), over its own T steps."""
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6))
+    figure, axes = curve_axes(3)
     for name, betas in schedules.items():
         betas = betas.double().cpu()
         alphas_bar = torch.cumprod(1 - betas, dim=0)
@@ -146,7 +146,7 @@ def plot_schedules(schedules: Mapping[str, Tensor], path: str | Path) -> None:
     for ax in axes:
         ax.set_xlabel("t")
         ax.legend()
-    save_figure(figure, path)
+    figure.savefig(path, dpi=110)
 
 
 def plot_training(rows: Sequence[Mapping[str, str]], path: str | Path) -> None:
@@ -156,7 +156,7 @@ def plot_training(rows: Sequence[Mapping[str, str]], path: str | Path) -> None:
         filled = [row for row in rows if row[name] != ""]
         return [int(row["step"]) for row in filled], [float(row[name]) for row in filled]
 
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6))
+    figure, axes = curve_axes(3)
     axes[0].plot(*column("train_loss"), alpha=0.5, label="train, mean since the last row")
     axes[0].plot(*column("epoch_loss"), "o-", label="train, mean of the epoch")
     axes[0].plot(*column("val_loss"), "o-", label="val, EMA weights, fixed t and noise")
@@ -168,15 +168,15 @@ def plot_training(rows: Sequence[Mapping[str, str]], path: str | Path) -> None:
     axes[2].set(title="gradient norm before clipping, mean", yscale="log")
     for ax in axes:
         ax.set_xlabel("optimiser step")
-    save_figure(figure, path)
+    figure.savefig(path, dpi=110)
 
 
 def plot_loss_over_t(curves: Mapping[str, Mapping], path: str | Path) -> None:
     """2.2 e: l1 and l2 loss over the time; name -> {"t", "l1", "l2"} as `loss_over_timesteps` gives them."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6))
+    figure, axes = curve_axes(2)
     for ax, loss in zip(axes, ("l1", "l2")):
         for (name, curve), style in zip(curves.items(), ("o-", "s--", "^:")):
             ax.plot([t + 1 for t in curve["t"]], curve[loss], style, label=name, alpha=0.8)
         ax.set(title=f"{loss} loss of the predicted noise", xlabel="t", yscale="log")
         ax.legend()
-    save_figure(figure, path)
+    figure.savefig(path, dpi=110)

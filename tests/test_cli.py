@@ -101,6 +101,37 @@ def test_sample_writes_the_chosen_classes_and_a_grid(run, tmp_path):
     assert np.abs(first - second).max() <= 1
 
 
+def test_calls_of_sample_do_not_mix(run):
+    for folder in ("001", "002"):
+        assert ex2_main.main(["sample", "--checkpoint", str(run), "--n_images", "1"]) == 0
+        assert sorted(path.name for path in (run / "samples" / folder).iterdir()) == ["0000_circle.png", "grid.png"]
+
+
+def test_class_names_come_before_class_numbers():
+    config = cfg.Config(class_free_guidance=True)
+    assert ex2_main.choose_classes(["1", "2", "0"], ["2", "1", "x"], config) == [1, 0, 0]
+
+
+def test_broken_image_in_a_worker_is_one_line(tmp_path, capsys):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for i in range(20):
+            imageio.imwrite(tmp_path / name / f"{i}.png", np.zeros((8, 8, 3), np.uint8))
+    (tmp_path / "b" / "7.png").write_bytes(b"half")
+    flags = ["--dataset", "folder", "--data_dir", str(tmp_path), "--num_workers", "1"]
+    flags += ["--results_dir", str(tmp_path.parent / f"{tmp_path.name}-results")]
+    line = rejected(flags, capsys)
+    assert line.startswith(f"error: {tmp_path / 'b' / '7.png'} can't be read as an image")
+
+
+def test_a_full_gpu_is_one_line(monkeypatch, capsys):
+    def full(*args):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(ex2_main, "run_train", full)
+    assert "lower --batch_size" in rejected([], capsys, code=1)
+
+
 def test_dry_run_leaves_the_real_run_alone(run):
     before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
     for command in ("test", "sample"):
@@ -158,7 +189,9 @@ def test_program_runs_from_anywhere_and_reports_errors_on_one_line(tmp_path):
         ("--lr nan", "--lr must be finite"),
         ("--p_uncond 1.2", "--p_uncond must be at most 1"),
         ("--eta -1", "--eta must be at least 0"),
-        ("--eta 0.5", "--eta is the share of fresh noise of DDIM"),
+        ("--eta 0.5", "--eta 0.5 is for DDIM alone"),
+        ("--class_free_guidance --p_uncond 0 --guidance_scale 1", "learnt without labels"),
+        ("--seed 18446744073709551616", "--seed must be at most"),
         ("--p_uncond 0.2", "--p_uncond is for class-conditional models"),
         ("--guidance_scale 2", "--guidance_scale needs a class-conditional model"),
         ("--timesteps 0", "--timesteps must be at least 1"),
@@ -245,9 +278,96 @@ def test_flags_beside_a_preset_count(tmp_path):
     assert cfg.dataclasses.replace(cfg.PRESETS[args.preset], **args.given).epochs == 7
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["test"], ["sample"]])
-def test_help_names_every_flag_of_the_command(command, capsys):
+def test_help_of_train_explains_every_setting(capsys):
+    with pytest.raises(SystemExit) as done:
+        ex2_main.main(["train", "--help"])
+    assert done.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for f in cfg.fields(cfg.Config):
+        assert f"--{f.name} " in text and f.metadata["help"] in text
+
+
+@pytest.mark.parametrize("command", [[], ["test"], ["sample"]])
+def test_help_of_the_others(command, capsys):
     with pytest.raises(SystemExit) as done:
         ex2_main.main([*command, "--help"])
     assert done.value.code == 0
-    assert "usage: ex2_main.py" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert ("--checkpoint" if command else "train --help") in text
+
+
+# ------------------------------------------------------------------ what the pictures hold
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """What is handed to ex2_viz, by file name."""
+    calls = {}
+    monkeypatch.setattr(
+        ex2_main.viz, "save_grid", lambda images, path, *rest, **o: calls.update({path.name: (images, *rest)})
+    )
+    monkeypatch.setattr(ex2_main.viz, "save_strip", lambda steps, path, title: calls.update({path.name: steps}))
+    monkeypatch.setattr(ex2_main.viz, "save_process_gif", lambda steps, path: calls.update({path.name: steps}))
+    monkeypatch.setattr(ex2_main.viz, "plot_schedules", lambda betas, path: calls.update({path.name: betas}))
+    return calls
+
+
+@pytest.fixture
+def restored(run):
+    saved = cfg.load_checkpoint(run)
+    config = cfg.config_of(saved, {"sample_steps": 23})
+    return config, cfg.restore_model(saved, config, "cpu"), cfg.build_diffusion(config, "cpu")
+
+
+def test_class_grids_show_all_classes_with_their_names(restored, drawn):
+    config, model, diffusor = restored
+    ex2_main.draw_samples(model, ex2_data.SHAPES, diffusor, config)
+    images, columns, names = drawn["class_grid.png"]
+    assert (len(images), columns, names) == (80, 8, ex2_data.SHAPES)
+    images, columns, names, scales = drawn["guidance_grid.png"]
+    assert (len(images), columns, names) == (40, 4, ex2_data.SHAPES)
+    assert scales == ["w = -1", "w = 0", "w = 1", "w = 3"]
+
+
+def test_animations_are_one_trajectory_in_time_order_with_both_ends(restored, drawn):
+    config, model, diffusor = restored
+    splits = ex2_data.load_splits("shapes", None, 8, 0)
+    ex2_main.draw_process(model, splits, diffusor, config)
+    for name, first, last in (("forward", -1, 29), ("reverse", 29, -1)):
+        times = [t for t, _ in drawn[f"{name}.gif"]]
+        assert times == sorted(set(times), reverse=name == "reverse") and (times[0], times[-1]) == (first, last)
+        strip = [t for t, _ in drawn[f"{name}_strip.png"]]
+        assert (strip[0], strip[-1], len(strip)) == (first, last, 9) and set(strip) <= set(times)
+    whole = list(
+        diffusor.sample_trajectory(
+            model, 8, 4, classes=range(4), generator=ex2_main.image_generators(0, 0, 4), **config.sampling
+        )
+    )
+    for t, x in drawn["reverse.gif"]:
+        match = [other for time, other, _ in whole if time == t]
+        torch.testing.assert_close(x, match[0])
+    assert {len(betas) for betas in drawn["schedules.png"].values()} == {30}
+    assert torch.equal(drawn["schedules.png"]["cosine"].float(), diffusor.betas)
+
+
+def test_dry_run_runs_one_batch_of_each_phase(tmp_path, monkeypatch):
+    seen = []
+    real = ex2_main.Diffusion.p_losses
+    monkeypatch.setattr(ex2_main.Diffusion, "p_losses", lambda self, *a, **o: seen.append(1) or real(self, *a, **o))
+    assert ex2_main.main([*TINY, "--results_dir", str(tmp_path), "--dry_run"]) == 0
+    assert len(seen) == 1
+    rows = list(csv.DictReader((tmp_path / "DDPM-dry_run" / "log.csv").open()))
+    assert rows[-1]["step"] == "1"
+
+
+def test_the_test_set_is_used_after_training_only(tmp_path, monkeypatch):
+    used = []
+    real = ex2_main.make_loader
+    monkeypatch.setattr(
+        ex2_main, "make_loader", lambda dataset, *a, **o: used.append(len(dataset)) or real(dataset, *a, **o)
+    )
+    monkeypatch.setattr(ex2_main, "evaluate", lambda *args: used.append("evaluation"))
+    monkeypatch.setattr(ex2_main, "draw_process", lambda *args: None)
+    monkeypatch.setattr(ex2_main, "draw_samples", lambda *args: None)
+    assert ex2_main.main([*TINY, "--results_dir", str(tmp_path), "--dry_run"]) == 0
+    assert used == [900, 100, "evaluation"]

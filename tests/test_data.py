@@ -126,7 +126,7 @@ def test_folder_with_train_and_test(tmp_path):
     assert splits.class_names == ("cat", "dog")
     assert (len(splits.train), len(splits.val), len(splits.test)) == (18, 2, 5)
     assert splits.train.images.shape == (18, 3, 8, 8) and splits.train.images.dtype == torch.uint8
-    assert splits.test.labels.tolist() == [0, 0, 0, 1, 1]
+    assert sorted(splits.test.labels.tolist()) == [0, 0, 0, 1, 1]
 
 
 def test_folder_of_classes_alone_holds_out_a_test_set(tmp_path):
@@ -150,6 +150,39 @@ def test_folder_that_does_not_fit_is_read_while_training(tmp_path, monkeypatch, 
     first = [labels.tolist() for _, labels in batches]
     loader.set_epoch(1)
     assert [labels.tolist() for _, labels in loader] == first
+
+
+def test_the_first_test_images_stand_for_all_classes(tmp_path):
+    make_tree(tmp_path, {"train/a": 12, "train/b": 12, "test/a": 40, "test/b": 40})
+    _, test, _ = load_folder(str(tmp_path), 8, 0, 0)
+    assert 5 < test.labels[:20].sum() < 15
+
+
+@pytest.mark.parametrize("flip, expected", [(True, 0.5), (False, 0.0)])
+@pytest.mark.parametrize("train", [True, False])
+def test_files_are_flipped_in_training_alone(tmp_path, flip, expected, train):
+    (tmp_path / "a").mkdir()
+    half = Image.new("RGB", (8, 8))
+    half.paste((255, 255, 255), (0, 0, 4, 8))
+    half.save(tmp_path / "a" / "x.png")
+    files = ImageFiles((tmp_path / "a" / "x.png",) * 200, torch.zeros(200), 8)
+    torch.manual_seed(0)
+    batches = [images for images, _ in make_loader(files, 50, "cpu", train=train, flip=flip)]
+    flipped = (torch.cat(batches)[:, 0, 0, 0] < 0).float().mean().item()
+    assert flipped == pytest.approx(expected if train else 0, abs=0.1)
+
+
+def test_sixteen_bits_of_grey_are_scaled(tmp_path):
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    Image.fromarray(ramp).save(tmp_path / "x.png")
+    image = read_image(tmp_path / "x.png", 8).float()
+    np.testing.assert_allclose(image[0], ramp / 257, atol=1)
+
+
+def test_floating_point_images_are_refused(tmp_path):
+    Image.fromarray(np.zeros((8, 8), np.float32)).save(tmp_path / "x.tiff")
+    with pytest.raises(InputError, match="floats of unknown range"):
+        read_image(tmp_path / "x.tiff", 8)
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "CMYK", "1"])
@@ -181,9 +214,10 @@ def test_other_files_are_skipped_and_counted(tmp_path, capsys):
     make_tree(tmp_path, {"a": 12})
     (tmp_path / "a" / "notes.txt").write_text("x")
     (tmp_path / "a" / "Thumbs.db").write_text("x")
+    (tmp_path / "a" / "._000.png").write_text("macOS")
     train, test, _ = load_folder(str(tmp_path), 8, 0, 0)
     assert len(train) + len(test) == 12
-    assert "skipped 2 files" in capsys.readouterr().out
+    assert "skipped 3 files" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n"])
@@ -339,10 +373,11 @@ def test_shapes_are_anti_aliased_at_their_true_size():
     assert np.abs(areas[1] / areas[2] - 1).max() < 0.05
 
 
-def test_oracle_knows_fresh_shapes():
+@pytest.mark.parametrize("size", [16, 64])
+def test_oracle_knows_fresh_shapes(size):
     labels = np.arange(1000) % 10
-    images = draw_shapes(labels, 16, np.random.default_rng(123))
-    oracle = ShapesOracle(16)
+    images = draw_shapes(labels, size, np.random.default_rng(123))
+    oracle = ShapesOracle(size)
     assert oracle.accuracy(images, torch.from_numpy(labels)) >= 0.98
-    noise = torch.randint(0, 256, (1000, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    noise = torch.randint(0, 256, (1000, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     assert oracle.accuracy(noise, torch.from_numpy(labels)) < 0.3

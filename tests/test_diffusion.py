@@ -88,6 +88,26 @@ def test_rescaled_is_the_published_schedule_at_1000():
     assert torch.equal(rescaled(linear_beta_schedule, 1000), linear_beta_schedule(1e-4, 0.02, 1000))
 
 
+@pytest.mark.parametrize("timesteps", [0, -1])
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        *SCHEDULES.values(),
+        lambda n: linear_beta_schedule(1e-4, 0.02, n),
+        lambda n: sigmoid_beta_schedule(1e-4, 0.02, n),
+    ],
+)
+def test_no_timesteps_are_refused(schedule, timesteps):
+    with pytest.raises(ValueError, match="timesteps must be at least 1"):
+        schedule(timesteps)
+
+
+@pytest.mark.parametrize("beta_start, beta_end", [(0.0, 0.02), (1e-4, 1.0), (-0.1, 0.5)])
+def test_impossible_beta_ranges_are_refused(beta_start, beta_end):
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        linear_beta_schedule(beta_start, beta_end, 10)
+
+
 @pytest.mark.parametrize(
     "schedule",
     [lambda n: torch.linspace(0, 0.02, n), lambda n: torch.linspace(0.1, 1.0, n), lambda n: torch.ones(3) / 2],

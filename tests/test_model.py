@@ -86,6 +86,15 @@ def test_every_skip_connection_is_used_once():
         model(torch.randn(1, 3, 16, 16), torch.tensor([1]))
 
 
+def test_autocast_changes_rounding_and_not_the_function(batch):
+    model, (x, t, classes) = conditional().eval(), batch
+    with torch.no_grad():
+        exact = model(x, t, classes)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = model(x, t, classes).float()
+    assert 0 < (rounded - exact).abs().mean() < 0.02 * exact.abs().mean()
+
+
 def test_every_parameter_gets_a_gradient(batch):
     model, (x, t, classes) = conditional(p_uncond=0.5), batch
     torch.manual_seed(1)

@@ -9,8 +9,8 @@ import torch
 import ex2_config as cfg
 import ex2_main
 from ex2_data import ImageSet, InputError, make_loader
-from ex2_diffusion import SCHEDULES, Diffusion
-from ex2_metrics import loss_over_timesteps, timestep_grid
+from ex2_diffusion import SCHEDULES, Diffusion, evenly_spaced
+from ex2_metrics import loss_over_timesteps
 from ex2_model import Unet
 from ex2_training import LossMeter, RunError, RunLog, build_ema, build_scheduler
 
@@ -76,15 +76,16 @@ class Recorder(torch.nn.Module):
         return x * self.scale
 
 
-def run_epoch(model, diffusor, dataset=None, batch_size=8, args=SKELETON_ARGS, lr=1e-3, **options):
+def run_epoch(model, diffusor, dataset=None, batch_size=8, args=SKELETON_ARGS, lr=1e-3, device=CPU, **options):
     loader = make_loader(dataset or random_set(20), batch_size, CPU, train=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
-    return ex2_main.train(model, loader, optimizer, diffusor, 0, CPU, args, **options)
+    return ex2_main.train(model, loader, optimizer, diffusor, 0, device, args, **options)
 
 
-def test_train_with_the_skeletons_arguments_lowers_the_loss(model, diffusor):
+@pytest.mark.parametrize("device", ["cpu", CPU])
+def test_train_with_the_skeletons_arguments_lowers_the_loss(model, diffusor, device):
     dataset = random_set(64)
-    losses = [run_epoch(model, diffusor, dataset, lr=3e-3) for _ in range(6)]
+    losses = [run_epoch(model, diffusor, dataset, lr=3e-3, device=device) for _ in range(6)]
     assert losses[-1] < losses[0]
 
 
@@ -100,20 +101,20 @@ def test_training_draws_all_times_for_every_sample(diffusor):
 def test_epoch_loss_is_the_mean_over_images_with_a_smaller_last_batch():
     meter = LossMeter(0)
     for loss, count in ((1.0, 8), (2.0, 8), (7.0, 4)):
-        meter.add(torch.tensor(loss), torch.tensor(1.0), count)
-        meter.close_window(1e-3)
+        meter.add(torch.tensor(loss), torch.tensor(1.0), count, 1e-3)
+        meter.close_window()
     assert meter.mean == pytest.approx((8 + 16 + 28) / 20)
 
 
 def test_window_loss_does_not_depend_on_the_log_interval():
-    losses = [(torch.tensor(float(i)), torch.tensor(0.0), 3 + i) for i in range(6)]
+    losses = [(torch.tensor(float(i)), torch.tensor(0.0), 3 + i, 1e-3) for i in range(6)]
     means = []
     for interval in (1, 2, 6):
         meter = LossMeter(0)
         for i, step in enumerate(losses):
             meter.add(*step)
             if (i + 1) % interval == 0:
-                meter.close_window(1e-3)
+                meter.close_window()
         means.append(meter.mean)
     assert means == pytest.approx([means[0]] * 3)
 
@@ -155,6 +156,30 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(diffusor):
 
     with pytest.raises(RunError, match=r"step 3 of epoch 1 \(learning rate 0.001\): lower --lr"):
         run_epoch(Diverging(), diffusor)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_too():
+    meter = LossMeter(2)
+    for i, norm in enumerate((1.0, float("inf"), 1.0)):
+        meter.add(torch.tensor(0.5), torch.tensor(norm), 4, 0.1 * (i + 1))
+    with pytest.raises(RunError, match=r"step 2 of epoch 3 \(learning rate 0.2\)"):
+        meter.close_window()
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, diffusor, monkeypatch):
+    config = tiny_config(tmp_path)
+    real_train = ex2_main.train
+
+    def spoil(model, *rest, ema=None, **options):
+        loss = real_train(model, *rest, ema=ema, **options)
+        torch.nn.init.constant_(ema.module.final_conv.bias, float("inf"))
+        return loss
+
+    monkeypatch.setattr(ex2_main, "announce", lambda *args: None)
+    monkeypatch.setattr(ex2_main, "train", spoil)
+    with pytest.raises(RunError, match="no longer finite after epoch 1"):
+        ex2_main.fit(config, tiny_splits(), diffusor, CPU)
+    assert not (config.run_dir / "ckpt.pt").exists()
 
 
 def test_diverged_run_keeps_the_last_good_checkpoint(tmp_path, diffusor, monkeypatch):
@@ -271,7 +296,7 @@ def test_test_losses_are_fixed_whatever_the_global_seed_and_batch_size(model, di
     for seed, batch_size in ((0, 3), (1, 8)):
         torch.manual_seed(seed)
         results.append(ex2_main.test(model, make_loader(random_set(8), batch_size, CPU), diffusor, CPU, SKELETON_ARGS))
-    assert results[0]["t"] == results[1]["t"] == timestep_grid(50, 10)
+    assert results[0]["t"] == results[1]["t"] == evenly_spaced(50, 10)
     assert results[0]["l2"] == pytest.approx(results[1]["l2"], rel=1e-4)
     assert results[0]["l1"] == pytest.approx(results[1]["l1"], rel=1e-4)
 
@@ -286,11 +311,11 @@ def test_losses_of_known_predictors(diffusor):
     assert few["images"] == 11
 
 
-@pytest.mark.parametrize("timesteps, count", [(1000, 10), (50, 2), (5, 10), (1, 3)])
-def test_grid_of_times_has_both_ends(timesteps, count):
-    grid = timestep_grid(timesteps, count)
-    assert grid == sorted(set(grid)) and len(grid) == min(count, timesteps)
-    assert grid[0] == 0 and (grid[-1] == timesteps - 1 or count == 1)
+@pytest.mark.parametrize("length, count", [(1000, 10), (50, 2), (5, 10), (1, 3), (33, 9)])
+def test_evenly_spaced_indices_have_both_ends(length, count):
+    indices = evenly_spaced(length, count)
+    assert indices == sorted(set(indices)) and len(indices) == min(count, length)
+    assert indices[0] == 0 and indices[-1] == length - 1
 
 
 # ------------------------------------------------------------------ checkpoints
@@ -347,6 +372,26 @@ def test_resuming_with_other_settings_names_them(tmp_path, diffusor):
     ex2_main.fit(tiny_config(tmp_path, epochs=1), tiny_splits(), diffusor, CPU)
     with pytest.raises(InputError, match=r"--batch_size 16 there, 20 now.*--run_name"):
         ex2_main.fit(tiny_config(tmp_path, epochs=1, batch_size=20), tiny_splits(), diffusor, CPU)
+
+
+def test_a_run_goes_on_where_its_data_has_moved(tmp_path, diffusor):
+    ex2_main.fit(tiny_config(tmp_path, epochs=1), tiny_splits(), diffusor, CPU)
+    moved = tiny_config(tmp_path, epochs=1, data_dir="/elsewhere", num_workers=3, log_interval=7)
+    ex2_main.fit(moved, tiny_splits(), diffusor, CPU)
+
+
+def test_a_half_written_row_of_the_log_is_dropped(tmp_path):
+    path = tmp_path / "log.csv"
+    RunLog(path, 0).write(step=3, epoch=0, epoch_loss=0.5)
+    with path.open("a") as file:
+        file.write("4,0")
+    assert [row["step"] for row in RunLog(path, 1).rows()] == ["3"]
+
+
+def test_checkpoints_of_another_version_are_refused():
+    for content in ({}, {"config": {"no_such_field": 1}}):
+        with pytest.raises(InputError, match="not this version's"):
+            cfg.config_of(content, {})
 
 
 def test_finished_run_is_not_trained_again(tmp_path, diffusor, capsys):

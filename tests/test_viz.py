@@ -1,6 +1,8 @@
 """Pictures: brightness, order, labels, shapes; no display needed."""
 
-import matplotlib
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -17,8 +19,14 @@ def frames_of(path):
             yield np.asarray(gif.convert("RGB")), gif.info["duration"]
 
 
-def test_no_display_is_needed():
-    assert matplotlib.get_backend().lower() == "agg"
+def test_no_display_is_needed_and_no_backend_is_chosen(tmp_path):
+    code = (
+        "import sys, torch, ex2_viz; ex2_viz.save_grid(torch.zeros(2, 3, 8, 8), sys.argv[1], row_labels=['a']);"
+        "assert 'matplotlib.pyplot' not in sys.modules"
+    )
+    environment = {"PATH": "", "MPLBACKEND": "TkAgg", "PYTHONPATH": ":".join(filter(None, sys.path))}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "g.png")], env=environment, check=True)
+    assert (tmp_path / "g.png").stat().st_size > 100
 
 
 def test_saved_images_are_scaled_back_and_not_dark(tmp_path):
@@ -57,6 +65,13 @@ def test_gif_keeps_order_shape_and_pace(tmp_path, shape, fps):
     assert durations == (1000 // fps,) * 4 + (2000,)
 
 
+def test_a_gif_of_one_frame_and_frames_that_are_none(tmp_path):
+    viz.save_gif([torch.zeros(3, 8, 8)], tmp_path / "x.gif")
+    assert len(list(frames_of(tmp_path / "x.gif"))) == 1
+    with pytest.raises(ValueError, match=r"got \(8, 8\)"):
+        viz.save_gif([torch.zeros(8, 8)], tmp_path / "y.gif")
+
+
 def test_frames_of_the_process_carry_their_time(tmp_path):
     steps = [(t, torch.zeros(4, 3, 8, 8)) for t in (9, 4, -1)]
     viz.save_process_gif(steps, tmp_path / "x.gif")
@@ -71,7 +86,7 @@ def test_frames_of_the_process_carry_their_time(tmp_path):
 
 def test_schedule_plot_draws_the_betas_it_is_given(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(viz, "save_figure", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(viz.Figure, "savefig", lambda figure, path, **options: drawn.append(figure))
     schedules = {name: schedule(100) for name, schedule in SCHEDULES.items()}
     viz.plot_schedules(schedules, tmp_path / "s.png")
     axes = drawn[0].axes
@@ -81,7 +96,6 @@ def test_schedule_plot_draws_the_betas_it_is_given(tmp_path, monkeypatch):
         for ax, values in zip(axes, (betas, abar, torch.log(abar / (1 - abar)))):
             assert ax.lines[k].get_xdata().tolist() == list(range(1, 101))
             np.testing.assert_allclose(ax.lines[k].get_ydata(), values.numpy())
-    viz.plt.close(drawn[0])
 
 
 def test_curves_are_drawn(tmp_path):
