@@ -13,7 +13,6 @@ import json
 import math
 import sys
 import time
-from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 
@@ -23,23 +22,13 @@ from tqdm import tqdm
 import ex2_config as cfg
 import ex2_viz as viz
 from ex2_data import DataSplits, InputError, load_splits, make_loader, reverse_transform
-from ex2_diffusion import (
-    SCHEDULES,
-    Diffusion,
-    check_images,
-    evenly_spaced,
-    image_generators,
-    sample_in_batches,
-    thin_trajectory,
-)
+from ex2_diffusion import Diffusion, check_images, evenly_spaced, sample_in_batches
 from ex2_metrics import ShapesOracle, loss_over_timesteps
 from ex2_model import Unet
+from ex2_pictures import draw_process, draw_samples
 from ex2_training import LossMeter, RunError, RunLog, TrainingState
 
-GUIDANCE_SCALES = (-1.0, 0.0, 1.0, 3.0)  # columns of the guidance grid
 ORACLE_SAMPLES = 200
-GIF_FRAMES = 41
-STRIP_COLUMNS = 9
 
 
 # ---------------------------------------------------------------------------- the commands
@@ -376,75 +365,6 @@ def shapes_accuracy(model, diffusor: Diffusion, config: cfg.Config) -> dict:
     )
     accuracy = ShapesOracle(config.image_size).accuracy(reverse_transform(torch.cat(list(batches))), classes)
     return {"accuracy": accuracy, "samples": count, **config.sampling}
-
-
-def draw_process(model, splits: DataSplits, diffusor: Diffusion, config: cfg.Config) -> None:
-    """2.2 f and 2.3: schedules, and the forward and the reverse process as strips and animations."""
-    out = config.run_dir
-    viz.plot_schedules(possible_schedules(config.timesteps), out / "schedules.png")
-
-    count = min(4, len(splits.test))
-    loader = make_loader(splits.test, count, diffusor.device)
-    x_zero = next(iter(loader))[0].to(diffusor.device)
-    forward = diffusor.forward_trajectory(x_zero, image_generators(config.seed, 0, count))
-    forward = [(t, x) for t, x, _ in thin_trajectory(forward, diffusor.timesteps + 1, GIF_FRAMES)]
-    columns = evenly_spaced(len(forward), STRIP_COLUMNS)
-    viz.save_strip([forward[i] for i in columns], out / "forward_strip.png", "forward process: x_t")
-    viz.save_process_gif(forward, out / "forward.gif")
-
-    classes = None if model.null_class is None else torch.arange(count) % model.null_class
-    reverse = diffusor.sample_trajectory(
-        model,
-        config.image_size,
-        count,
-        classes=classes,
-        generator=image_generators(config.seed, 0, count),
-        **config.sampling,
-    )
-    length = (config.sampling["steps"] or config.timesteps) + 1
-    reverse = thin_trajectory(reverse, length, GIF_FRAMES)
-    strip = [reverse[i] for i in evenly_spaced(len(reverse), STRIP_COLUMNS)]
-    viz.save_strip([(t, x) for t, x, _ in strip], out / "reverse_strip.png", "reverse process: x_t")
-    viz.save_strip([(t, x) for t, _, x in strip], out / "x_zero_strip.png", "reverse process: estimate of x_0 at t")
-    viz.save_process_gif([(t, x) for t, x, _ in reverse], out / "reverse.gif")
-
-
-def possible_schedules(timesteps: int) -> dict:
-    """name -> betas (T,) of the named schedules that exist for that many steps."""
-    betas = {}
-    for name, schedule in SCHEDULES.items():
-        with suppress(ValueError):
-            betas[name] = schedule(timesteps)
-    return betas
-
-
-def draw_samples(model, class_names, diffusor: Diffusion, config: cfg.Config) -> None:
-    """2.2 b and 2.4: a grid of samples; of a conditional model by class, and over guidance scales at equal noise."""
-    common = {"batch_size": config.sample_batch, "seed": config.seed, **config.sampling}
-    if model.null_class is None:
-        images = torch.cat(list(sample_in_batches(diffusor, model, 4 if config.dry_run else 64, **common)))
-        viz.save_grid(images, config.run_dir / "samples.png")
-        return
-    columns = 1 if config.dry_run else 8
-    classes = torch.arange(len(class_names)).repeat_interleave(columns)
-    images = torch.cat(list(sample_in_batches(diffusor, model, len(classes), classes=classes, **common)))
-    title = f"guidance scale w = {common['guidance_scale']:g}"
-    viz.save_grid(images, config.run_dir / "class_grid.png", columns, class_names, title=title)
-
-    if not config.can_guide:
-        return
-    classes = torch.arange(len(class_names))
-    by_scale = []
-    for w in GUIDANCE_SCALES:
-        guided = {**common, "guidance_scale": w}
-        by_scale.append(torch.cat(list(sample_in_batches(diffusor, model, len(classes), classes=classes, **guided))))
-    viz.save_grid(
-        torch.stack(by_scale, dim=1).flatten(0, 1),
-        config.run_dir / "guidance_grid.png",
-        len(GUIDANCE_SCALES),
-        class_names,
-        [f"w = {w:g}" for w in GUIDANCE_SCALES],
-    )
 
 
 def sample_and_save_images(

@@ -14,6 +14,7 @@ import torch
 import ex2_config as cfg
 import ex2_data
 import ex2_main
+from ex2_diffusion import image_generators
 
 ROOT = Path(__file__).parent.parent
 TINY = "--dataset shapes --image_size 8 --dim 8 --dim_mults 1 2 --timesteps 30 --batch_size 100 --epochs 1".split()
@@ -340,7 +341,7 @@ def test_animations_are_one_trajectory_in_time_order_with_both_ends(restored, dr
         assert (strip[0], strip[-1], len(strip)) == (first, last, 9) and set(strip) <= set(times)
     whole = list(
         diffusor.sample_trajectory(
-            model, 8, 4, classes=range(4), generator=ex2_main.image_generators(0, 0, 4), **config.sampling
+            model, 8, 4, classes=range(4), generator=image_generators(0, 0, 4), **config.sampling
         )
     )
     for t, x in drawn["reverse.gif"]:
