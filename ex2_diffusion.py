@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Callable, Union
 
 import torch
@@ -37,6 +38,7 @@ def checked_betas(betas: Tensor, timesteps: int) -> Tensor:
 
 
 def check_timesteps(timesteps: int) -> None:
+    """Raises a ValueError for a T below 1."""
     if timesteps < 1:
         raise ValueError(f"timesteps must be at least 1, got {timesteps}")
 
@@ -88,18 +90,10 @@ def rescaled(schedule: Callable[[float, float, int], Tensor], timesteps: int) ->
     return schedule(1e-4 * 1000 / timesteps, beta_end, timesteps)
 
 
-def _named_linear(timesteps: int) -> Tensor:
-    return rescaled(linear_beta_schedule, timesteps)
-
-
-def _named_sigmoid(timesteps: int) -> Tensor:
-    return rescaled(sigmoid_beta_schedule, timesteps)
-
-
 SCHEDULES: dict[str, Callable[[int], Tensor]] = {
-    "linear": _named_linear,
+    "linear": partial(rescaled, linear_beta_schedule),
     "cosine": cosine_beta_schedule,
-    "sigmoid": _named_sigmoid,
+    "sigmoid": partial(rescaled, sigmoid_beta_schedule),
 }
 
 
@@ -402,6 +396,9 @@ class Diffusion:
             classes = torch.as_tensor(classes, device=self.device)
             if classes.shape != (batch_size,):
                 raise ValueError(f"classes must have shape ({batch_size},), got {tuple(classes.shape)}")
+            null_class = getattr(model, "null_class", None)
+            if null_class is not None and not ((classes >= 0) & (classes <= null_class)).all():
+                raise ValueError(f"classes must lie within 0 .. {null_class - 1}, got {classes.tolist()}")
 
         process = self.respaced(steps)
         x = randn((batch_size, channels, image_size, image_size), self.device, generator)  # x_T

@@ -226,6 +226,12 @@ def test_guidance_without_classes_or_of_an_unconditional_model_is_an_error(short
         short.sample(unconditional, 8, batch_size=2, classes=classes)
 
 
+@pytest.mark.parametrize("label", [-1, 11])
+def test_labels_the_model_does_not_know_are_named(short, unet, label):
+    with pytest.raises(ValueError, match=r"0 \.\. 9, got \[3, -?\d+\]"):
+        short.sample(unet, 8, batch_size=2, classes=[3, label], steps=2)
+
+
 def test_guidance_leaves_the_labels_as_they_were(short, unet):
     classes = torch.arange(4)
     short.sample(unet, 8, batch_size=4, classes=classes, guidance_scale=2.0, steps=2)
