@@ -116,7 +116,9 @@ class Attention(nn.Module):
 class LinearAttention(nn.Module):
     """Self-attention whose cost grows with the positions, not with their square; Shen et al. 2018.
 
-    https://arxiv.org/abs/1812.01243: softmax(q) (softmax(k)^T v), the right product first.
+    https://arxiv.org/abs/1812.01243: out = W_out (W_v x softmax(k)^T) softmax(q), the product in brackets first. It has
+    no positions left, so the projections W_v and W_out are multiplied into it, instead of being applied to every pixel:
+    the same function with a third less arithmetic, and no tensor of values or outputs as large as the image.
     """
 
     def __init__(self, dim: int, heads: int = 4, dim_head: int = 32):
@@ -127,15 +129,20 @@ class LinearAttention(nn.Module):
         self.to_out = nn.Sequential(nn.Conv2d(heads * dim_head, dim, 1), nn.GroupNorm(1, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        b, _, height, width = x.shape
-        q, k, v = (
-            self.to_qkv(x).reshape(b, 3, self.heads, -1, height * width).unbind(1)
-        )  # 3 x (B, heads, dim_head, H*W)
-        q = q.softmax(dim=-2) * self.scale
-        k = k.softmax(dim=-1)
-        context = v @ k.transpose(-1, -2)  # (B, heads, dim_head, dim_head)
-        out = (context @ q).reshape(b, -1, height, width)  # (B, heads*dim_head, H, W)
-        return self.to_out(out)
+        b, c, height, width = x.shape
+        project, norm = self.to_out
+        w_q, w_k, w_v = self.to_qkv.weight.chunk(3)  # 3 x (heads*dim_head, C, 1, 1)
+        q = F.conv2d(x, w_q).reshape(b, self.heads, -1, height * width).softmax(dim=-2)
+        q = (q * self.scale).flatten(1, 2)  # (B, heads*dim_head, H*W)
+        k = F.conv2d(x, w_k).flatten(2).softmax(dim=-1)  # (B, heads*dim_head, H*W)
+
+        seen = (k @ x.flatten(2).transpose(1, 2)).unflatten(1, (self.heads, -1))  # (B, heads, dim_head, C)
+        w_v = w_v.flatten(1).unflatten(0, (self.heads, -1))  # (heads, dim_head, C)
+        context = seen @ w_v.transpose(1, 2)  # (B, heads, dim_head, dim_head)
+        w_out = project.weight.flatten(1).unflatten(1, (self.heads, -1)).transpose(0, 1)  # (heads, C, dim_head)
+        mixing = (w_out @ context.transpose(-1, -2)).transpose(1, 2).flatten(2)  # (B, C, heads*dim_head)
+        out = mixing @ q + project.bias[:, None]
+        return norm(out.reshape(b, c, height, width))
 
 
 class PreNorm(nn.Module):
