@@ -117,8 +117,8 @@ class LinearAttention(nn.Module):
     """Self-attention whose cost grows with the positions, not with their square; Shen et al. 2018.
 
     https://arxiv.org/abs/1812.01243: out = W_out (W_v x softmax(k)^T) softmax(q), the product in brackets first. It has
-    no positions left, so the projections W_v and W_out are multiplied into it, instead of being applied to every pixel:
-    the same function with a third less arithmetic, and no tensor of values or outputs as large as the image.
+    no positions left, so W_v and W_out are multiplied into it, instead of being applied to every pixel: the same
+    function with a third less arithmetic at 32 channels, and no tensor of values as large as the image.
     """
 
     def __init__(self, dim: int, heads: int = 4, dim_head: int = 32):
