@@ -330,6 +330,14 @@ def test_class_grids_show_all_classes_with_their_names(restored, drawn):
     assert scales == ["w = -1", "w = 0", "w = 1", "w = 3"]
 
 
+def test_a_model_that_never_saw_the_null_class_is_not_guided(restored, drawn):
+    config, model, diffusor = restored
+    config = cfg.dataclasses.replace(config, p_uncond=0.0)
+    assert config.sampling["guidance_scale"] == 0
+    ex2_main.draw_samples(model, ex2_data.SHAPES, diffusor, config)
+    assert set(drawn) == {"class_grid.png"}
+
+
 def test_animations_are_one_trajectory_in_time_order_with_both_ends(restored, drawn):
     config, model, diffusor = restored
     splits = ex2_data.load_splits("shapes", None, 8, 0)
