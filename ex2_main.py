@@ -257,6 +257,8 @@ def train(
         if last or len(meter.window) == args.log_interval:
             train_loss, grad_norm = meter.close_window()
             progress.set_postfix(loss=f"{train_loss:.4f}")
+            if progress.disable and not args.dry_run:  # no terminal, as in a batch job: lines instead of a bar
+                print(f"epoch {epoch + 1}, step {step + 1}/{len(trainloader)}: loss {train_loss:.4f}")
             if log is not None:
                 log.write(
                     step=epoch * len(trainloader) + step + 1,
@@ -402,4 +404,5 @@ def sample_and_save_images(
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # in a batch job's log, too, lines appear when they are printed
     sys.exit(main())

@@ -119,6 +119,13 @@ def test_window_loss_does_not_depend_on_the_log_interval():
     assert means == pytest.approx([means[0]] * 3)
 
 
+def test_without_a_terminal_progress_comes_in_lines(diffusor, capsys):
+    args = SimpleNamespace(log_interval=2, dry_run=False)
+    run_epoch(Recorder(), diffusor, random_set(20), batch_size=4, args=args)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == [f"epoch 1, step {i}/5" for i in (2, 4, 5)]
+
+
 def test_dry_run_takes_one_batch_and_reports_its_mean(diffusor):
     torch.manual_seed(0)
     recorder = Recorder()
