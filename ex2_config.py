@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import math
 import os
+import pickle
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Optional
@@ -50,17 +52,19 @@ class Config:
     data_dir: Optional[str] = setting(None, "access to the data", "where cifar10 or the image folder lies", type=str)
     num_workers: int = setting(0, "access to the data", "processes that read image files", type=int, minimum=0)
 
-    timesteps: int = setting(1000, "diffusion process", "T, the number of noising steps", type=int, minimum=1)
+    timesteps: int = setting(
+        1000, "diffusion process", "T, the number of noising steps", type=int, minimum=1, maximum=10**6
+    )
     schedule: str = setting("linear", "diffusion process", "beta schedule", type=str, choices=tuple(SCHEDULES))
 
-    dim: int = setting(32, "model", "base width of the U-Net", type=int, minimum=4)
+    dim: int = setting(32, "model", "base width of the U-Net", type=int, minimum=4, maximum=4096)
     dim_mults: tuple = setting((1, 2, 4), "model", "width of each level over dim", type=int, nargs="+", minimum=1)
     class_free_guidance: bool = setting(False, "model", "condition on the class, for classifier-free guidance")
     p_uncond: float = setting(0.1, "model", "share of labels dropped in training", type=float, minimum=0, maximum=1)
     null_token: str = setting("learned", "model", "what stands for no class", type=str, choices=NULL_TOKENS)
 
     epochs: int = setting(5, "training", "passes over the training images", type=int, minimum=1)
-    batch_size: int = setting(64, "training", "images per optimiser step", type=int, minimum=1)
+    batch_size: int = setting(64, "training", "images per optimiser step", type=int, minimum=1, maximum=10**6)
     lr: float = setting(1e-3, "training", "peak learning rate of AdamW", type=float, above=0)
     warmup_steps: int = setting(
         200, "training", "optimiser steps to the peak, at most a tenth of all", type=int, minimum=0
@@ -79,7 +83,12 @@ class Config:
     )
     eta: float = setting(0.0, "sampling", "DDIM's share of fresh noise", type=float, minimum=0, maximum=1)
     guidance_scale: Optional[float] = setting(
-        None, "sampling", "w of Eq. 11 (default: 1 for class-conditional models)", type=float
+        None,
+        "sampling",
+        "w of Eq. 11 (default: 1 for class-conditional models)",
+        type=float,
+        minimum=-1000,
+        maximum=1000,
     )
     sample_batch: int = setting(100, "sampling", "images that are sampled at a time", type=int, minimum=1)
 
@@ -97,6 +106,8 @@ class Config:
         if self.eta > 0 and self.sampler != "ddim":
             raise InputError(f"--eta {self.eta:g} is for DDIM alone: give --sampler ddim with it, or --eta 0")
         self._check_class_settings()
+        if self.data_dir is not None and self.dataset == "shapes":
+            raise InputError("--data_dir: the shapes are drawn and not read; give --dataset folder or cifar10 with it")
         if self.run_name in ("", ".", "..") or Path(self.run_name).name != self.run_name:
             raise InputError(f"--run_name must be a plain folder name, got {self.run_name!r}")
         factor = 2 ** (len(self.dim_mults) - 1)
@@ -245,7 +256,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     test = commands.add_parser("test", help="evaluate a checkpoint on the validation and test set")
     test.add_argument("--checkpoint", required=True, help="a run's folder, or its ckpt.pt")
     test.add_argument("--out", help="folder for the figures (default: the run's folder)")
-    add_flags(test, ("run", "access to the data", "evaluation", "sampling"), RUN_FLAGS_OF_TRAIN)
+    # Another seed would split the data anew, and training images would land in the validation set.
+    add_flags(test, ("run", "access to the data", "evaluation", "sampling"), (*RUN_FLAGS_OF_TRAIN, "seed"))
 
     sample = commands.add_parser("sample", help="draw images from a checkpoint")
     sample.add_argument("--checkpoint", required=True, help="a run's folder, or its ckpt.pt")
@@ -314,11 +326,16 @@ def build_diffusion(config: Config, device) -> Diffusion:
 def save_checkpoint(path: Path, **content) -> None:
     """Writes a plain dict of tensors and Python values; a kill at any moment leaves the old file or the new one."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        torch.save({"format": CHECKPOINT_FORMAT, **content}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    buffer = io.BytesIO()  # torch's own writer would turn "no space left" into an error of its own
+    torch.save({"format": CHECKPOINT_FORMAT, **content}, buffer)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: str | Path, device="cpu") -> dict:
@@ -334,6 +351,8 @@ def load_checkpoint(path: str | Path, device="cpu") -> dict:
         raise InputError(f"no checkpoint at {path}: give --checkpoint a run's folder, or train first")
     try:
         content = torch.load(path, map_location=device, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(f"{path} is damaged or no checkpoint: it holds more than tensors and plain values") from error
     except Exception as error:  # torch and pickle raise many kinds for a damaged or foreign file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path} is damaged or no checkpoint: {reason}") from error

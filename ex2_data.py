@@ -191,6 +191,7 @@ def load_splits(name: str, data_dir: str | None, image_size: int, seed: int, num
 def load_cifar10(data_dir: str | None, image_size: int) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
     """CIFAR-10 from `data_dir`, $CIFAR10_ROOT, the course's folder or ./data; downloaded where none has it."""
     root = find_cifar10(data_dir)
+    print(f"CIFAR-10 from {root}")
     sets = []
     for train in (True, False):
         data = CIFAR10(root, train=train, download=False)

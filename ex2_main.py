@@ -29,6 +29,7 @@ from ex2_pictures import draw_process, draw_samples
 from ex2_training import LossMeter, RunError, RunLog, TrainingState
 
 ORACLE_SAMPLES = 200
+MAX_SAMPLES = 100_000  # of one `sample`: they are held in memory until they are written
 
 
 # ---------------------------------------------------------------------------- the commands
@@ -47,8 +48,13 @@ def main(argv: list[str] | None = None) -> int:
     except (RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except torch.cuda.OutOfMemoryError:
+    except torch.cuda.OutOfMemoryError:  # a RuntimeError, so it comes first
         print("error: the GPU's memory is full: lower --batch_size, --sample_batch or --dim", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):
+            raise
+        print("error: the memory is full: lower --batch_size, --sample_batch or --dim", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; a training goes on after its last saved epoch when started again", file=sys.stderr)
@@ -86,8 +92,8 @@ def run_test(args) -> None:
 def run_sample(args) -> None:
     """`sample`: images of chosen classes as single PNGs and as a grid."""
     checkpoint, config, device = open_checkpoint(args)
-    if args.n_images < 1:
-        raise InputError(f"--n_images must be at least 1, got {args.n_images}")
+    if not 1 <= args.n_images <= MAX_SAMPLES:
+        raise InputError(f"--n_images must be at least 1 and at most {MAX_SAMPLES}, got {args.n_images}")
     names = checkpoint["class_names"]
     chosen = choose_classes(args.classes, names, config)
     count = 1 if config.dry_run else args.n_images
@@ -113,6 +119,8 @@ def open_checkpoint(args):
     checkpoint = cfg.load_checkpoint(args.checkpoint)
     path = Path(args.checkpoint)
     out = Path(args.out or (path if path.is_dir() else path.parent)).resolve()
+    if not out.name:
+        raise InputError(f"--out: {out} is no folder for pictures")
     now = {"cuda": None, "dry_run": False, **args.given, "results_dir": str(out.parent), "run_name": out.name}
     config = cfg.config_of(checkpoint, now)
     return checkpoint, config, cfg.pick_device(config.cuda)
@@ -166,7 +174,7 @@ def fit(config: cfg.Config, splits: DataSplits, diffusor: Diffusion, device) -> 
     epochs = 1 if config.dry_run else config.epochs
     steps_per_epoch = 1 if config.dry_run else len(loader)
     state = TrainingState(model, config, epochs * steps_per_epoch, device)
-    first_epoch = state.resume(config)
+    first_epoch = state.resume(config, splits.class_names)
     log = RunLog(config.run_dir / "log.csv", first_epoch)
     (config.run_dir / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
     if first_epoch < epochs:

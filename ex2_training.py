@@ -51,17 +51,22 @@ class TrainingState:
             random=random,
         )
 
-    def resume(self, config: Config) -> int:
+    def resume(self, config: Config, class_names) -> int:
         """Goes back to what an earlier run of the same name saved; returns its epochs, 0 where there is none.
 
         Raises:
-            InputError: it was trained with other settings.
+            InputError: it was trained with other settings, or on other classes.
         """
         path = config.run_dir / CHECKPOINT_NAME
         if config.dry_run or not path.is_file():
             return 0
         saved = load_checkpoint(path)
         check_same_settings(config_of(saved, {}), config)
+        if saved["class_names"] != list(class_names):
+            raise InputError(
+                f"{config.run_dir} holds a run on other classes ({', '.join(saved['class_names'])} there, "
+                f"{', '.join(class_names)} now): choose another --run_name"
+            )
         self.model.load_state_dict(saved["model"])
         self.ema.module.load_state_dict(saved["ema"])
         self.ema.n_averaged.fill_(saved["ema_updates"])

@@ -62,11 +62,11 @@ def save_grid(
     axes = figure.add_axes((0, 0, 1, 1))
     axes.imshow(grid, interpolation="nearest")
     axes.xaxis.tick_top()
-    axes.set_xticks([padding + width * (i + 0.5) for i in range(len(column_labels))], column_labels)
-    axes.set_yticks([padding + height * (i + 0.5) for i in range(len(row_labels))], row_labels)
+    axes.set_xticks([padding + width * (i + 0.5) for i in range(len(column_labels))], column_labels, parse_math=False)
+    axes.set_yticks([padding + height * (i + 0.5) for i in range(len(row_labels))], row_labels, parse_math=False)
     for i, label in enumerate(labels):
         row, column = divmod(i, columns)
-        axes.text(padding + width * column, height * (row + 1) + 1, label, fontsize=7, va="top")
+        axes.text(padding + width * column, height * (row + 1) + 1, label, fontsize=7, va="top", parse_math=False)
     axes.tick_params(length=0)
     axes.set_title(title, fontsize=11, pad=10)
     for spine in axes.spines.values():

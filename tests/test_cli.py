@@ -125,6 +125,14 @@ def test_broken_image_in_a_worker_is_one_line(tmp_path, capsys):
     assert line.startswith(f"error: {tmp_path / 'b' / '7.png'} can't be read as an image")
 
 
+def test_a_full_memory_is_one_line(monkeypatch, capsys):
+    def full(*args):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+    monkeypatch.setattr(ex2_main, "run_train", full)
+    assert "the memory is full" in rejected([], capsys, code=1)
+
+
 def test_a_full_gpu_is_one_line(monkeypatch, capsys):
     def full(*args):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
@@ -212,6 +220,10 @@ def test_program_runs_from_anywhere_and_reports_errors_on_one_line(tmp_path):
         ("--preset huge", "invalid choice"),
         ("--dataset folder", "needs --data_dir"),
         ("--dataset folder --data_dir nowhere", "nowhere is no folder"),
+        ("--data_dir somewhere", "--data_dir: the shapes are drawn"),
+        ("--class_free_guidance --guidance_scale 1e39", "--guidance_scale must be at most 1000"),
+        ("--batch_size 100000000000000000000", "--batch_size must be at most"),
+        ("test --checkpoint x --seed 5", "unrecognized arguments: --seed"),
         ("test", "--checkpoint"),
         ("test --checkpoint nowhere", "no checkpoint at nowhere"),
     ],
@@ -229,6 +241,8 @@ def test_bad_input_is_one_clear_line(flags, message, tmp_path, monkeypatch, caps
         (["--classes", "unicorn"], "unknown class 'unicorn'; the model knows circle, square"),
         (["--classes", "10"], "unknown class '10'"),
         (["--n_images", "0"], "--n_images must be at least 1"),
+        (["--n_images", "100000000000"], "--n_images must be at least 1 and at most 100000"),
+        (["--out", "/"], "--out: / is no folder"),
         (["--sample_steps", "31"], "--sample_steps must be at most"),
     ],
 )
@@ -246,7 +260,7 @@ def test_a_full_disk_is_one_line_and_exit_code_1(tmp_path, capsys, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(cfg.os, "fsync", full)
     assert "No space left on device" in rejected([*TINY, "--results_dir", str(tmp_path)], capsys, code=1)
 
 

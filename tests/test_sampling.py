@@ -64,16 +64,16 @@ def test_samples_have_the_deviation_of_the_data(linear, gaussian, sampler, eta, 
     x = linear.sample(
         gaussian(linear, s=0.5),
         4,
-        batch_size=4096,
-        channels=4,
+        batch_size=2048,  # few enough values that torch needs no second thread, which a busy machine makes wait
+        channels=1,
         sampler=sampler,
         eta=eta,
         clamp=False,
         generator=torch.Generator().manual_seed(0),
     )
-    assert x.shape == (4096, 4, 4, 4)
-    assert x.std().item() == pytest.approx(expected, abs=0.003)
-    assert x.mean().item() == pytest.approx(0, abs=0.006)
+    assert x.shape == (2048, 1, 4, 4)
+    assert x.std().item() == pytest.approx(expected, abs=0.007)
+    assert x.mean().item() == pytest.approx(0, abs=0.012)
 
 
 def test_sample_is_repeated_p_sample(short, gaussian):
@@ -204,8 +204,8 @@ def test_guided_samples_of_gaussians_have_the_extrapolated_mean(linear, gaussian
     x = linear.sample(
         model,
         4,
-        batch_size=1024,
-        classes=torch.zeros(1024, dtype=torch.long),
+        batch_size=512,
+        classes=torch.zeros(512, dtype=torch.long),
         guidance_scale=w,
         sampler="ddim",
         clamp=False,

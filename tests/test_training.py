@@ -381,9 +381,18 @@ def test_resuming_with_other_settings_names_them(tmp_path, diffusor):
         ex2_main.fit(tiny_config(tmp_path, epochs=1, batch_size=20), tiny_splits(), diffusor, CPU)
 
 
+def test_resuming_on_other_classes_names_them(tmp_path, diffusor):
+    config, splits = tiny_config(tmp_path, epochs=1), tiny_splits()
+    ex2_main.fit(config, splits, diffusor, CPU)
+    splits.class_names = ("a", "b", "z")
+    with pytest.raises(InputError, match=r"other classes \(a, b, c there, a, b, z now\)"):
+        ex2_main.fit(config, splits, diffusor, CPU)
+
+
 def test_a_run_goes_on_where_its_data_has_moved(tmp_path, diffusor):
-    ex2_main.fit(tiny_config(tmp_path, epochs=1), tiny_splits(), diffusor, CPU)
-    moved = tiny_config(tmp_path, epochs=1, data_dir="/elsewhere", num_workers=3, log_interval=7)
+    here = tiny_config(tmp_path, epochs=1, dataset="folder", data_dir="/here")
+    ex2_main.fit(here, tiny_splits(), diffusor, CPU)
+    moved = tiny_config(tmp_path, epochs=1, dataset="folder", data_dir="/elsewhere", num_workers=3)
     ex2_main.fit(moved, tiny_splits(), diffusor, CPU)
 
 
@@ -428,12 +437,15 @@ def test_files_that_are_no_checkpoint_are_refused(tmp_path, content):
 def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "ckpt.pt"
     cfg.save_checkpoint(path, epoch=1)
-    monkeypatch.setattr(
-        torch, "save", lambda content, file: (_ for _ in ()).throw(OSError(28, "No space left on device"))
-    )
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cfg.os, "fsync", full)
     with pytest.raises(OSError):
         cfg.save_checkpoint(path, epoch=2)
     assert cfg.load_checkpoint(path)["epoch"] == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["ckpt.pt"], "nothing is left behind on the full disk"
 
 
 def test_step_time_is_measured_without_changing_anything(tmp_path, diffusor, model):

@@ -48,6 +48,11 @@ def test_grid_shows_every_image_in_its_place(tmp_path):
         assert abs(columns.mean() - (picture.shape[1] - 3 * 66) - 66 * channel - 33) < 15
 
 
+def test_labels_are_text_and_no_mathematics(tmp_path):
+    viz.save_grid(torch.zeros(1, 3, 8, 8), tmp_path / "g.png", row_labels=["$a_$"], labels=["$\\b$"])
+    assert (tmp_path / "g.png").exists()
+
+
 @pytest.mark.parametrize("size, width", [(8, 64), (16, 64), (32, 64), (64, 64), (128, 128)])
 def test_small_images_are_enlarged(size, width):
     assert viz.enlarged(torch.zeros(1, 3, size, size, dtype=torch.uint8)).shape[-1] == width
