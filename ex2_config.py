@@ -20,6 +20,7 @@ from ex2_model import MAX_ATTENTION_POSITIONS, NULL_TOKENS, Unet
 
 CHECKPOINT_FORMAT = 1
 CHECKPOINT_NAME = "ckpt.pt"
+WEIGHTS = {"ema": "ema", "raw": "model"}  # choices of the command line -> entries of a checkpoint
 TRAINING_GROUPS = ("data", "diffusion process", "model", "training")  # what a resumed run must have in common
 
 
@@ -236,6 +237,12 @@ def add_flags(parser: argparse.ArgumentParser, groups: tuple[str, ...], leave_ou
             )
 
 
+def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of every command that starts from a checkpoint."""
+    parser.add_argument("--checkpoint", required=True, help="a run's folder, or its ckpt.pt")
+    parser.add_argument("--weights", choices=WEIGHTS, default="ema", help="averaged, or as last trained (default: ema)")
+
+
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """The command line as a namespace: `command`, the command's own flags, and `given`, the Config fields named.
 
@@ -253,14 +260,21 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     all_groups = tuple(dict.fromkeys(f.metadata["group"] for f in fields(Config)))
     add_flags(train, all_groups)
 
-    test = commands.add_parser("test", help="evaluate a checkpoint on the validation and test set")
-    test.add_argument("--checkpoint", required=True, help="a run's folder, or its ckpt.pt")
+    test = commands.add_parser("test", help="evaluate a checkpoint: losses, bits per dimension, quality of its samples")
+    add_checkpoint_flags(test)
+    test.add_argument("--eval_samples", type=int, default=1000, help="samples to judge (default: 1000; 0: none)")
+    test.add_argument(
+        "--eval_scales", type=float, nargs="+", help="guidance scales to judge them at (default: those of the pictures)"
+    )
+    test.add_argument(
+        "--inception_weights", metavar="FILE", help="torch-fidelity's weights: FID instead of own features"
+    )
     test.add_argument("--out", help="folder for the figures (default: the run's folder)")
     # Another seed would split the data anew, and training images would land in the validation set.
     add_flags(test, ("run", "access to the data", "evaluation", "sampling"), (*RUN_FLAGS_OF_TRAIN, "seed"))
 
     sample = commands.add_parser("sample", help="draw images from a checkpoint")
-    sample.add_argument("--checkpoint", required=True, help="a run's folder, or its ckpt.pt")
+    add_checkpoint_flags(sample)
     sample.add_argument("--n_images", type=int, default=16, help="how many in all (default: 16)")
     sample.add_argument("--classes", nargs="+", help="class names or numbers, one after the other (default: all)")
     sample.add_argument("--out", help="folder for the images (default: samples/ in the run's folder)")
@@ -268,8 +282,13 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
     if not argv or (argv[0] not in commands.choices and argv[0] not in ("-h", "--help")):
         argv = ["train", *argv]
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
     names = {f.name for f in fields(Config)}
+    for flag in unknown:
+        if flag.lstrip("-").split("=")[0].replace("no_", "", 1) in names:
+            raise InputError(f"{flag} is fixed by the checkpoint and can't be given to {args.command}: train with it")
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     args.given = {name: value for name, value in vars(args).items() if name in names}
     return args
 
@@ -374,8 +393,20 @@ def config_of(checkpoint: dict, given: dict) -> Config:
     return dataclasses.replace(config, **given)
 
 
-def restore_model(checkpoint: dict, config: Config, device) -> Unet:
-    """The trained U-Net with its averaged (EMA) weights, in eval mode on `device`."""
+def restore_model(checkpoint: dict, config: Config, device, weights: str = "ema") -> Unet:
+    """The trained U-Net in eval mode on `device`, with its averaged ("ema") or last ("raw") weights.
+
+    Raises:
+        InputError: the checkpoint lacks them, or they are of a U-Net of other sizes.
+    """
     model = build_model(config, len(checkpoint["class_names"]))
-    model.load_state_dict(checkpoint["ema"])
+    state = checkpoint.get(WEIGHTS[weights])
+    if state is None:
+        there = [name for name, key in WEIGHTS.items() if checkpoint.get(key) is not None]
+        raise InputError(f"the checkpoint holds no {weights} weights: give --weights {there[0] if there else 'raw'}")
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        what = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise InputError(f"the checkpoint's weights don't fit the model its settings describe: {what}") from error
     return model.to(device).eval()

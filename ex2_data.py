@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections import Counter
@@ -167,6 +168,22 @@ def split_off(dataset, seed: int, share: float = HELD_OUT):
         raise InputError(f"{len(dataset)} images are too few to hold {share:.0%} of them out: give at least 10")
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
     return dataset.subset(order[held_out:]), dataset.subset(order[:held_out])
+
+
+def training_images(splits: DataSplits) -> tuple[ImageSet | ImageFiles, str]:
+    """(train and val together, their fingerprint), in an order that does not depend on how the seed split them."""
+    kind = type(splits.train)
+    parts = (splits.train, splits.val)
+    if kind is ImageSet:
+        whole = ImageSet(torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts]))
+        keys = [image.numpy().tobytes() for image in whole.images]
+    else:
+        paths = tuple(path for part in parts for path in part.paths)
+        whole = ImageFiles(paths, torch.cat([part.labels for part in parts]), splits.train.image_size)
+        keys = [f"{path.parent.name}/{path.name} {path.stat().st_size} {whole.image_size}".encode() for path in paths]
+    digests = [hashlib.sha256(key + bytes([label % 256])).digest() for key, label in zip(keys, whole.labels.tolist())]
+    order = sorted(range(len(digests)), key=digests.__getitem__)
+    return whole.subset(torch.tensor(order)), hashlib.sha256(b"".join(sorted(digests))).hexdigest()[:12]
 
 
 def load_splits(name: str, data_dir: str | None, image_size: int, seed: int, num_workers: int = 0) -> DataSplits:

@@ -1,7 +1,7 @@
 """Exercise 2, the program: train, test and sample a denoising diffusion probabilistic model.
 
 python ex2_main.py --epochs 50 --schedule cosine          train, then test, then draw the pictures
-python ex2_main.py test --checkpoint results/DDPM         losses of the validation and test set (2.2 e)
+python ex2_main.py test --checkpoint results/DDPM         losses, bits per dimension, quality of samples (2.2 e)
 python ex2_main.py sample --checkpoint results/DDPM       images of chosen classes (2.2 b, 2.4)
 """
 
@@ -21,14 +21,14 @@ from tqdm import tqdm
 
 import ex2_config as cfg
 import ex2_viz as viz
-from ex2_data import DataSplits, InputError, load_splits, make_loader, reverse_transform
+from ex2_data import DataSplits, InputError, load_splits, make_loader
 from ex2_diffusion import Diffusion, check_images, evenly_spaced, sample_in_batches
-from ex2_metrics import ShapesOracle, loss_over_timesteps
+from ex2_evaluation import build_judge, evaluate, judge_samples, write_report
+from ex2_metrics import loss_over_timesteps
 from ex2_model import Unet
-from ex2_pictures import draw_process, draw_samples
+from ex2_pictures import GUIDANCE_SCALES, draw_process, draw_samples
 from ex2_training import LossMeter, RunError, RunLog, TrainingState
 
-ORACLE_SAMPLES = 200
 MAX_SAMPLES = 100_000  # of one `sample`: they are held in memory until they are written
 
 
@@ -72,21 +72,32 @@ def run_train(args) -> None:
     splits = load_splits(config.dataset, config.data_dir, config.image_size, config.seed, config.num_workers)
     diffusor = cfg.build_diffusion(config, device)
     model = fit(config, splits, diffusor, device)
-    evaluate(model, splits, diffusor, device, config)
+    evaluate(model, splits, diffusor, config)
     draw_process(model, splits, diffusor, config)
     draw_samples(model, splits.class_names, diffusor, config)
     print(f"done: see {config.run_dir}/")
 
 
 def run_test(args) -> None:
-    """`test`: losses of a checkpoint on the validation and test set, as table, JSON and curve."""
+    """`test`: losses and bits per dimension of a checkpoint, and what its samples are worth: table, JSON and curves."""
     checkpoint, config, device = open_checkpoint(args)
+    scales = choose_scales(args, config)
     splits = load_splits(config.dataset, config.data_dir, config.image_size, config.seed, config.num_workers)
     if splits.class_names != tuple(checkpoint["class_names"]):
         raise InputError(f"the data has classes {splits.class_names}, the checkpoint {checkpoint['class_names']}")
     make_run_dir(config.run_dir)
-    model = cfg.restore_model(checkpoint, config, device)
-    evaluate(model, splits, cfg.build_diffusion(config, device), device, config)
+    model = cfg.restore_model(checkpoint, config, device, args.weights)
+    diffusor = cfg.build_diffusion(config, device)
+    judge = None
+    if args.eval_samples > 0:
+        judge = build_judge(splits, device, config, args.eval_samples, args.inception_weights)
+    report = evaluate(model, splits, diffusor, config, args.weights)
+    if judge is not None:
+        report["samples"] = judge_samples(
+            judge, model, splits, diffusor, config, count=args.eval_samples, scales=scales, weights=args.weights
+        )
+        write_report(report, config)
+    print(f"done: see {config.run_dir}/")
 
 
 def run_sample(args) -> None:
@@ -102,7 +113,7 @@ def run_sample(args) -> None:
     sample_and_save_images(
         count,
         cfg.build_diffusion(config, device),
-        cfg.restore_model(checkpoint, config, device),
+        cfg.restore_model(checkpoint, config, device, args.weights),
         device,
         out,
         classes=None if chosen is None else [chosen[i % len(chosen)] for i in range(count)],
@@ -152,6 +163,22 @@ def choose_classes(wanted: list[str] | None, names: list[str], config: cfg.Confi
         if name not in numbers:
             raise InputError(f"--classes: unknown class {name!r}; the model knows {', '.join(names)}")
     return [numbers[name] for name in wanted] if wanted else list(range(len(names)))
+
+
+def choose_scales(args, config: cfg.Config) -> list[float]:
+    """The guidance scales at which `test` judges samples; checks its other flags for them too."""
+    if args.eval_samples < 0:
+        raise InputError(f"--eval_samples must be at least 0, got {args.eval_samples}")
+    if args.eval_samples == 0 and (args.eval_scales or args.inception_weights):
+        raise InputError("--eval_scales and --inception_weights are for judged samples: drop --eval_samples 0")
+    if not config.can_guide:
+        if args.eval_scales:
+            raise InputError("--eval_scales: this model can't be guided; train one with --class_free_guidance")
+        return []
+    for scale in args.eval_scales or ():
+        if not -1000 <= scale <= 1000:
+            raise InputError(f"--eval_scales must lie within -1000 .. 1000, got {scale:g}")
+    return args.eval_scales or list(GUIDANCE_SCALES)
 
 
 # ---------------------------------------------------------------------------- training
@@ -330,51 +357,7 @@ def seconds_per_step(config: cfg.Config, model, diffusor: Diffusion, loader) -> 
     return sorted(times)[len(times) // 2]
 
 
-# ---------------------------------------------------------------------------- evaluation and pictures
-
-
-def evaluate(model, splits: DataSplits, diffusor: Diffusion, device, config: cfg.Config) -> dict:
-    """2.2 e: losses of val and test; for conditional shapes also whether samples show what they should."""
-    losses = {}
-    for name in ("val", "test"):
-        loader = make_loader(getattr(splits, name), config.batch_size * 2, device, num_workers=config.num_workers)
-        losses[name] = test(model, loader, diffusor, device, config)
-    report = {"weights": "EMA", "schedule": config.schedule, "timesteps": config.timesteps, "losses": losses}
-    if config.dataset == "shapes" and config.class_free_guidance:
-        report["class_accuracy"] = shapes_accuracy(model, diffusor, config)
-
-    print_report(report)
-    (config.run_dir / "test_metrics.json").write_text(json.dumps(report, indent=2) + "\n")
-    viz.plot_loss_over_t(losses, config.run_dir / "loss_over_t.png")
-    return report
-
-
-def print_report(report: dict) -> None:
-    """The losses as a table, a row per time; below it the class accuracy where there is one."""
-    columns = [(name, loss) for name in report["losses"] for loss in ("l1", "l2")]
-    print(f"{'t':>6}", *(f"{name + ' ' + loss:>9}" for name, loss in columns))
-    for k, t in enumerate(report["losses"]["val"]["t"]):
-        print(f"{t + 1:>6}", *(f"{report['losses'][name][loss][k]:>9.4f}" for name, loss in columns))
-    if "class_accuracy" in report:
-        figures = report["class_accuracy"]
-        print(f"{figures['accuracy']:.1%} of {figures['samples']} samples show their class")
-
-
-def shapes_accuracy(model, diffusor: Diffusion, config: cfg.Config) -> dict:
-    """Share of conditional samples that the template oracle assigns to their class."""
-    count = 10 if config.dry_run else ORACLE_SAMPLES
-    classes = torch.arange(count) % model.null_class
-    batches = sample_in_batches(
-        diffusor,
-        model,
-        count,
-        config.sample_batch,
-        config.seed + 1,
-        classes=classes,
-        **config.sampling,
-    )
-    accuracy = ShapesOracle(config.image_size).accuracy(reverse_transform(torch.cat(list(batches))), classes)
-    return {"accuracy": accuracy, "samples": count, **config.sampling}
+# ---------------------------------------------------------------------------- sampling
 
 
 def sample_and_save_images(

@@ -172,11 +172,53 @@ def plot_training(rows: Sequence[Mapping[str, str]], path: str | Path) -> None:
 
 
 def plot_loss_over_t(curves: Mapping[str, Mapping], path: str | Path) -> None:
-    """2.2 e: l1 and l2 loss over the time; name -> {"t", "l1", "l2"} as `loss_over_timesteps` gives them."""
-    figure, axes = curve_axes(2)
-    for ax, loss in zip(axes, ("l1", "l2")):
-        for (name, curve), style in zip(curves.items(), ("o-", "s--", "^:")):
-            ax.plot([t + 1 for t in curve["t"]], curve[loss], style, label=name, alpha=0.8)
-        ax.set(title=f"{loss} loss of the predicted noise", xlabel="t", yscale="log")
+    """2.2 e: loss of the noise and of the x_0 estimate over the time; name -> what `loss_over_timesteps` gives."""
+    figure, axes = curve_axes(3)
+    titles = {
+        "l1": "l1 loss of the predicted noise",
+        "l2": "l2 loss of the predicted noise",
+        "x_zero_l2": r"l2 error of the $x_0$ estimate",
+    }
+    for ax, (loss, title) in zip(axes, titles.items()):
+        for (name, curve), style in zip(curves.items(), ("o-", "s--", "^:", "v-.")):
+            ax.plot([t + 1 for t in curve["t"]], curve[loss], style, label=name.replace("_", ", "), alpha=0.8)
+        ax.set(title=title, xlabel="t", yscale="log")
         ax.legend()
+    figure.savefig(path, dpi=110)
+
+
+def plot_bits_per_dim(bound: Mapping, timesteps: int, path: str | Path) -> None:
+    """2.2 e: the terms of the variational bound over the time, and their running sum; `bound` of `bits_per_dim`."""
+    figure, axes = curve_axes(2)
+    starts = [1, *(t + 1 for t in bound["t"])]  # the decoder's time, then those of the strata, counted as in the paper
+    sizes = np.diff([*starts, timesteps + 1])
+    for name, label in (("beta", r"$\sigma_t^2 = \beta_t$"), ("beta_tilde", r"$\sigma_t^2 = \tilde\beta_t$")):
+        terms = np.array([bound[name]["decoder"], *bound[name]["terms"]])
+        axes[0].step([*starts, timesteps + 1], [*terms, terms[-1]], where="post", label=label)
+        axes[1].plot([*starts, timesteps + 1], [0, *np.cumsum(sizes * terms)], "o-", label=label, markersize=3)
+    axes[0].set(title=r"$L_{t-1}$ of the bound, bits per dimension", yscale="log")
+    axes[1].set(title="their sum up to t")
+    for ax in axes:
+        ax.set(xlabel="t", xscale="log")
+        ax.legend()
+    figure.savefig(path, dpi=110)
+
+
+def plot_guidance(report: Mapping, path: str | Path) -> None:
+    """2.4 c: figures of samples over the guidance scale, with those of test images as dashed lines; `judge_samples`."""
+    figure, axes = curve_axes(3)
+    rows, test = report["by_scale"], report["test_images"]
+    panels = {"class_accuracy": 0, "precision": 1, "recall": 1, "frechet_distance": 2}
+    for name, panel in panels.items():
+        if name in rows[0]:
+            values = [row[name] for row in rows]
+            line = axes[panel].plot([row["guidance_scale"] for row in rows], values, "o-", label=name.replace("_", " "))
+            if test[name] is not None:
+                axes[panel].axhline(test[name], color=line[0].get_color(), linestyle="--", alpha=0.6)
+    axes[0].set(title="samples that show their class", ylim=(0, 1.05))
+    axes[1].set(title="precision and recall", ylim=(0, 1.05))
+    axes[1].legend()
+    axes[2].set(title="Fréchet distance", yscale="log")
+    for ax in axes:
+        ax.set_xlabel("guidance scale w (dashed: test images)")
     figure.savefig(path, dpi=110)

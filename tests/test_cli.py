@@ -18,6 +18,7 @@ from ex2_diffusion import image_generators
 
 ROOT = Path(__file__).parent.parent
 TINY = "--dataset shapes --image_size 8 --dim 8 --dim_mults 1 2 --timesteps 30 --batch_size 100 --epochs 1".split()
+EVAL_FEW = "--eval_images 5 --eval_samples 0".split()
 TINY += "--eval_images 20 --eval_timesteps 3 --sample_steps 3 --schedule cosine --no_cuda".split()
 
 
@@ -53,13 +54,13 @@ def test_train_writes_every_file_of_the_run(run):
     assert names == {
         *("config.json", "log.csv", "ckpt.pt", "test_metrics.json", "training.png", "loss_over_t.png", "schedules.png"),
         *("forward_strip.png", "forward.gif", "reverse_strip.png", "reverse.gif", "x_zero_strip.png"),
-        *("class_grid.png", "guidance_grid.png"),
+        *("class_grid.png", "guidance_grid.png", "bits_per_dim.png"),
     }
     rows = list(csv.DictReader((run / "log.csv").open()))
     assert int(rows[-1]["step"]) == 9 and float(rows[-1]["val_loss"]) > 0
     report = json.loads((run / "test_metrics.json").read_text())
     assert report["losses"]["test"]["t"] == [0, 14, 29] and report["losses"]["val"]["images"] == 20
-    assert report["weights"] == "EMA" and 0 <= report["class_accuracy"]["accuracy"] <= 1
+    assert report["weights"] == "ema" and 0 <= report["class_accuracy"]["accuracy"] <= 1
     assert json.loads((run / "config.json").read_text())["flip"] is True
 
 
@@ -78,7 +79,7 @@ def test_start_says_steps_and_time(tmp_path, capsys):
 
 def test_test_repeats_the_figures_of_the_training_run(run, capsys):
     before = json.loads((run / "test_metrics.json").read_text())
-    assert ex2_main.main(["test", "--checkpoint", str(run), "--no_cuda"]) == 0
+    assert ex2_main.main(["test", "--checkpoint", str(run), "--no_cuda", "--eval_samples", "0"]) == 0
     assert json.loads((run / "test_metrics.json").read_text()) == before
     assert "test l2" in capsys.readouterr().out
 
@@ -161,7 +162,7 @@ def test_unconditional_model_samples_without_classes_and_refuses_them(tmp_path, 
 
 def test_figures_of_a_checkpoint_can_go_elsewhere(run, tmp_path):
     before = (run / "test_metrics.json").read_bytes()
-    assert ex2_main.main(["test", "--checkpoint", str(run), "--out", str(tmp_path), "--eval_images", "5"]) == 0
+    assert ex2_main.main(["test", "--checkpoint", str(run), "--out", str(tmp_path), *EVAL_FEW]) == 0
     assert json.loads((tmp_path / "test_metrics.json").read_text())["losses"]["val"]["images"] == 5
     assert (run / "test_metrics.json").read_bytes() == before
 
@@ -174,7 +175,7 @@ def test_sample_and_save_images_with_the_skeletons_arguments(run, tmp_path):
     assert images.shape == (2, 3, 8, 8) and model.training
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0000.png", "0001.png", "grid.png"]
     png = torch.from_numpy(imageio.imread(tmp_path / "out" / "0000.png")).permute(2, 0, 1)
-    assert torch.equal(png, ex2_main.reverse_transform(images[0]))
+    assert torch.equal(png, ex2_data.reverse_transform(images[0]))
 
 
 def test_program_runs_from_anywhere_and_reports_errors_on_one_line(tmp_path):
