@@ -14,7 +14,7 @@ from typing import Optional
 
 import torch
 
-from ex2_data import DATASETS, InputError
+from ex2_data import DATASETS, SQUARES, DataSplits, InputError, load_splits
 from ex2_diffusion import SAMPLERS, SCHEDULES, Diffusion
 from ex2_model import MAX_ATTENTION_POSITIONS, NULL_TOKENS, Unet
 
@@ -50,7 +50,14 @@ class Config:
     dataset: str = setting("cifar10", "data", "the data set", type=str, choices=DATASETS)
     image_size: int = setting(32, "data", "height and width in pixels", type=int, minimum=8)
     flip: bool = setting(True, "data", "mirror training images at random")
-    data_dir: Optional[str] = setting(None, "access to the data", "where cifar10 or the image folder lies", type=str)
+    square: str = setting(
+        "crop", "data", "what makes folder's and butterflies' images square", type=str, choices=SQUARES
+    )
+    label_column: Optional[str] = setting(None, "data", "column that gives a butterfly its class", type=str)
+    data_dir: Optional[str] = setting(
+        None, "access to the data", "where cifar10, the image folder or a parquet file of butterflies lies", type=str
+    )
+    cache_dir: Optional[str] = setting(None, "access to the data", "where downloaded butterflies are kept", type=str)
     num_workers: int = setting(0, "access to the data", "processes that read image files", type=int, minimum=0)
 
     timesteps: int = setting(
@@ -107,8 +114,7 @@ class Config:
         if self.eta > 0 and self.sampler != "ddim":
             raise InputError(f"--eta {self.eta:g} is for DDIM alone: give --sampler ddim with it, or --eta 0")
         self._check_class_settings()
-        if self.data_dir is not None and self.dataset == "shapes":
-            raise InputError("--data_dir: the shapes are drawn and not read; give --dataset folder or cifar10 with it")
+        self._check_data_settings()
         if self.run_name in ("", ".", "..") or Path(self.run_name).name != self.run_name:
             raise InputError(f"--run_name must be a plain folder name, got {self.run_name!r}")
         factor = 2 ** (len(self.dim_mults) - 1)
@@ -122,6 +128,18 @@ class Config:
                 f"--image_size {self.image_size} leaves {self.image_size // factor}x{self.image_size // factor} "
                 "positions to the innermost attention, at most 32x32 fit: add a level to --dim_mults"
             )
+
+    def _check_data_settings(self) -> None:
+        """Settings that the data set would not heed must not be ignored silently."""
+        if self.data_dir is not None and self.dataset == "shapes":
+            raise InputError("--data_dir: the shapes are drawn and not read; give --dataset folder or cifar10 with it")
+        if self.square != "crop" and self.dataset not in ("folder", "butterflies"):
+            raise InputError(f"--square {self.square}: the images of {self.dataset} are square already")
+        for name in ("label_column", "cache_dir"):
+            if getattr(self, name) is not None and self.dataset != "butterflies":
+                raise InputError(f"--{name} is for --dataset butterflies")
+        if self.dataset == "butterflies" and self.class_free_guidance and self.label_column is None:
+            raise InputError("--class_free_guidance on butterflies needs --label_column, which gives the classes")
 
     def _check_class_settings(self) -> None:
         """Settings that only a class-conditional model heeds must not be ignored silently."""
@@ -243,6 +261,11 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", choices=WEIGHTS, default="ema", help="averaged, or as last trained (default: ema)")
 
 
+def add_samples_flag(parser: argparse.ArgumentParser) -> None:
+    """The flag of every command that judges samples."""
+    parser.add_argument("--eval_samples", type=int, default=1000, help="samples to judge (default: 1000; 0: none)")
+
+
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """The command line as a namespace: `command`, the command's own flags, and `given`, the Config fields named.
 
@@ -253,7 +276,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         description="Train, test and sample a DDPM (exercise 2).",
         epilog="Flags without a command are train's; `ex2_main.py train --help` lists them.",
     )
-    commands = parser.add_subparsers(dest="command", metavar="{train,test,sample}", parser_class=OneLineParser)
+    commands = parser.add_subparsers(dest="command", metavar="{train,test,sample,compare}", parser_class=OneLineParser)
 
     train = commands.add_parser("train", help="train, test and draw every picture (what runs when no command is named)")
     train.add_argument("--preset", choices=tuple(PRESETS), help="settings to start from; flags beside it still count")
@@ -262,7 +285,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
     test = commands.add_parser("test", help="evaluate a checkpoint: losses, bits per dimension, quality of its samples")
     add_checkpoint_flags(test)
-    test.add_argument("--eval_samples", type=int, default=1000, help="samples to judge (default: 1000; 0: none)")
+    add_samples_flag(test)
     test.add_argument(
         "--eval_scales", type=float, nargs="+", help="guidance scales to judge them at (default: those of the pictures)"
     )
@@ -279,6 +302,18 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     sample.add_argument("--classes", nargs="+", help="class names or numbers, one after the other (default: all)")
     sample.add_argument("--out", help="folder for the images (default: samples/ in the run's folder)")
     add_flags(sample, ("run", "sampling"), RUN_FLAGS_OF_TRAIN)
+
+    compare = commands.add_parser("compare", help="train and judge a run for every combination of settings")
+    compare.add_argument("--preset", choices=tuple(PRESETS), help="settings to start from; flags beside it still count")
+    compare.add_argument(
+        "--vary",
+        action="append",
+        required=True,
+        metavar="SETTING=VALUE,...",
+        help="a setting and its values, for example schedule=linear,cosine; several --vary make all combinations",
+    )
+    add_samples_flag(compare)
+    add_flags(compare, all_groups, ("save_model",))
 
     if not argv or (argv[0] not in commands.choices and argv[0] not in ("-h", "--help")):
         argv = ["train", *argv]
@@ -306,6 +341,20 @@ def pick_device(cuda: bool | None) -> torch.device:
 
 
 # ---------------------------------------------------------------------------- from a Config to objects
+
+
+def load_data(config: Config) -> DataSplits:
+    """The data set of a run; see `load_splits`."""
+    return load_splits(
+        config.dataset,
+        config.data_dir,
+        config.image_size,
+        config.seed,
+        config.num_workers,
+        square=config.square,
+        cache_dir=config.cache_dir,
+        label_column=config.label_column,
+    )
 
 
 def build_model(config: Config, num_classes: int) -> Unet:

@@ -1,7 +1,8 @@
-"""Data sets as uint8 tensors, and loaders that hand them out in [-1, 1]: `cifar10`, `shapes`, `folder`."""
+"""Data sets as uint8 tensors, and loaders that hand them out in [-1, 1] (2.1, 2.5)."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 import os
@@ -24,9 +25,13 @@ from tqdm import tqdm
 
 from ex2_shapes import SHAPES, draw_shapes
 
-DATASETS = ("cifar10", "shapes", "folder")
+DATASETS = ("cifar10", "shapes", "folder", "butterflies")
+SQUARES = ("crop", "pad")  # what makes an image square: its centre, or white bars
+BUTTERFLIES = "huggan/smithsonian_butterflies_subset"
+RARE = 10  # fewer butterflies of a kind are no class of their own
 COURSE_CIFAR10 = Path("/proj/aimi-adl/CIFAR10/")
 SHAPES_COUNT = {"train": 10_000, "test": 2_000}  # of which the usual 10% of train become val
+SHAPES_SEED = 0
 HELD_OUT = 0.1  # share of the training images that become the validation set
 RESIDENT_LIMIT = (
     2 * 1024**3
@@ -78,19 +83,21 @@ class ImageFiles(Dataset):
     paths: tuple[Path, ...]
     labels: Tensor
     image_size: int
+    square: str = "crop"
     flip: bool = False
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        image = read_image(self.paths[index], self.image_size)
+        image = read_image(self.paths[index], self.image_size, self.square)
         if self.flip and torch.rand(()) < 0.5:
             image = image.flip(-1)
         return to_model_range(image), self.labels[index]
 
     def subset(self, indices: Tensor) -> ImageFiles:
-        return ImageFiles(tuple(self.paths[i] for i in indices.tolist()), self.labels[indices], self.image_size)
+        paths = tuple(self.paths[i] for i in indices.tolist())
+        return dataclasses.replace(self, paths=paths, labels=self.labels[indices])
 
 
 @dataclass(frozen=True)
@@ -153,7 +160,7 @@ def make_loader(dataset, batch_size: int, device, *, train=False, flip=False, se
     """A loader with `dataset`, `set_epoch` and a length; `train` shuffles, and flips where `flip` says so."""
     if isinstance(dataset, ImageSet):
         return ResidentLoader(dataset, batch_size, device, shuffle=train, flip=train and flip, seed=seed)
-    files = ImageFiles(dataset.paths, dataset.labels, dataset.image_size, flip=train and flip)
+    files = dataclasses.replace(dataset, flip=train and flip)
     return FilesLoader(files, batch_size, shuffle=train, seed=seed, num_workers=num_workers)
 
 
@@ -179,15 +186,28 @@ def training_images(splits: DataSplits) -> tuple[ImageSet | ImageFiles, str]:
         keys = [image.numpy().tobytes() for image in whole.images]
     else:
         paths = tuple(path for part in parts for path in part.paths)
-        whole = ImageFiles(paths, torch.cat([part.labels for part in parts]), splits.train.image_size)
-        keys = [f"{path.parent.name}/{path.name} {path.stat().st_size} {whole.image_size}".encode() for path in paths]
+        whole = dataclasses.replace(splits.train, paths=paths, labels=torch.cat([part.labels for part in parts]))
+        made = f"{whole.image_size} {whole.square}"
+        keys = [f"{path.parent.name}/{path.name} {path.stat().st_size} {made}".encode() for path in paths]
     digests = [hashlib.sha256(key + bytes([label % 256])).digest() for key, label in zip(keys, whole.labels.tolist())]
     order = sorted(range(len(digests)), key=digests.__getitem__)
     return whole.subset(torch.tensor(order)), hashlib.sha256(b"".join(sorted(digests))).hexdigest()[:12]
 
 
-def load_splits(name: str, data_dir: str | None, image_size: int, seed: int, num_workers: int = 0) -> DataSplits:
+def load_splits(
+    name: str,
+    data_dir: str | None,
+    image_size: int,
+    seed: int,
+    num_workers: int = 0,
+    *,
+    square: str = "crop",
+    cache_dir: str | None = None,
+    label_column: str | None = None,
+) -> DataSplits:
     """The data set `name` (one of `DATASETS`) at `image_size`, its training images split 90/10 into train and val.
+
+    `square` is for `folder` and `butterflies`, `cache_dir` and `label_column` for `butterflies` alone.
 
     Raises:
         InputError: the data is missing, damaged or not laid out as expected.
@@ -195,9 +215,11 @@ def load_splits(name: str, data_dir: str | None, image_size: int, seed: int, num
     if name == "cifar10":
         train, test, class_names = load_cifar10(data_dir, image_size)
     elif name == "shapes":
-        train, test, class_names = load_shapes(image_size, seed)
+        train, test, class_names = load_shapes(image_size)
+    elif name == "folder":
+        train, test, class_names = load_folder(data_dir, image_size, seed, num_workers, square)
     else:
-        train, test, class_names = load_folder(data_dir, image_size, seed, num_workers)
+        train, test, class_names = load_butterflies(data_dir, image_size, seed, square, cache_dir, label_column)
     train, val = split_off(train, seed)
     return DataSplits(train, val, test, class_names)
 
@@ -266,7 +288,7 @@ def check_cifar10_files(root: Path) -> None:
 # ---------------------------------------------------------------------------- folder
 
 
-def load_folder(data_dir: str | None, image_size: int, seed: int, num_workers: int):
+def load_folder(data_dir: str | None, image_size: int, seed: int, num_workers: int = 0, square: str = "crop"):
     """Images in `train/<class>/*` and `test/<class>/*`; or in `<class>/*`, a seeded tenth of which is the test set.
 
     Held in memory where they fit `RESIDENT_LIMIT`, else read while training.
@@ -278,11 +300,11 @@ def load_folder(data_dir: str | None, image_size: int, seed: int, num_workers: i
     root = Path(data_dir)
     train_dir, test_dir = root / "train", root / "test"
     class_names = find_classes(train_dir if train_dir.is_dir() else root)
-    train = find_images(train_dir if train_dir.is_dir() else root, class_names, image_size)
+    train = find_images(train_dir if train_dir.is_dir() else root, class_names, image_size, square)
     if train_dir.is_dir() and test_dir.is_dir():
         if find_classes(test_dir) != class_names:
             raise InputError(f"the classes in {test_dir} differ from those in {train_dir}: both need the same folders")
-        test = find_images(test_dir, class_names, image_size)
+        test = find_images(test_dir, class_names, image_size, square)
         # Files come class by class; in random order the first few hundred stand for all of them.
         test = test.subset(torch.randperm(len(test), generator=torch.Generator().manual_seed(seed)))
     else:
@@ -304,7 +326,7 @@ def find_classes(folder: Path) -> tuple[str, ...]:
     return names
 
 
-def find_images(folder: Path, class_names: tuple[str, ...], image_size: int) -> ImageFiles:
+def find_images(folder: Path, class_names: tuple[str, ...], image_size: int, square: str = "crop") -> ImageFiles:
     """The image files of every class, in sorted order; says how many other files were skipped."""
     paths, labels, skipped = [], [], Counter()
     for label, name in enumerate(class_names):
@@ -320,29 +342,36 @@ def find_images(folder: Path, class_names: tuple[str, ...], image_size: int) -> 
     if skipped:
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(skipped.items()))
         print(f"{folder}: skipped {sum(skipped.values())} files that are no images ({kinds})")
-    return ImageFiles(tuple(paths), torch.tensor(labels), image_size)
+    return ImageFiles(tuple(paths), torch.tensor(labels), image_size, square)
 
 
-def read_image(path: Path, image_size: int) -> Tensor:
-    """(3, image_size, image_size) uint8: shorter side resized, centre cropped, transparency on white, upright.
+def read_image(path: Path, image_size: int, square: str = "crop") -> Tensor:
+    """(3, image_size, image_size) uint8 from an image file; see `prepare_image`.
 
     Raises:
         InputError: the file can't be decoded.
     """
     try:
         with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16 bits of grey: convert("RGB") would clip them
-                image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
-            if image.mode == "F":
-                raise ValueError("its pixels are floats of unknown range")
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert("RGB")
+            return TF.pil_to_tensor(prepare_image(image, image_size, square))
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
         raise InputError(f"{path} can't be read as an image ({error}): repair or delete it") from error
-    return TF.pil_to_tensor(TF.center_crop(TF.resize(image, image_size, antialias=True), image_size))
+
+
+def prepare_image(image: Image.Image, image_size: int, square: str = "crop") -> Image.Image:
+    """An RGB image of image_size x image_size: upright, transparency on white, `square` of `SQUARES`, resized."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits of grey: convert("RGB") would clip them
+        image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("its pixels are floats of unknown range")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
+    if square == "pad":
+        return ImageOps.pad(image, (image_size, image_size), Image.Resampling.BICUBIC, color="white")
+    return TF.center_crop(TF.resize(image, image_size, antialias=True), image_size)
 
 
 def read_all(files: ImageFiles, num_workers: int) -> ImageSet:
@@ -352,14 +381,88 @@ def read_all(files: ImageFiles, num_workers: int) -> ImageSet:
     return ImageSet(torch.cat(batches), files.labels)
 
 
+# ---------------------------------------------------------------------------- butterflies
+
+
+def load_butterflies(
+    data_dir: str | None, image_size: int, seed: int, square: str, cache_dir: str | None, label_column: str | None
+) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
+    """2.5: the Smithsonian butterflies through the `datasets` library; a seeded tenth of them is the test set.
+
+    The library keeps the download and the resized images in `cache_dir`, so both are done once.
+
+    Args:
+        data_dir: a parquet file or a folder of images in place of the download.
+        label_column: the column that becomes the class; rare values become one class, "other". None: one class for all.
+
+    Raises:
+        InputError: the library, the network or the column is missing.
+    """
+    rows = open_butterflies(data_dir, cache_dir)
+    if "image" not in rows.column_names:
+        raise InputError(f"the butterflies have no column 'image', only {', '.join(rows.column_names)}")
+    labels, class_names = column_labels(rows, label_column)
+    try:
+        rows = rows.select_columns("image").map(
+            prepare_row, fn_kwargs={"image_size": image_size, "square": square}, desc="resizing"
+        )
+    except (UnidentifiedImageError, OSError, ValueError) as error:
+        raise InputError(f"the butterflies hold an image that can't be read ({error})") from error
+    images = torch.stack([TF.pil_to_tensor(row["image"]) for row in rows])
+    train, test = split_off(ImageSet(images, labels), seed + 1)
+    return train, test, class_names
+
+
+def open_butterflies(data_dir: str | None, cache_dir: str | None):
+    """The rows as a `datasets.Dataset`."""
+    try:
+        import datasets
+    except ModuleNotFoundError as error:
+        raise InputError("--dataset butterflies needs datasets: pip install -r requirements-extras.txt") from error
+    if data_dir is not None and not Path(data_dir).exists():
+        raise InputError(f"no butterflies at {data_dir}: --data_dir takes a parquet file or a folder of images")
+    try:
+        if data_dir is None:
+            return datasets.load_dataset(BUTTERFLIES, cache_dir=cache_dir, split="train")
+        if Path(data_dir).is_dir():
+            return datasets.load_dataset("imagefolder", data_dir=data_dir, cache_dir=cache_dir, split="train")
+        return datasets.load_dataset("parquet", data_files=data_dir, cache_dir=cache_dir, split="train")
+    except Exception as error:  # many kinds: no network, no space, a damaged file, an empty folder
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        where = data_dir or BUTTERFLIES
+        raise InputError(
+            f"can't load the butterflies from {where} ({reason}): with no network, download the set's parquet file "
+            "elsewhere and give it as --data_dir"
+        ) from error
+
+
+def column_labels(rows, label_column: str | None) -> tuple[Tensor, tuple[str, ...]]:
+    """(labels (N,), class names) by the values of a column; fewer than `RARE` images of a value make it "other"."""
+    if label_column is None:
+        return torch.zeros(len(rows), dtype=torch.long), ("butterfly",)
+    if label_column not in rows.column_names:
+        raise InputError(f"--label_column {label_column}: the butterflies have {', '.join(rows.column_names)}")
+    values, feature = rows[label_column], rows.features[label_column]
+    names = [feature.int2str(v) if hasattr(feature, "int2str") else "other" if v is None else str(v) for v in values]
+    counts = Counter(names)
+    names = [name if counts[name] >= RARE else "other" for name in names]
+    class_names = tuple(sorted(set(names), key=lambda name: (name == "other", name)))
+    return torch.tensor([class_names.index(name) for name in names]), class_names
+
+
+def prepare_row(row: dict, image_size: int, square: str) -> dict:
+    """The row with its image as `prepare_image` makes it; a function of its own so that `datasets` can cache by it."""
+    return {"image": prepare_image(row["image"], image_size, square)}
+
+
 # ---------------------------------------------------------------------------- shapes
 
 
-def load_shapes(image_size: int, seed: int) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
-    """The embedded data set: ten classes of coloured shapes, drawn from the seed; no file and no network needed."""
+def load_shapes(image_size: int) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
+    """The embedded data set: ten classes of coloured shapes, the same ones in every run; no file, no network."""
     sets = []
     for offset, count in enumerate(SHAPES_COUNT.values()):
-        rng = np.random.default_rng((seed, offset))
+        rng = np.random.default_rng((SHAPES_SEED, offset))
         labels = rng.permutation(np.arange(count) % len(SHAPES))
         sets.append(ImageSet(draw_shapes(labels, image_size, rng), torch.from_numpy(labels)))
     return sets[0], sets[1], SHAPES

@@ -226,6 +226,8 @@ class Diffusion:
         self.posterior_mean_x_zero = alphas_bar_prev.sqrt() * betas / (1 - alphas_bar)
         self.posterior_mean_x_t = alphas.sqrt() * (1 - alphas_bar_prev) / (1 - alphas_bar)
         self.posterior_variance = betas * (1 - alphas_bar_prev) / (1 - alphas_bar)
+        # How much of x_t is image: the scale on which different schedules can be compared
+        self.log_snr = torch.log(alphas_bar / (1 - alphas_bar))
 
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"

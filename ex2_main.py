@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 import ex2_config as cfg
 import ex2_viz as viz
-from ex2_data import DataSplits, InputError, load_splits, make_loader
+from ex2_compare import grid_of_runs, is_judged, parse_vary, write_comparison
+from ex2_data import DataSplits, InputError, make_loader
 from ex2_diffusion import Diffusion, check_images, evenly_spaced, sample_in_batches
 from ex2_evaluation import build_judge, evaluate, judge_samples, write_report
 from ex2_metrics import loss_over_timesteps
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 2 for input that can't be used, 1 for a fault while running."""
     try:
         args = cfg.parse_args(sys.argv[1:] if argv is None else argv)
-        {"train": run_train, "test": run_test, "sample": run_sample}[args.command](args)
+        COMMANDS[args.command](args)
     except InputError as error:
         # From a worker process that reads images the message comes with the worker's traceback before it.
         message = str(error).splitlines()[-1].replace("ex2_data.InputError: ", "")
@@ -64,12 +65,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_train(args) -> None:
     """`train`: fits the model, evaluates it and draws every picture of the exercise."""
-    config = dataclasses.replace(cfg.PRESETS[args.preset] if args.preset else cfg.Config(), **args.given)
-    device = cfg.pick_device(config.cuda)
-    if config.amp and device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise InputError("--amp: this GPU can't compute in bfloat16; train without it")
-    make_run_dir(config.run_dir)
-    splits = load_splits(config.dataset, config.data_dir, config.image_size, config.seed, config.num_workers)
+    config, device, splits = prepare_training(args)
     diffusor = cfg.build_diffusion(config, device)
     model = fit(config, splits, diffusor, device)
     evaluate(model, splits, diffusor, config)
@@ -78,11 +74,40 @@ def run_train(args) -> None:
     print(f"done: see {config.run_dir}/")
 
 
+def run_compare(args) -> None:
+    """`compare`: trains and judges a run for every combination of varied settings; finished ones are kept. 2.3."""
+    varied = parse_vary(args.vary)
+    args.given.setdefault("run_name", "compare")
+    base, device, splits = prepare_training(args)
+    runs = grid_of_runs(base, varied)
+    judge = build_judge(splits, device, base, args.eval_samples) if args.eval_samples > 0 else None
+    for name, config in runs.items():
+        print(f"--- {name}")
+        make_run_dir(config.run_dir)
+        diffusor = cfg.build_diffusion(config, device)
+        model = fit(config, splits, diffusor, device)
+        if not is_judged(config, args.eval_samples):
+            test_and_judge(judge, model, splits, diffusor, config, args.eval_samples, scales=[], weights="ema")
+    write_comparison(runs, varied, base.run_dir, device)
+    print(f"done: see {base.run_dir}/")
+
+
+def prepare_training(args):
+    """(config, device, splits) for `train` and `compare`, with a run folder that can be written to."""
+    config = dataclasses.replace(cfg.PRESETS[args.preset] if args.preset else cfg.Config(), **args.given)
+    device = cfg.pick_device(config.cuda)
+    if config.amp and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise InputError("--amp: this GPU can't compute in bfloat16; train without it")
+    make_run_dir(config.run_dir)
+    splits = cfg.load_data(config)
+    return config, device, splits
+
+
 def run_test(args) -> None:
     """`test`: losses and bits per dimension of a checkpoint, and what its samples are worth: table, JSON and curves."""
     checkpoint, config, device = open_checkpoint(args)
     scales = choose_scales(args, config)
-    splits = load_splits(config.dataset, config.data_dir, config.image_size, config.seed, config.num_workers)
+    splits = cfg.load_data(config)
     if splits.class_names != tuple(checkpoint["class_names"]):
         raise InputError(f"the data has classes {splits.class_names}, the checkpoint {checkpoint['class_names']}")
     make_run_dir(config.run_dir)
@@ -91,13 +116,18 @@ def run_test(args) -> None:
     judge = None
     if args.eval_samples > 0:
         judge = build_judge(splits, device, config, args.eval_samples, args.inception_weights)
-    report = evaluate(model, splits, diffusor, config, args.weights)
+    test_and_judge(judge, model, splits, diffusor, config, args.eval_samples, scales, args.weights)
+    print(f"done: see {config.run_dir}/")
+
+
+def test_and_judge(judge, model, splits, diffusor, config, count: int, scales, weights: str) -> None:
+    """Losses and bound of a model, and, where there is a judge, the figures of `count` samples per guidance scale."""
+    report = evaluate(model, splits, diffusor, config, weights)
     if judge is not None:
         report["samples"] = judge_samples(
-            judge, model, splits, diffusor, config, count=args.eval_samples, scales=scales, weights=args.weights
+            judge, model, splits, diffusor, config, count=count, scales=scales, weights=weights
         )
         write_report(report, config)
-    print(f"done: see {config.run_dir}/")
 
 
 def run_sample(args) -> None:
@@ -393,6 +423,8 @@ def sample_and_save_images(
     viz.save_grid(images, store_path / "grid.png", labels=labels)
     return images
 
+
+COMMANDS = {"train": run_train, "test": run_test, "sample": run_sample, "compare": run_compare}
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(line_buffering=True)  # in a batch job's log, too, lines appear when they are printed

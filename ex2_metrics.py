@@ -73,8 +73,9 @@ def loss_over_timesteps(
         max_images: how many of the first images to take; None takes all.
         unconditional: give a class-conditional model the null token in place of the labels.
 
-    Returns: {"t": [...], "l1": [...], "l2": [...], "x_zero_l1": [...], "x_zero_l2": [...], "images": how many}. l1 and
-    l2 are of eps: a predictor of zeros has l2 = 1. The x_zero estimate is clamped to [-1, 1], as it is in sampling.
+    Returns: {"t": [...], "log_snr": [...], "l1": [...], "l2": [...], "x_zero_l1": [...], "x_zero_l2": [...], "images":
+    how many}. l1 and l2 are of eps: a predictor of zeros has l2 = 1. The x_zero estimate is clamped to [-1, 1], as in
+    sampling.
     """
     names = ("l1", "l2", "x_zero_l1", "x_zero_l2")
     totals = {name: torch.zeros(len(times), dtype=torch.float64) for name in names}
@@ -91,7 +92,8 @@ def loss_over_timesteps(
                 totals[prefix + "l1"][k] += F.l1_loss(estimate, truth).item() * len(images)
                 totals[prefix + "l2"][k] += F.mse_loss(estimate, truth).item() * len(images)
         seen += len(images)
-    return {"t": list(times), **{name: (total / seen).tolist() for name, total in totals.items()}, "images": seen}
+    means = {name: (total / seen).tolist() for name, total in totals.items()}
+    return {"t": list(times), "log_snr": diffusor.log_snr[list(times)].tolist(), **means, "images": seen}
 
 
 # ---------------------------------------------------------------------------- the variational bound

@@ -176,5 +176,10 @@ class RunLog:
             csv.DictWriter(file, LOG_COLUMNS).writerow(row)
 
     def rows(self) -> list[dict]:
-        with open(self.path, newline="") as file:
+        return self.read(self.path)
+
+    @staticmethod
+    def read(path: Path) -> list[dict]:
+        """The rows of a log.csv, every cell a string."""
+        with open(path, newline="") as file:
             return list(csv.DictReader(file))

@@ -187,6 +187,27 @@ def plot_loss_over_t(curves: Mapping[str, Mapping], path: str | Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def plot_comparison(logs: Mapping[str, Sequence[Mapping]], losses: Mapping[str, Mapping], path: str | Path) -> None:
+    """2.3: training and validation loss over the steps, and test loss over log-SNR, of several runs.
+
+    Args:
+        logs: name -> rows of its log.csv.  losses: name -> what `loss_over_timesteps` gives.
+    """
+    figure, axes = curve_axes(3)
+    for name, rows in logs.items():
+        for ax, column, style in ((axes[0], "train_loss", "-"), (axes[1], "val_loss", "o-")):
+            filled = [row for row in rows if row[column] != ""]
+            steps, values = [int(row["step"]) for row in filled], [float(row[column]) for row in filled]
+            ax.plot(steps, values, style, label=name, alpha=0.8)
+        axes[2].plot(losses[name]["log_snr"], losses[name]["l2"], "o-", label=name, alpha=0.8)
+    axes[0].set(title="training loss", xlabel="optimiser step", yscale="log")
+    axes[1].set(title="validation loss, EMA weights", xlabel="optimiser step", yscale="log")
+    axes[2].set(title="test l2 loss at equal noise level", xlabel="log-SNR: noise left, image right", yscale="log")
+    for ax in axes:
+        ax.legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+
+
 def plot_bits_per_dim(bound: Mapping, timesteps: int, path: str | Path) -> None:
     """2.2 e: the terms of the variational bound over the time, and their running sum; `bound` of `bits_per_dim`."""
     figure, axes = curve_axes(2)

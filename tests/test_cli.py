@@ -130,7 +130,7 @@ def test_a_full_memory_is_one_line(monkeypatch, capsys):
     def full(*args):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
 
-    monkeypatch.setattr(ex2_main, "run_train", full)
+    monkeypatch.setitem(ex2_main.COMMANDS, "train", full)
     assert "the memory is full" in rejected([], capsys, code=1)
 
 
@@ -138,7 +138,7 @@ def test_a_full_gpu_is_one_line(monkeypatch, capsys):
     def full(*args):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(ex2_main, "run_train", full)
+    monkeypatch.setitem(ex2_main.COMMANDS, "train", full)
     assert "lower --batch_size" in rejected([], capsys, code=1)
 
 
@@ -224,7 +224,7 @@ def test_program_runs_from_anywhere_and_reports_errors_on_one_line(tmp_path):
         ("--data_dir somewhere", "--data_dir: the shapes are drawn"),
         ("--class_free_guidance --guidance_scale 1e39", "--guidance_scale must be at most 1000"),
         ("--batch_size 100000000000000000000", "--batch_size must be at most"),
-        ("test --checkpoint x --seed 5", "unrecognized arguments: --seed"),
+        ("test --checkpoint x --seed 5", "--seed is fixed by the checkpoint and can't be given to test"),
         ("test", "--checkpoint"),
         ("test --checkpoint nowhere", "no checkpoint at nowhere"),
     ],

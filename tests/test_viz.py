@@ -108,7 +108,11 @@ def test_curves_are_drawn(tmp_path):
     rows = [{**row, "step": str(i), "lr": "0.1", "grad_norm": "1", "train_loss": "0.5"} for i in range(3)]
     rows.append({**row, "step": "3", "epoch_loss": "0.5", "val_loss": "0.4"})
     viz.plot_training(rows, tmp_path / "a.png")
-    curve = {"t": [0, 5, 9], "l1": [0.5, 0.2, 0.1], "l2": [0.4, 0.2, 0.1]}
+    curve = {"t": [0, 5, 9], "log_snr": [5, 0, -5], "l1": [0.5, 0.2, 0.1], "l2": [0.4, 0.2, 0.1]}
+    curve["x_zero_l2"] = [0.1, 0.2, 0.5]
     viz.plot_loss_over_t({"val": curve, "test": curve}, tmp_path / "b.png")
-    for name in ("a.png", "b.png"):
+    viz.plot_comparison({"x": rows, "y": rows}, {"x": curve, "y": curve}, tmp_path / "c.png")
+    terms = {"decoder": 1.5, "terms": [0.5, 0.1]}
+    viz.plot_bits_per_dim({"t": [1, 3], "beta": terms, "beta_tilde": terms}, 10, tmp_path / "d.png")
+    for name in ("a.png", "b.png", "c.png", "d.png"):
         assert np.asarray(Image.open(tmp_path / name)).std() > 5

@@ -1,0 +1,163 @@
+"""The training study: the grid of runs, going on after an interruption, and what comes out (2.2, 2.3, 2.4)."""
+
+import csv
+import json
+import os
+
+import imageio.v3 as imageio
+import pytest
+
+import ex2_compare
+import ex2_config as cfg
+import ex2_data
+import ex2_main
+from ex2_compare import as_markdown, grid_of_runs, parse_vary
+from ex2_data import InputError
+
+TINY = "--dataset shapes --image_size 8 --dim 8 --dim_mults 1 2 --timesteps 30 --batch_size 100 --epochs 2".split()
+TINY += "--eval_images 20 --eval_timesteps 3 --sample_steps 3 --no_cuda --eval_samples 130".split()
+VARY = ["compare", *TINY, "--vary", "schedule=linear,cosine"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_shapes():
+    """Ten times fewer images than the data set has."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ex2_data, "SHAPES_COUNT", {"train": 1000, "test": 200})
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, small_shapes):
+    """The folder of a comparison that ran through."""
+    results = tmp_path_factory.mktemp("results")
+    assert ex2_main.main([*VARY, "--results_dir", str(results)]) == 0
+    return results / "compare"
+
+
+def table(folder):
+    """Rows of table.csv without what a clock measured."""
+    with open(folder / "table.csv", newline="") as file:
+        return [{name: cell for name, cell in row.items() if name != "seconds"} for row in csv.DictReader(file)]
+
+
+# ------------------------------------------------------------------ the grid
+
+
+def test_values_get_the_type_of_their_setting():
+    varied = parse_vary(
+        ["schedule=linear,cosine", "lr=1e-3,3e-3", "timesteps=100,1000", "class_free_guidance=true,false"]
+    )
+    assert varied == {
+        "schedule": ["linear", "cosine"],
+        "lr": [0.001, 0.003],
+        "timesteps": [100, 1000],
+        "class_free_guidance": [True, False],
+    }
+
+
+def test_several_settings_make_every_combination():
+    base = cfg.Config(results_dir="out", run_name="study", class_free_guidance=True)
+    runs = grid_of_runs(base, {"null_token": ["learned", "zero"], "p_uncond": [0.1, 0.2]})
+    assert list(runs) == [
+        "null_token=learned,p_uncond=0.1",
+        "null_token=learned,p_uncond=0.2",
+        "null_token=zero,p_uncond=0.1",
+        "null_token=zero,p_uncond=0.2",
+    ]
+    assert [(config.null_token, config.p_uncond) for config in runs.values()][2] == ("zero", 0.1)
+    assert all(str(config.run_dir) == f"out/study/{name}" for name, config in runs.items())
+    assert {config.seed for config in runs.values()} == {0}
+
+
+@pytest.mark.parametrize(
+    "vary, message",
+    [
+        ("schedule", "give setting=value"),
+        ("schedule=", "give setting=value"),
+        ("seed=1,2", "give setting=value"),
+        ("image_size=8,16", "give setting=value"),
+        ("dim_mults=1,2", "give setting=value"),
+        ("lr=fast,slow", "every value must be of type float"),
+        ("class_free_guidance=1,0", "every value must be of type bool"),
+        ("lr=0.1,0.10", "a value is there twice"),
+        ("schedule=linear,square", "--schedule must be one of"),
+        ("timesteps=0,10", "--timesteps must be at least 1"),
+    ],
+)
+def test_what_cannot_be_varied_is_one_line(tmp_path, capsys, vary, message):
+    assert ex2_main.main(["compare", *TINY, "--results_dir", str(tmp_path / "r"), "--vary", vary]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not list(tmp_path.glob("r/compare/*"))
+
+
+def test_a_setting_named_twice_is_refused():
+    with pytest.raises(InputError, match="names lr twice"):
+        parse_vary(["lr=0.1", "lr=0.2"])
+
+
+# ------------------------------------------------------------------ what comes out
+
+
+def test_every_run_has_its_row_and_its_folder(finished):
+    rows = table(finished)
+    assert [row["schedule"] for row in rows] == ["linear", "cosine"]
+    for row in rows:
+        report = json.loads((finished / f"schedule={row['schedule']}" / "test_metrics.json").read_text())
+        assert float(row["Fréchet distance"]) == report["samples"]["by_scale"][0]["frechet_distance"]
+        assert float(row["loss at 0.5 T"]) == report["losses"]["test"]["l2"][1]
+        bounds = [report["bits_per_dim"][name]["total"] for name in ("beta", "beta_tilde")]
+        assert float(row["bits/dim"]) == min(bounds)
+    text = (finished / "table.md").read_text(encoding="utf-8")
+    assert text.startswith("| schedule | loss at 0.1 T |") and "are not comparable" in text
+    assert imageio.imread(finished / "samples.png").shape[1] > 10 * 64
+    assert (finished / "curves.png").is_file()
+
+
+def test_finished_runs_are_neither_trained_nor_judged_again(finished, capsys):
+    stamps = {path: path.stat().st_mtime_ns for path in finished.glob("schedule=*/*") if path.name != "config.json"}
+    assert ex2_main.main([*VARY, "--results_dir", str(finished.parent)]) == 0
+    assert "epoch 2/2" not in capsys.readouterr().out
+    changed = {path.name for path, stamp in stamps.items() if path.stat().st_mtime_ns != stamp}
+    assert changed <= {"log.csv"}  # rewritten with the same rows
+
+
+def test_another_number_of_samples_is_judged_anew(finished):
+    runs = grid_of_runs(cfg.Config(results_dir=str(finished.parent), run_name="compare"), {"schedule": ["linear"]})
+    config = runs["schedule=linear"]
+    assert ex2_compare.is_judged(config, 130) and not ex2_compare.is_judged(config, 200)
+
+
+def test_a_run_that_went_on_training_is_judged_anew(tmp_path):
+    config = cfg.Config(results_dir=str(tmp_path), run_name="x")
+    config.run_dir.mkdir()
+    (config.run_dir / "test_metrics.json").write_text('{"samples": {"count": 5}}')
+    (config.run_dir / "ckpt.pt").write_bytes(b"")
+    os.utime(config.run_dir / "test_metrics.json", (1, 1))
+    assert not ex2_compare.is_judged(config, 5)
+
+
+def test_killed_in_its_second_run_and_started_again_it_ends_with_the_same_table(finished, tmp_path, monkeypatch):
+    epochs, real_train = [], ex2_main.train
+
+    def train(*args, **options):
+        if options.get("log") is not None:  # an epoch, and no step whose time is taken
+            epochs.append(args[4])
+            if len(epochs) == 4:
+                raise KeyboardInterrupt
+        return real_train(*args, **options)
+
+    monkeypatch.setattr(ex2_main, "train", train)
+    command = [*VARY, "--results_dir", str(tmp_path)]
+    assert ex2_main.main(command) == 130
+    assert ex2_main.main(command) == 0
+    assert epochs == [0, 1, 0, 1, 1]  # the first run is kept, the second goes on with its second epoch
+    assert table(tmp_path / "compare") == table(finished)
+
+
+def test_markdown_of_figures():
+    rows = [{"lr": 0.001, "accuracy": None, "steps": 12345}, {"lr": 0.02, "accuracy": 0.98765, "steps": 1}]
+    assert as_markdown(rows) == (
+        "| lr | accuracy | steps |\n| --- | --- | --- |\n| 0.001 | - | 12345 |\n| 0.02 | 0.9877 | 1 |\n"
+    )
