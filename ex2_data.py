@@ -179,19 +179,23 @@ def split_off(dataset, seed: int, share: float = HELD_OUT):
 
 def training_images(splits: DataSplits) -> tuple[ImageSet | ImageFiles, str]:
     """(train and val together, their fingerprint), in an order that does not depend on how the seed split them."""
-    kind = type(splits.train)
     parts = (splits.train, splits.val)
-    if kind is ImageSet:
-        whole = ImageSet(torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts]))
-        keys = [image.numpy().tobytes() for image in whole.images]
+    labels = torch.cat([part.labels for part in parts])
+    if isinstance(splits.train, ImageSet):
+        whole = ImageSet(torch.cat([part.images for part in parts]), labels)
+        keys = (image.numpy().tobytes() for image in whole.images)
     else:
-        paths = tuple(path for part in parts for path in part.paths)
-        whole = dataclasses.replace(splits.train, paths=paths, labels=torch.cat([part.labels for part in parts]))
-        made = f"{whole.image_size} {whole.square}"
-        keys = [f"{path.parent.name}/{path.name} {path.stat().st_size} {made}".encode() for path in paths]
-    digests = [hashlib.sha256(key + bytes([label % 256])).digest() for key, label in zip(keys, whole.labels.tolist())]
+        whole = dataclasses.replace(splits.train, paths=tuple(p for part in parts for p in part.paths), labels=labels)
+        keys = (file_key(path, f"{whole.image_size} {whole.square}") for path in whole.paths)
+    digests = [hashlib.sha256(key + bytes([label % 256])).digest() for key, label in zip(keys, labels.tolist())]
     order = sorted(range(len(digests)), key=digests.__getitem__)
     return whole.subset(torch.tensor(order)), hashlib.sha256(b"".join(sorted(digests))).hexdigest()[:12]
+
+
+def file_key(path: Path, made: str) -> bytes:
+    """What tells an image file from others without reading all of it: size and first bytes, and how it is `made`."""
+    with open(path, "rb") as file:
+        return f"{path.stat().st_size} {made} ".encode() + file.read(4096)
 
 
 def load_splits(
@@ -464,5 +468,5 @@ def load_shapes(image_size: int) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
     for offset, count in enumerate(SHAPES_COUNT.values()):
         rng = np.random.default_rng((SHAPES_SEED, offset))
         labels = rng.permutation(np.arange(count) % len(SHAPES))
-        sets.append(ImageSet(draw_shapes(labels, image_size, rng), torch.from_numpy(labels)))
+        sets.append(ImageSet(draw_shapes(labels, image_size, rng), torch.from_numpy(labels).long()))
     return sets[0], sets[1], SHAPES

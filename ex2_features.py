@@ -4,6 +4,7 @@ itself, or those of Inception where its weights are given. Only on Inception's i
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from ex2_data import (
 INCEPTION_WEIGHTS = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 )
+INCEPTION_SHA256 = "6726825d"  # its first digits stand in the file's name
 CLASSIFIER_VERSION = 1  # of network and training: others are not taken from the cache, their features differ
 CLASSIFIER_EPOCHS = 8
 BATCH_SIZE = 128
@@ -40,9 +42,13 @@ BATCH_SIZE = 128
 
 
 class SmallClassifier(nn.Module):
-    """A convolutional classifier of 0.5 million parameters, whose last hidden layer describes an image.
+    """A convolutional classifier of half a million parameters, whose last hidden layer describes an image.
 
-    Works on 32x32 positions at most: of larger images each block of pixels becomes one position.
+    Of images of 64 pixels and more each block of pixels becomes one position, so that 32 to 63 are left in a row.
+
+    Args:
+        num_classes: of the data set. Of one class there is nothing to learn, so it tells quarter turns instead
+            (Gidaris et al. 2018, https://arxiv.org/abs/1803.07728).
     """
 
     width = 128
@@ -64,8 +70,16 @@ class SmallClassifier(nn.Module):
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
         )
-        self.head = nn.Linear(self.width, num_classes)
+        self.tells_turns = num_classes == 1
+        self.head = nn.Linear(self.width, 4 if self.tells_turns else num_classes)
         self.description = "untrained classifier"
+
+    def task(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """(images, labels) as the classifier sees them in training."""
+        if not self.tells_turns:
+            return images, labels
+        parts = [images[turns::4].rot90(turns, (-2, -1)) for turns in range(4)]
+        return torch.cat(parts), torch.cat([torch.full((len(part),), k) for k, part in enumerate(parts)])
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, num_classes) logits of images (B, 3, H, W) in [-1, 1]."""
@@ -106,7 +120,7 @@ class Inception(nn.Module):
         weights: the file of `INCEPTION_WEIGHTS`; nothing is downloaded.
 
     Raises:
-        InputError: torch-fidelity or the file is missing, or the file holds something else.
+        InputError: torch-fidelity or the file is missing, or it is another file.
     """
 
     width = 2048
@@ -123,14 +137,9 @@ class Inception(nn.Module):
             ) from error
         if not Path(weights).is_file():
             raise InputError(f"no Inception weights at {weights}: download {INCEPTION_WEIGHTS} and give its path")
-        try:
-            torch.load(weights, map_location="cpu", weights_only=True)  # torch-fidelity would run code from the file
-            self.network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(weights))
-        except Exception as error:  # torch and pickle raise many kinds for a damaged or foreign file
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise InputError(
-                f"{weights} holds no Inception weights ({reason}): download {INCEPTION_WEIGHTS}"
-            ) from error
+        if not hashlib.sha256(Path(weights).read_bytes()).hexdigest().startswith(INCEPTION_SHA256):
+            raise InputError(f"{weights} is not the file behind FID, or damaged: download {INCEPTION_WEIGHTS}")
+        self.network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(weights))
         self.network.use_antialias = False  # resize as the original does, or figures differ from published ones
 
     @torch.no_grad()
@@ -143,26 +152,27 @@ class Inception(nn.Module):
 
 
 def train_classifier(
-    dataset, num_classes: int, device, *, flip: bool, epochs: int = CLASSIFIER_EPOCHS
+    dataset, num_classes: int, device, *, flip: bool, epochs: int, num_workers: int = 0
 ) -> SmallClassifier:
     """A `SmallClassifier` trained on `dataset`, with shifts and, where `flip` says so, mirrored images; in eval mode.
 
-    The same data and settings give the same classifier on the same machine.
+    The same on the same machine with the same number of threads; elsewhere rounding makes it another one.
     """
-    image_size = dataset[0][0].shape[-1]
-    loader = make_loader(dataset, BATCH_SIZE, device, train=True, flip=flip)
+    loader = make_loader(dataset, BATCH_SIZE, device, train=True, flip=flip, num_workers=num_workers)
     with torch.random.fork_rng(devices=[device] if torch.device(device).type == "cuda" else []):
         torch.manual_seed(0)
-        model = SmallClassifier(num_classes, image_size).to(device, memory_format=torch.channels_last)
+        model = SmallClassifier(num_classes, dataset[0][0].shape[-1])
+        model = model.to(device, memory_format=torch.channels_last)
         optimizer = AdamW(model.parameters(), lr=4e-3, weight_decay=0.05)
         scheduler = OneCycleLR(optimizer, 4e-3, total_steps=epochs * len(loader))
         progress = tqdm(total=epochs * len(loader), desc="training the classifier", leave=False, disable=None)
         for epoch in range(epochs):
             loader.set_epoch(epoch)
-            for images, labels in loader:
+            for batch in loader:
+                images, labels = model.task(*batch)
                 if len(images) == 1:  # a last batch that batch norm can't normalise
                     continue
-                images = randomly_shifted(images.to(device, memory_format=torch.channels_last))
+                images = randomly_shifted(images.to(device)).contiguous(memory_format=torch.channels_last)
                 loss = F.cross_entropy(model(images), labels.to(device), label_smoothing=0.1)
                 optimizer.zero_grad()
                 loss.backward()
@@ -181,18 +191,19 @@ def randomly_shifted(images: Tensor) -> Tensor:
     return F.pad(images, [reach] * 4, mode="reflect")[..., down : down + size, right : right + size]
 
 
-def accuracy(classifier: SmallClassifier, dataset, device) -> float:
-    """Share of the images that the classifier gives their label."""
-    correct = [
-        (classifier.classify(reverse_transform(images.to(device))) == labels.cpu()).double()
-        for images, labels in make_loader(dataset, BATCH_SIZE, device)
-    ]
-    return torch.cat(correct).mean().item()
+def accuracy(classifier: SmallClassifier, dataset, device, num_workers: int = 0) -> float:
+    """Share of the images for which the classifier is right in its task."""
+    right = []
+    for batch in make_loader(dataset, BATCH_SIZE, device, num_workers=num_workers):
+        images, labels = classifier.task(*batch)
+        right.append((classifier.classify(reverse_transform(images.to(device))) == labels.cpu()).double())
+    return torch.cat(right).mean().item()
 
 
-def features_of(extractor, dataset, device) -> Tensor:
+def features_of(extractor, dataset, device, num_workers: int = 0) -> Tensor:
     """(N, width) features of every image, on the CPU."""
-    batches = tqdm(make_loader(dataset, BATCH_SIZE, device), "features", leave=False, disable=None)
+    loader = make_loader(dataset, BATCH_SIZE, device, num_workers=num_workers)
+    batches = tqdm(loader, "features", leave=False, disable=None)
     return torch.cat([extractor.features(reverse_transform(images.to(device))).cpu() for images, _ in batches])
 
 
@@ -205,45 +216,65 @@ class Reference:
     images: ImageSet | ImageFiles
 
 
-def classifier_reference(splits: DataSplits, folder: Path, device, *, flip: bool) -> Reference:
-    """The training images by the data set's `SmallClassifier`; trained now where `folder` has none."""
+def classifier_reference(splits: DataSplits, folder: Path, device, *, flip: bool, num_workers: int = 0) -> Reference:
+    """The training images by the data set's `SmallClassifier`; trained now where `folder` has none.
+
+    Its description ends in a digest of its weights: only figures by the same features can be compared.
+    """
     images, fingerprint = training_images(splits)
-    path = folder / f"classifier-v{CLASSIFIER_VERSION}-{fingerprint}{'-flip' if flip else ''}.pt"
+    num_classes = len(splits.class_names)
 
     def compute() -> dict:
-        print(f"training the classifier that samples are judged by, on {len(images)} images; it is kept in {path}")
-        model = train_classifier(images, len(splits.class_names), device, flip=flip)
+        print(f"training the classifier that samples are judged by, on {len(images)} images")
+        training = {"flip": flip, "epochs": CLASSIFIER_EPOCHS, "num_workers": num_workers}
+        model = train_classifier(images, num_classes, device, **training)
         return {
             "model": model.state_dict(),
-            "accuracy": accuracy(model, splits.test, device),
-            "features": features_of(model, images, device).half(),
+            "accuracy": accuracy(model, splits.test, device, num_workers),
+            "features": features_of(model, images, device, num_workers).half(),
         }
 
-    saved = cached(path, compute)
-    classifier = SmallClassifier(len(splits.class_names), splits.test[0][0].shape[-1])
+    saved = cached(folder / f"classifier-v{CLASSIFIER_VERSION}-{fingerprint}{'-flip' if flip else ''}.pt", compute)
+    classifier = SmallClassifier(num_classes, splits.test[0][0].shape[-1])
     classifier.load_state_dict(saved["model"])
-    classifier.description = f"small classifier {fingerprint}, {saved['accuracy']:.1%} right on the test set"
+    task = "quarter turns" if classifier.tells_turns else "classes"
+    classifier.description = (
+        f"small classifier {digest_of(classifier)}, {saved['accuracy']:.1%} of the {task} of test images right"
+    )
     return Reference(classifier.to(device).eval(), saved["features"].float(), images)
 
 
-def inception_reference(splits: DataSplits, weights: str, folder: Path, device) -> Reference:
+def digest_of(module: nn.Module) -> str:
+    """Eight digits that tell the weights of a module from any others."""
+    content = b"".join(value.cpu().contiguous().numpy().tobytes() for value in module.state_dict().values())
+    return hashlib.sha256(content).hexdigest()[:8]
+
+
+def inception_reference(splits: DataSplits, weights: str, folder: Path, device, *, num_workers: int = 0) -> Reference:
     """The training images by `Inception`; their features come from `folder`, where it has them."""
     network = Inception(weights).to(device)
     images, fingerprint = training_images(splits)
     saved = cached(
-        folder / f"inception-{fingerprint}.pt", lambda: {"features": features_of(network, images, device).half()}
+        folder / f"inception-{fingerprint}.pt",
+        lambda: {"features": features_of(network, images, device, num_workers).half()},
     )
     return Reference(network, saved["features"].float(), images)
 
 
 def cached(path: Path, compute: Callable[[], dict]) -> dict:
-    """The content of `path`; where there is none, or a damaged one, that of `compute()`, which is then kept there."""
+    """The content of `path`; where there is none, or a damaged one, that of `compute()`, which is then kept there.
+
+    A folder that can't be written to costs the next call the same work, and not this one its result.
+    """
     if path.is_file():
         try:
             return load_checkpoint(path)
         except InputError as error:
             print(f"{error}; computing it anew")
     content = compute()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(path, **content)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_checkpoint(path, **content)
+    except OSError as error:
+        print(f"can't keep {path} for the next time ({error.strerror})")
     return content

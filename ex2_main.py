@@ -3,6 +3,8 @@
 python ex2_main.py --epochs 50 --schedule cosine          train, then test, then draw the pictures
 python ex2_main.py test --checkpoint results/DDPM         losses, bits per dimension, quality of samples (2.2 e)
 python ex2_main.py sample --checkpoint results/DDPM       images of chosen classes (2.2 b, 2.4)
+python ex2_main.py compare --vary schedule=linear,cosine  a run for every combination, side by side (2.2, 2.3, 2.4)
+python ex2_main.py report                                 everything under results/ as one page
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 import sys
 import time
 from copy import deepcopy
@@ -28,6 +31,7 @@ from ex2_evaluation import build_judge, evaluate, judge_samples, write_report
 from ex2_metrics import loss_over_timesteps
 from ex2_model import Unet
 from ex2_pictures import GUIDANCE_SCALES, draw_process, draw_samples
+from ex2_report import write_page
 from ex2_training import LossMeter, RunError, RunLog, TrainingState
 
 MAX_SAMPLES = 100_000  # of one `sample`: they are held in memory until they are written
@@ -68,7 +72,7 @@ def run_train(args) -> None:
     config, device, splits = prepare_training(args)
     diffusor = cfg.build_diffusion(config, device)
     model = fit(config, splits, diffusor, device)
-    evaluate(model, splits, diffusor, config)
+    write_report(evaluate(model, splits, diffusor, config), config)
     draw_process(model, splits, diffusor, config)
     draw_samples(model, splits.class_names, diffusor, config)
     print(f"done: see {config.run_dir}/")
@@ -80,7 +84,9 @@ def run_compare(args) -> None:
     args.given.setdefault("run_name", "compare")
     base, device, splits = prepare_training(args)
     runs = grid_of_runs(base, varied)
-    judge = build_judge(splits, device, base, args.eval_samples) if args.eval_samples > 0 else None
+    judge = None
+    if args.eval_samples > 0:
+        judge = build_judge(splits, device, base, features_dir(base.run_dir), args.eval_samples)
     for name, config in runs.items():
         print(f"--- {name}")
         make_run_dir(config.run_dir)
@@ -115,7 +121,8 @@ def run_test(args) -> None:
     diffusor = cfg.build_diffusion(config, device)
     judge = None
     if args.eval_samples > 0:
-        judge = build_judge(splits, device, config, args.eval_samples, args.inception_weights)
+        folder = features_dir(run_dir_of(args.checkpoint))
+        judge = build_judge(splits, device, config, folder, args.eval_samples, args.inception_weights)
     test_and_judge(judge, model, splits, diffusor, config, args.eval_samples, scales, args.weights)
     print(f"done: see {config.run_dir}/")
 
@@ -127,7 +134,7 @@ def test_and_judge(judge, model, splits, diffusor, config, count: int, scales, w
         report["samples"] = judge_samples(
             judge, model, splits, diffusor, config, count=count, scales=scales, weights=weights
         )
-        write_report(report, config)
+    write_report(report, config)
 
 
 def run_sample(args) -> None:
@@ -137,34 +144,42 @@ def run_sample(args) -> None:
         raise InputError(f"--n_images must be at least 1 and at most {MAX_SAMPLES}, got {args.n_images}")
     names = checkpoint["class_names"]
     chosen = choose_classes(args.classes, names, config)
+    by_scale = [dataclasses.replace(config, guidance_scale=w) for w in args.scales or [config.guidance_scale]]
     count = 1 if config.dry_run else args.n_images
     out = config.run_dir if args.out else next_free(config.run_dir / "samples")
     make_run_dir(out)
-    sample_and_save_images(
-        count,
-        cfg.build_diffusion(config, device),
-        cfg.restore_model(checkpoint, config, device, args.weights),
-        device,
-        out,
-        classes=None if chosen is None else [chosen[i % len(chosen)] for i in range(count)],
-        class_names=names,
-        seed=config.seed,
-        batch_size=config.sample_batch,
-        **config.sampling,
-    )
+    diffusor, model = cfg.build_diffusion(config, device), cfg.restore_model(checkpoint, config, device, args.weights)
+    classes = None if chosen is None else [chosen[i % len(chosen)] for i in range(count)]
+    common = {"classes": classes, "class_names": names, "seed": config.seed, "batch_size": config.sample_batch}
+    rows = []
+    for scaled in by_scale:
+        folder = out if len(by_scale) == 1 else out / f"w={scaled.guidance_scale:g}"
+        rows.append(sample_and_save_images(count, diffusor, model, device, folder, **common, **scaled.sampling))
+    if len(by_scale) > 1:
+        viz.save_guidance_grid(rows, args.scales, out / "guidance_grid.png", [names[c] for c in classes])
+        print(f"figures over w: python ex2_main.py test --checkpoint {args.checkpoint} --eval_scales ...")
     print(f"done: see {out}/")
 
 
 def open_checkpoint(args):
     """(checkpoint, config, device) for `test` and `sample`, with the flags given now, and --out as run_dir."""
     checkpoint = cfg.load_checkpoint(args.checkpoint)
-    path = Path(args.checkpoint)
-    out = Path(args.out or (path if path.is_dir() else path.parent)).resolve()
+    out = Path(args.out or run_dir_of(args.checkpoint)).resolve()
     if not out.name:
         raise InputError(f"--out: {out} is no folder for pictures")
     now = {"cuda": None, "dry_run": False, **args.given, "results_dir": str(out.parent), "run_name": out.name}
     config = cfg.config_of(checkpoint, now)
     return checkpoint, config, cfg.pick_device(config.cuda)
+
+
+def run_dir_of(checkpoint: str) -> Path:
+    """The folder of a run that was given as folder or as its checkpoint."""
+    return Path(checkpoint) if Path(checkpoint).is_dir() else Path(checkpoint).parent
+
+
+def features_dir(run_dir: Path) -> Path:
+    """Where all runs beside `run_dir` share what their samples are judged by."""
+    return run_dir.resolve().parent / "features"
 
 
 def next_free(folder: Path) -> Path:
@@ -209,6 +224,13 @@ def choose_scales(args, config: cfg.Config) -> list[float]:
         if not -1000 <= scale <= 1000:
             raise InputError(f"--eval_scales must lie within -1000 .. 1000, got {scale:g}")
     return args.eval_scales or list(GUIDANCE_SCALES)
+
+
+def run_report(args) -> None:
+    """`report`: everything under a results folder as one page, in the order of the sheet."""
+    folder = Path(args.results_dir)
+    write_page(folder)
+    print(f"done: see {folder / 'index.html'} and {folder / 'report.md'}")
 
 
 # ---------------------------------------------------------------------------- training
@@ -418,13 +440,13 @@ def sample_and_save_images(
     images = torch.cat(list(batches))
     model.train(training)
     labels = [] if classes is None else [class_names[c] if class_names else str(c) for c in classes.tolist()]
-    suffixes = [f"_{label}" for label in labels] if labels else [""] * n_images
+    suffixes = [re.sub(r"[^\w.-]+", "_", f"_{label}") for label in labels] or [""] * n_images
     viz.save_images(images, [store_path / f"{i:04d}{suffix}.png" for i, suffix in enumerate(suffixes)])
     viz.save_grid(images, store_path / "grid.png", labels=labels)
     return images
 
 
-COMMANDS = {"train": run_train, "test": run_test, "sample": run_sample, "compare": run_compare}
+COMMANDS = {"train": run_train, "test": run_test, "sample": run_sample, "compare": run_compare, "report": run_report}
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(line_buffering=True)  # in a batch job's log, too, lines appear when they are printed

@@ -101,8 +101,8 @@ def loss_over_timesteps(
 
 def prior_term(diffusor: Diffusion, x_zero: Tensor) -> Tensor:
     """L_T = KL(q(x_T | x_zero) || N(0, I)) in nats per dimension, (B,): what the last noise level tells of x_zero."""
-    alphas_bar = diffusor.alphas_bar[-1].double().cpu()
-    squared = x_zero.double().cpu().square().flatten(1).mean(1)
+    alphas_bar = diffusor.alphas_bar[-1].cpu().double()
+    squared = x_zero.cpu().double().square().flatten(1).mean(1)
     return 0.5 * (alphas_bar * (squared - 1) - torch.log1p(-alphas_bar))
 
 
@@ -111,7 +111,7 @@ def reverse_variances(diffusor: Diffusion) -> dict[str, Tensor]:
 
     The posterior has no width at t = 0; there the decoder takes that of t = 1, as in Ho et al.'s code.
     """
-    betas, posterior = diffusor.betas.double().cpu(), diffusor.posterior_variance.double().cpu()
+    betas, posterior = diffusor.betas.cpu().double(), diffusor.posterior_variance.cpu().double()
     posterior[0] = posterior[1] if diffusor.timesteps > 1 else betas[0]
     return {"beta": betas, "beta_tilde": posterior}
 
@@ -127,9 +127,9 @@ def transition_terms(diffusor: Diffusion, x_zero: Tensor, estimate: Tensor, t: T
     Returns: (B,) nats per dimension, float64 on the CPU.
     """
     t = t.cpu()
-    squared_error = (estimate.double() - x_zero.double()).square().flatten(1).mean(1).cpu()  # (B,)
-    squared_error = diffusor.posterior_mean_x_zero.double().cpu()[t].square() * squared_error
-    posterior = diffusor.posterior_variance.double().cpu()[t]
+    squared_error = (estimate.cpu().double() - x_zero.cpu().double()).square().flatten(1).mean(1)  # (B,)
+    squared_error = diffusor.posterior_mean_x_zero.cpu().double()[t].square() * squared_error
+    posterior = diffusor.posterior_variance.cpu().double()[t]
     terms = {}
     for name, variance in reverse_variances(diffusor).items():
         ratio = posterior / variance[t]
@@ -162,7 +162,7 @@ def decoder_terms(
     diffusor: Diffusion, x_zero: Tensor, estimate: Tensor, log_likelihood: Callable = discretised_log_likelihood
 ) -> dict[str, Tensor]:
     """L_0 = -log p(x_zero | x_1) for each of `VARIANCES`, (B,) nats per dimension; the mean of p is the `estimate`."""
-    x_zero, estimate = x_zero.double().cpu(), estimate.double().cpu()  # MPS has no float64
+    x_zero, estimate = x_zero.cpu().double(), estimate.cpu().double()
     return {
         name: -log_likelihood(x_zero, estimate, math.sqrt(variance[0])).flatten(1).mean(1)
         for name, variance in reverse_variances(diffusor).items()

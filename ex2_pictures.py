@@ -24,9 +24,11 @@ STRIP_COLUMNS = 9
 
 
 def draw_process(model, splits: DataSplits, diffusor: Diffusion, config: Config) -> None:
-    """2.2 f and 2.3: schedules, and the forward and the reverse process as strips and animations."""
+    """2.1, 2.2 f, 2.3: time embedding, schedules, and the forward and reverse process as strips and animations."""
     out = config.run_dir
     viz.plot_schedules(possible_schedules(config.timesteps), out / "schedules.png")
+    times = torch.arange(config.timesteps, device=diffusor.device)
+    viz.plot_time_embedding(model.time_mlp[0](times), out / "time_embedding.png")
 
     count = min(4, len(splits.test))
     loader = make_loader(splits.test, count, diffusor.device)

@@ -74,6 +74,15 @@ def save_grid(
     figure.savefig(path, dpi=dpi, bbox_inches="tight", pad_inches=0.1)
 
 
+def save_guidance_grid(
+    rows: Sequence[Tensor], scales: Sequence[float], path: str | Path, class_names: Sequence[str], columns: int = 16
+) -> None:
+    """2.4 c: a row of images (N, 3, H, W) per scale w; a column starts from the same noise. At most `columns`."""
+    columns = min(columns, len(rows[0]))
+    images = torch.cat([row[:columns] for row in rows])
+    save_grid(images, path, columns, [f"w = {w:g}" for w in scales], class_names[:columns])
+
+
 def save_strip(steps: Sequence[tuple[int, Tensor]], path: str | Path, title: str) -> None:
     """Images over time as a PNG: one row per image, one column per (t, images (N, 3, H, W)), in the given order."""
     images = torch.stack([x.cpu() for _, x in steps], dim=1).flatten(0, 1)  # (N * columns, 3, H, W)
@@ -146,6 +155,21 @@ def plot_schedules(schedules: Mapping[str, Tensor], path: str | Path) -> None:
     for ax in axes:
         ax.set_xlabel("t")
         ax.legend()
+    figure.savefig(path, dpi=110)
+
+
+def plot_time_embedding(embedding: Tensor, path: str | Path) -> None:
+    """2.1: the positional encoding (T, dim) that tells the network the time; each row is a sine or cosine over t."""
+    figure = Figure(figsize=(8, 3.2), layout="tight")
+    axes = figure.add_subplot()
+    picture = axes.imshow(
+        embedding.detach().cpu().T.numpy(),
+        aspect="auto",
+        cmap="RdBu",
+        extent=(1, len(embedding), embedding.shape[1], 0),
+    )
+    axes.set(title="sinusoidal embedding of the time", xlabel="t", ylabel="dimension")
+    figure.colorbar(picture)
     figure.savefig(path, dpi=110)
 
 

@@ -54,7 +54,7 @@ def test_train_writes_every_file_of_the_run(run):
     assert names == {
         *("config.json", "log.csv", "ckpt.pt", "test_metrics.json", "training.png", "loss_over_t.png", "schedules.png"),
         *("forward_strip.png", "forward.gif", "reverse_strip.png", "reverse.gif", "x_zero_strip.png"),
-        *("class_grid.png", "guidance_grid.png", "bits_per_dim.png"),
+        *("class_grid.png", "guidance_grid.png", "bits_per_dim.png", "time_embedding.png"),
     }
     rows = list(csv.DictReader((run / "log.csv").open()))
     assert int(rows[-1]["step"]) == 9 and float(rows[-1]["val_loss"]) > 0
@@ -101,6 +101,21 @@ def test_sample_writes_the_chosen_classes_and_a_grid(run, tmp_path):
     assert ex2_main.main([*command, "--out", str(again), "--sample_batch", "5"]) == 0
     first, second = (imageio.imread(folder / names[1]).astype(int) for folder in (tmp_path, again))
     assert np.abs(first - second).max() <= 1
+
+
+def test_several_guidance_scales_start_from_the_same_noise(run, tmp_path):
+    command = ["sample", "--checkpoint", str(run), "--n_images", "3", "--classes", "moon", "star"]
+    assert ex2_main.main([*command, "--out", str(tmp_path / "all"), "--guidance_scale", "-1", "0", "2"]) == 0
+    assert sorted(path.name for path in (tmp_path / "all").iterdir()) == ["guidance_grid.png", "w=-1", "w=0", "w=2"]
+    assert ex2_main.main([*command, "--out", str(tmp_path / "one"), "--guidance_scale", "2"]) == 0
+    for name in ("0000_moon.png", "0001_star.png", "0002_moon.png"):
+        alone, together = (imageio.imread(tmp_path / folder / name) for folder in ("one", "all/w=2"))
+        assert np.array_equal(alone, together)
+        assert not np.array_equal(alone, imageio.imread(tmp_path / "all" / "w=0" / name))
+    # Without a class, two images of different classes from the same noise would be one.
+    free = imageio.imread(tmp_path / "all" / "w=-1" / "0000_moon.png")
+    assert ex2_main.main([*command[:-2], "ring", "--out", str(tmp_path / "ring"), "--guidance_scale", "-1"]) == 0
+    assert np.array_equal(free, imageio.imread(tmp_path / "ring" / "0000_ring.png"))
 
 
 def test_calls_of_sample_do_not_mix(run):
@@ -178,6 +193,24 @@ def test_sample_and_save_images_with_the_skeletons_arguments(run, tmp_path):
     assert torch.equal(png, ex2_data.reverse_transform(images[0]))
 
 
+def test_class_names_become_file_names(run, tmp_path):
+    saved = cfg.load_checkpoint(run)
+    config = cfg.config_of(saved, {})
+    model, diffusor = cfg.restore_model(saved, config, "cpu"), cfg.build_diffusion(config, "cpu")
+    names = ["../a b/c", *saved["class_names"][1:]]
+    ex2_main.sample_and_save_images(1, diffusor, model, "cpu", tmp_path, classes=[0], class_names=names, steps=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0000_.._a_b_c.png", "grid.png"]
+
+
+@pytest.mark.parametrize("name", cfg.PRESETS)
+def test_presets_build_a_model_and_a_process(name):
+    config = cfg.PRESETS[name]
+    assert config.run_name == name
+    with torch.device("meta"):
+        assert sum(p.numel() for p in cfg.build_model(config, 10).parameters()) > 10**6
+    assert cfg.build_diffusion(config, "cpu").timesteps == 1000
+
+
 def test_program_runs_from_anywhere_and_reports_errors_on_one_line(tmp_path):
     command = [sys.executable, str(ROOT / "ex2_main.py"), "--epochs", "0"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
@@ -208,7 +241,7 @@ def test_program_runs_from_anywhere_and_reports_errors_on_one_line(tmp_path):
         ("--timesteps 10", "10 timesteps are too few"),
         ("--timesteps 50 --sample_steps 51", "--sample_steps must be at most --timesteps"),
         ("--schedule quadratic", "linear, cosine, sigmoid; got 'quadratic'"),
-        ("--dataset mnist", "cifar10, shapes, folder; got 'mnist'"),
+        ("--dataset mnist", "cifar10, shapes, folder, butterflies; got 'mnist'"),
         ("--sampler euler", "ddpm, ddim; got 'euler'"),
         ("--loss_type l3", "l1, l2; got 'l3'"),
         ("--dim 10", "10 channels into 4 groups"),

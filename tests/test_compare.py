@@ -10,6 +10,7 @@ import pytest
 import ex2_compare
 import ex2_config as cfg
 import ex2_data
+import ex2_features
 import ex2_main
 from ex2_compare import as_markdown, grid_of_runs, parse_vary
 from ex2_data import InputError
@@ -24,6 +25,7 @@ def small_shapes():
     """Ten times fewer images than the data set has."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ex2_data, "SHAPES_COUNT", {"train": 1000, "test": 200})
+        patch.setattr(ex2_features, "CLASSIFIER_EPOCHS", 2)
         yield
 
 

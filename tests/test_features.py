@@ -26,6 +26,7 @@ def small_shapes():
     """Ten times fewer images than the data set has."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ex2_data, "SHAPES_COUNT", {"train": 1000, "test": 200})
+        patch.setattr(ex2_features, "CLASSIFIER_EPOCHS", 2)
         yield
 
 
@@ -93,6 +94,22 @@ def test_classifier_takes_every_size(size):
     assert ex2_features.randomly_shifted(images.float()).shape == images.shape
 
 
+def test_of_one_class_the_classifier_learns_quarter_turns(splits, tmp_path):
+    model = SmallClassifier(1, 16)
+    images = torch.arange(8.0)[:, None, None, None] * torch.ones(1, 3, 16, 16)
+    images[:, :, 0] = 99  # the upper row
+    turned, labels = model.task(images, torch.zeros(8, dtype=torch.long))
+    assert labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert turned[:, 0, 8, 8].tolist() == [0, 4, 1, 5, 2, 6, 3, 7]  # every image once
+    edges = [turned[0, 0, 0], turned[2, 0, :, 0], turned[4, 0, -1], turned[6, 0, :, -1]]
+    assert all((edge == 99).all() for edge in edges)
+    alone = replace(splits, class_names=("shape",))
+    reference = classifier_reference(alone, tmp_path, "cpu", flip=True)
+    assert "of the quarter turns of test images right" in reference.extractor.description
+    share = float(reference.extractor.description.split(", ")[1].split("%")[0])
+    assert share > 35  # of four; many shapes look the same turned
+
+
 def test_shifts_move_the_batch_by_whole_pixels():
     images = torch.arange(32.0).expand(1, 1, 32, 32)
     torch.manual_seed(0)
@@ -100,20 +117,30 @@ def test_shifts_move_the_batch_by_whole_pixels():
     assert middles == {14, 15, 16, 17, 18}
 
 
-def test_the_classifier_is_trained_once_per_data_set(splits, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(ex2_features, "CLASSIFIER_EPOCHS", 1)
+def test_the_classifier_is_trained_once_per_data_set(splits, tmp_path, capsys):
     first = classifier_reference(splits, tmp_path, "cpu", flip=True)
     assert "training the classifier" in capsys.readouterr().out
     second = classifier_reference(splits, tmp_path, "cpu", flip=True)
     assert capsys.readouterr().out == ""
     assert (
         first.extractor.description == second.extractor.description
-        and "right on the test set" in first.extractor.description
+        and "classes of test images right" in first.extractor.description
     )
     images = splits.test.images[:20]
     assert torch.equal(first.extractor.features(images), second.extractor.features(images))
     assert torch.equal(first.features, second.features) and first.features.shape == (1000, 128)
     assert torch.allclose(first.features[:20], first.extractor.features(first.images.images[:20]), rtol=1e-3, atol=1e-3)
+
+
+def test_figures_by_different_networks_have_different_names(splits, tmp_path):
+    names = {classifier_reference(splits, tmp_path, "cpu", flip=flip).extractor.description for flip in (True, False)}
+    assert len({name.split(",")[0] for name in names}) == 2
+
+
+def test_a_folder_that_cannot_be_written_to_costs_only_the_next_call(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert cached(tmp_path / "file" / "cache.pt", lambda: {"figure": 1})["figure"] == 1
+    assert "can't keep" in capsys.readouterr().out
 
 
 def test_a_damaged_cache_is_said_and_made_anew(tmp_path, capsys):
@@ -136,7 +163,7 @@ def test_inception_without_its_package_says_what_to_install(monkeypatch):
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not weights"])
-def test_missing_or_foreign_inception_weights_are_refused(tmp_path, monkeypatch, content):
+def test_missing_or_other_weights_than_those_of_fid_are_refused(tmp_path, monkeypatch, content):
     monkeypatch.setitem(sys.modules, "torch_fidelity", ModuleType("torch_fidelity"))
     path = tmp_path / "weights.pth"
     if content is not None:
@@ -145,7 +172,7 @@ def test_missing_or_foreign_inception_weights_are_refused(tmp_path, monkeypatch,
         Inception(path)
 
 
-def test_inception_with_weights_of_the_right_form(tmp_path):
+def test_inception_resizes_as_the_original_fid_does(tmp_path, monkeypatch):
     fidelity = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3", reason="an extra")
     path = tmp_path / "weights.pth"
     with pytest.MonkeyPatch.context() as patch:
@@ -153,9 +180,12 @@ def test_inception_with_weights_of_the_right_form(tmp_path):
         patch.setattr(fidelity.FeatureExtractorInceptionV3, "load_state_dict", lambda *args: None)
         untrained = fidelity.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
     torch.save(untrained.state_dict(), path)
+    with pytest.raises(InputError, match="is not the file behind FID"):
+        Inception(path)
+    monkeypatch.setattr(ex2_features, "INCEPTION_SHA256", "")
     images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
     features = Inception(path).features(images)
-    assert torch.allclose(features, untrained(images)[0], rtol=1e-4, atol=1e-4)  # resized as in the original FID
+    assert torch.allclose(features, untrained(images)[0], rtol=1e-4, atol=1e-4)
     assert features.shape == (2, Inception.width)
 
 
@@ -191,10 +221,10 @@ def test_every_figure_says_what_it_is_of(results):
     }
     assert "small classifier" in samples["features"] and "FID" not in json.dumps(samples)
     assert [row["guidance_scale"] for row in samples["by_scale"]] == [-1, 0, 1, 3]
-    figures = {"frechet_distance", "kid", "kid_deviation", "precision", "recall"}
+    figures = {"count", "frechet_distance", "kid", "kid_deviation", "precision", "recall", "precision_recall_count"}
     for row in samples["by_scale"]:
         assert set(row) == {"guidance_scale", "class_accuracy", *figures}
-    assert set(samples["test_images"]) == {"count", "class_accuracy", *figures}
+    assert set(samples["test_images"]) == {"class_accuracy", *figures}
     assert set(samples["noise"]) == figures
 
 
@@ -229,28 +259,109 @@ def test_judging_repeats_itself_whatever_the_batch_size(results, tmp_path):
     assert rows[0]["class_accuracy"] == pytest.approx(first["class_accuracy"], abs=0.01)
 
 
-def test_memorised_images_are_found(splits, tmp_path):
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_memorised_images_are_found(splits, tmp_path, mirrored):
     images, _ = training_images(splits)
     model = SmallClassifier(10, 16).eval()
-    reference = ex2_features.Reference(model, model.features(images.images), images)
-    judge = ex2_evaluation.Judge(reference, None)
+    judge = ex2_evaluation.Judge(ex2_features.Reference(model, model.features(images.images), images), None)
     copied = images.images[torch.tensor([5, 900, 17, 60])]
-    described = [ex2_evaluation.describe(judge, [(part, None)], "cpu") for part in (copied, splits.test.images[:30])]
-    report = ex2_evaluation.check_memorisation(reference, *described, tmp_path / "nearest.png")
+    copied = copied.flip(-1) if mirrored else copied
+    samples, real = (
+        ex2_evaluation.describe(judge, [(part, None)], "cpu") for part in (copied, splits.test.images[:30])
+    )
+    report = ex2_evaluation.check_memorisation(judge, samples, real, "cpu", tmp_path / "nearest.png")
     assert report["images"] == {"samples": 4, "test_images": 30}
     for space in ("pixels", "features"):
-        distance = report["median_distance"][space]
-        assert distance["samples"] < 0.01 < distance["test_images"]
+        assert report[space]["median"]["samples"] < 0.01 < report[space]["median"]["test_images"]
+        assert report[space]["share_nearer"] == 1
     assert imageio.imread(tmp_path / "nearest.png").shape[1] > 4 * 64
+    fresh = ex2_evaluation.check_memorisation(judge, real, real, "cpu", tmp_path / "nearest.png")
+    assert fresh["pixels"]["share_nearer"] == pytest.approx(0.05, abs=0.03)
+
+
+class Scribe:
+    """Stands for a conditional model: writes down the labels it is asked for, and predicts what depends on them."""
+
+    class_free_guidance, null_class = True, 10
+
+    def __init__(self):
+        self.labels = []
+
+    def __call__(self, x, t, labels):
+        self.labels.append(labels.tolist())
+        return x + 0.1 * labels.reshape(-1, 1, 1, 1)
+
+
+def test_samples_are_of_their_labels_and_at_their_scale(splits):
+    config = cfg.Config(dataset="shapes", image_size=8, dim_mults=(1, 2), class_free_guidance=True, timesteps=2)
+    config = replace(config, schedule="cosine", sample_batch=3)
+    diffusor, labels = cfg.build_diffusion(config, "cpu"), torch.tensor([4, 2, 9, 0, 1])
+    seen = {}
+    for scale in (-1, 0, 2):
+        model = Scribe()
+        batches = list(ex2_evaluation.sampled_batches(model, diffusor, config, labels, scale))
+        assert torch.cat([wanted for _, wanted in batches]).tolist() == labels.tolist()
+        seen[scale] = model.labels[0]
+        assert len(torch.cat([images for images, _ in batches])) == 5
+    assert seen == {-1: [10, 10, 10], 0: [4, 2, 9], 2: [4, 2, 9, 10, 10, 10]}
+
+
+def test_precision_is_of_the_samples_and_recall_of_the_training_images():
+    g = torch.Generator().manual_seed(0)
+    reference = ex2_features.Reference(None, torch.randn(300, 2, generator=g), None)
+    alike = ex2_evaluation.Described(0.05 * torch.randn(300, 2, generator=g), torch.zeros(1), None)
+    figures = ex2_evaluation.compare(reference, alike)
+    assert figures["precision"] > 0.9 and figures["recall"] < 0.2 and figures["precision_recall_count"] == 300
+
+
+def test_too_few_images_for_a_figure_have_none():
+    reference = ex2_features.Reference(None, torch.randn(300, 2), None)
+    few = ex2_evaluation.Described(torch.randn(2, 2), torch.zeros(1), None)
+    figures = ex2_evaluation.compare(reference, few)
+    assert {name for name, value in figures.items() if value is None} == {
+        *("frechet_distance", "kid", "kid_deviation", "precision", "recall")
+    }
+
+
+def test_memorisation_is_checked_at_the_runs_own_scale(results, monkeypatch):
+    checked, described = [], {}
+    real_describe = ex2_evaluation.sampled_batches
+
+    def batches(model, diffusor, config, labels, scale):
+        described[scale] = [images for images, _ in real_describe(model, diffusor, config, labels, scale)]
+        return ((images, None) for images in described[scale])
+
+    monkeypatch.setattr(ex2_evaluation, "sampled_batches", batches)
+    monkeypatch.setattr(ex2_evaluation, "print_samples", lambda report: None)
+    monkeypatch.setattr(ex2_evaluation.viz, "plot_guidance", lambda *args: None)
+    monkeypatch.setattr(ex2_evaluation, "check_memorisation", lambda judge, own, *rest: checked.append(own))
+    saved = cfg.load_checkpoint(results / "cond")
+    config = cfg.config_of(saved, {})
+    model, diffusor = cfg.restore_model(saved, config, "cpu"), cfg.build_diffusion(config, "cpu")
+    splits = cfg.load_data(config)
+    judge = ex2_evaluation.build_judge(splits, "cpu", config, results / "features", 130)
+    ex2_evaluation.judge_samples(judge, model, splits, diffusor, config, count=130, scales=[3, 0])
+    assert list(described) == [0, 1, 3]
+    assert torch.equal(checked[0].pixels, torch.cat(described[1]))
+    assert not torch.equal(checked[0].pixels, torch.cat(described[3]))
 
 
 def test_only_features_are_kept_of_many_images(monkeypatch):
     model = SmallClassifier(10, 8).eval()
     judge = ex2_evaluation.Judge(ex2_features.Reference(model, None, None), model.classify)
-    batches = ((torch.zeros(100, 3, 8, 8, dtype=torch.uint8), torch.zeros(100, dtype=torch.long)) for _ in range(9))
+    images = torch.zeros(100, 3, 8, 8, dtype=torch.uint8)
+    label = int(model.classify(images[:1]))
+    batches = ((images, torch.full((100,), label if i < 3 else label + 1)) for i in range(9))
     described = ex2_evaluation.describe(judge, batches, "cpu")
     assert described.features.shape == (900, 128) and described.pixels.shape == (256, 3, 8, 8)
-    assert described.class_accuracy in (0, 1)
+    assert described.class_accuracy == pytest.approx(1 / 3)
+
+
+def test_figures_of_samples_stay_when_the_same_weights_are_tested_without_them(results):
+    before = json.loads((results / "cond" / "test_metrics.json").read_text())
+    test = ["test", "--checkpoint", str(results / "cond"), "--eval_samples", "0", "--no_cuda"]
+    assert ex2_main.main(test) == 0
+    assert json.loads((results / "cond" / "test_metrics.json").read_text()) == before
 
 
 def test_dry_run_judges_a_handful_and_leaves_no_classifier_behind(results):

@@ -95,8 +95,16 @@ def test_losses_without_class_use_the_null_label(short, unconditional, seen):
 # ------------------------------------------------------------------ the variational bound
 
 
-@pytest.mark.parametrize("s, nats", [(1.0, 1.41893853), (0.5, 0.72688361)])
-def test_bound_of_gaussian_data_in_closed_form(linear, gaussian, s, nats):
+@pytest.mark.parametrize(
+    "variance, s, nats",
+    [
+        ("beta", 1.0, 1.41893853),
+        ("beta", 0.5, 0.72688361),
+        ("beta_tilde", 1.0, 1.99753338),
+        ("beta_tilde", 0.5, 1.29571728),
+    ],
+)
+def test_bound_of_gaussian_data_in_closed_form(linear, gaussian, variance, s, nats):
     # Every term is quadratic in (x_zero, eps), and these four pixels have the moments of N(0, s^2) and N(0, 1).
     times = torch.arange(1000)
     x_zero = s * torch.tensor([1.0, 1, -1, -1]).reshape(1, 1, 2, 2).repeat(1000, 1, 1, 1)
@@ -104,8 +112,8 @@ def test_bound_of_gaussian_data_in_closed_form(linear, gaussian, s, nats):
     x_t = linear.q_sample(x_zero, times, eps)
     estimate = linear.predict_x_zero(x_t, times, gaussian(linear, s)(x_t, times))
     total = prior_term(linear, x_zero[:1]).item()
-    total += decoder_terms(linear, x_zero[:1], estimate[:1], continuous_log_likelihood)["beta"].item()
-    total += transition_terms(linear, x_zero[1:], estimate[1:], times[1:])["beta"].sum().item()
+    total += decoder_terms(linear, x_zero[:1], estimate[:1], continuous_log_likelihood)[variance].item()
+    total += transition_terms(linear, x_zero[1:], estimate[1:], times[1:])[variance].sum().item()
     assert total == pytest.approx(nats, abs=1e-4)
 
 
@@ -185,6 +193,29 @@ def test_bits_per_dim_do_not_depend_on_the_batch_size_or_the_global_seed(short, 
     assert totals[0] == pytest.approx(totals[1], rel=1e-6)
 
 
+@pytest.mark.parametrize("classes, expected", [(True, [0, 1, 0, 1]), (False, None)])
+def test_the_bound_of_a_conditional_model_is_given_the_labels(short, classes, expected):
+    seen = []
+
+    def model(x, t, *labels):
+        seen.append(labels[0].tolist() if labels else None)
+        return x
+
+    model.class_free_guidance, model.null_class = classes, 2
+    dataset = ImageSet(random_pixels(4), torch.arange(4) % 2)
+    bits_per_dim(model, make_loader(dataset, 4, "cpu"), short, draws=3)
+    assert seen == [expected] * 4
+
+
+def test_estimates_outside_the_range_of_images_are_clamped_in_the_bound(short):
+    black = make_loader(images_of(torch.zeros(20, 3, 4, 4, dtype=torch.uint8)), 20, "cpu")
+    exact, beyond = (
+        bits_per_dim(lambda x, t, v=v: short.predict_eps(x, t, torch.full_like(x, v)), black, short, draws=39)
+        for v in (-1.0, -3.0)
+    )
+    assert beyond["beta"]["total"] == pytest.approx(exact["beta"]["total"], abs=1e-3)
+
+
 def test_random_pixels_cost_at_least_eight_bits_and_known_ones_next_to_none(linear):
     loader = make_loader(images_of(random_pixels(50)), 50, "cpu")
     # The best that a model without knowledge of the image can do is to denoise each pixel by itself.
@@ -253,6 +284,12 @@ def test_kernel_distance_is_unbiased_and_sees_a_shift():
     few, _ = kernel_distance(normal(40, 8), normal(40, 8, seed=1))
     shifted, _ = kernel_distance(normal(400, 8), normal(400, 8, seed=1) + 1)
     assert abs(same) < spread and abs(few) < 0.2 < shifted
+
+
+def test_kernel_distance_of_two_pairs_by_hand():
+    # Subsets of two of four equal points each: k(x, y) = (x y + 1)^3 for features of width 1.
+    ones, twos = torch.ones(4, 1), torch.full((4, 1), 2.0)
+    assert kernel_distance(ones, twos)[0] == pytest.approx(8 + 125 - 2 * 27)
 
 
 def test_kernel_distance_repeats_and_leaves_the_global_generator_alone():
