@@ -94,7 +94,8 @@ def test_classifier_takes_every_size(size):
     assert ex2_features.randomly_shifted(images.float()).shape == images.shape
 
 
-def test_of_one_class_the_classifier_learns_quarter_turns(splits, tmp_path):
+def test_of_one_class_the_classifier_learns_quarter_turns(splits, tmp_path, monkeypatch):
+    monkeypatch.setattr(ex2_features, "CLASSIFIER_EPOCHS", 8)
     model = SmallClassifier(1, 16)
     images = torch.arange(8.0)[:, None, None, None] * torch.ones(1, 3, 16, 16)
     images[:, :, 0] = 99  # the upper row
