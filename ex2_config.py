@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import io
 import math
 import os
 import pickle
+import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Optional
@@ -18,8 +20,9 @@ from ex2_data import DATASETS, SQUARES, DataSplits, InputError, load_splits
 from ex2_diffusion import SAMPLERS, SCHEDULES, Diffusion
 from ex2_model import MAX_ATTENTION_POSITIONS, NULL_TOKENS, Unet
 
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2
 CHECKPOINT_NAME = "ckpt.pt"
+PREVIOUS = ".previous"  # ending of the checkpoint before the newest
 WEIGHTS = {"ema": "ema", "raw": "model"}  # choices of the command line -> entries of a checkpoint
 TRAINING_GROUPS = ("data", "diffusion process", "model", "training")  # what a resumed run must have in common
 
@@ -45,7 +48,13 @@ class Config:
     )
     dry_run: bool = setting(False, "run", "one batch of every phase, to see that all works")
     log_interval: int = setting(100, "run", "optimiser steps between two rows of log.csv", type=int, minimum=1)
-    save_model: bool = setting(True, "run", "write ckpt.pt after every epoch, from which the same command goes on")
+    save_model: bool = setting(True, "run", "write ckpt.pt, from which the same command goes on")
+    save_minutes: float = setting(10.0, "run", "minutes between two checkpoints within an epoch", type=float, above=0)
+    resume: Optional[bool] = setting(
+        None, "run", "insist on a checkpoint to go on from, or start anew (default: go on where there is one)"
+    )
+    allow_changes: bool = setting(False, "run", "go on from a checkpoint of other settings")
+    num_threads: Optional[int] = setting(None, "run", "CPU threads (default: torch's choice)", type=int, minimum=1)
 
     dataset: str = setting("cifar10", "data", "the data set", type=str, choices=DATASETS)
     image_size: int = setting(32, "data", "height and width in pixels", type=int, minimum=8)
@@ -271,7 +280,15 @@ PRESETS = {
 # ---------------------------------------------------------------------------- command line
 
 
-RUN_FLAGS_OF_TRAIN = ("run_name", "results_dir", "save_model", "log_interval")
+RUN_FLAGS_OF_TRAIN = (
+    "run_name",
+    "results_dir",
+    "save_model",
+    "save_minutes",
+    "resume",
+    "allow_changes",
+    "log_interval",
+)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -392,18 +409,6 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def pick_device(cuda: bool | None) -> torch.device:
-    """The GPU where there is one; `cuda` insists on it (True) or stays off it (False).
-
-    Raises:
-        InputError: the GPU is asked for and there is none.
-    """
-    available = torch.cuda.is_available()
-    if cuda and not available:
-        raise InputError("--cuda: torch finds no CUDA GPU here; drop the flag to run on the CPU")
-    return torch.device("cuda" if available and cuda is not False else "cpu")
-
-
 # ---------------------------------------------------------------------------- from a Config to objects
 
 
@@ -455,30 +460,86 @@ def build_diffusion(config: Config, device) -> Diffusion:
 # ---------------------------------------------------------------------------- checkpoints
 
 
-def save_checkpoint(path: Path, **content) -> None:
-    """Writes a plain dict of tensors and Python values; a kill at any moment leaves the old file or the new one."""
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
+    """Writes a file such that a kill or a full disk at any moment leaves the old one or the new one.
+
+    Raises:
+        OSError: it can't be written, or reads back as something else.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    buffer = io.BytesIO()  # torch's own writer would turn "no space left" into an error of its own
-    torch.save({"format": CHECKPOINT_FORMAT, **content}, buffer)
     try:
         with open(temporary, "wb") as file:
-            file.write(buffer.getbuffer())
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        if hashlib.sha256(temporary.read_bytes()).digest() != hashlib.sha256(content).digest():
+            raise OSError(f"{temporary} reads back as something else than was written: is the disk all right?")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def digest_of(content) -> str:
+    """SHA-256 of nested dicts, lists, tensors and plain values, as hexadecimal digits."""
+    digest = hashlib.sha256()
+
+    def add(value) -> None:
+        if isinstance(value, torch.Tensor):
+            digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        elif isinstance(value, dict):
+            digest.update(f"dict {len(value)}".encode())
+            for key, item in value.items():
+                digest.update(repr(key).encode())
+                add(item)
+        elif isinstance(value, (list, tuple)):
+            digest.update(f"list {len(value)}".encode())
+            for item in value:
+                add(item)
+        else:
+            digest.update(repr(value).encode())
+
+    add(content)
+    return digest.hexdigest()
+
+
+def save_checkpoint(path: Path, **content) -> None:
+    """Writes a plain dict of tensors and Python values with its digest; a checkpoint that is there becomes `PREVIOUS`.
+
+    Raises:
+        OSError: it can't be written; what was there is still there.
+    """
+    buffer = io.BytesIO()  # torch's own writer would turn "no space left" into an error of its own
+    torch.save({"format": CHECKPOINT_FORMAT, "sha256": digest_of(content), **content}, buffer)
+    new = path.with_name(path.name + ".new")
+    write_atomically(new, buffer.getbuffer())
+    if path.is_file():
+        os.replace(path, path.with_name(path.name + PREVIOUS))
+    os.replace(new, path)
+
+
 def load_checkpoint(path: str | Path, device="cpu") -> dict:
-    """The content of a checkpoint; `path` is the file or the folder of its run. Runs no code from the file.
+    """The content of a checkpoint file, or the newest good one in the folder of a run. Runs no code from the file.
 
     Raises:
         InputError: there is none, it is damaged, or it is no checkpoint of this program.
     """
     path = Path(path)
-    if path.is_dir():
-        path = path / CHECKPOINT_NAME
+    if not path.is_dir():
+        return read_checkpoint(path, device)
+    newest = path / CHECKPOINT_NAME
+    candidates = [newest.with_name(newest.name + suffix) for suffix in (".new", "", PREVIOUS)]
+    candidates = [candidate for candidate in candidates if candidate.is_file()] or [newest]
+    for candidate in candidates[:-1]:
+        try:
+            return read_checkpoint(candidate, device)
+        except InputError as error:
+            print(f"{error}; trying the one before", file=sys.stderr)
+    return read_checkpoint(candidates[-1], device)
+
+
+def read_checkpoint(path: Path, device="cpu") -> dict:
+    """The content of one checkpoint file; errors as in `load_checkpoint`."""
     if not path.is_file():
         raise InputError(f"no checkpoint at {path}: give --checkpoint a run's folder, or train first")
     try:
@@ -490,6 +551,9 @@ def load_checkpoint(path: str | Path, device="cpu") -> dict:
         raise InputError(f"{path} is damaged or no checkpoint: {reason}") from error
     if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
         raise InputError(f"{path} is no checkpoint of this program, or of another version of it")
+    content.pop("format")
+    if content.pop("sha256", None) != digest_of(content):  # torch reads changed bytes without complaint
+        raise InputError(f"{path} is damaged: its content does not match its digest")
     return content
 
 

@@ -78,22 +78,23 @@ class ImageSet(Dataset):
 
 @dataclass(frozen=True)
 class ImageFiles(Dataset):
-    """Image files that are read, resized and cropped when asked for; yields (float image (3, H, W), label)."""
+    """Image files that are read, resized and cropped when asked for; yields (float image (3, H, W), label).
+
+    Indexed by a number, or by (number, whether to mirror the image).
+    """
 
     paths: tuple[Path, ...]
     labels: Tensor
     image_size: int
     square: str = "crop"
-    flip: bool = False
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, index: int | tuple[int, bool]) -> tuple[Tensor, Tensor]:
+        index, mirror = index if isinstance(index, tuple) else (index, False)
         image = read_image(self.paths[index], self.image_size, self.square)
-        if self.flip and torch.rand(()) < 0.5:
-            image = image.flip(-1)
-        return to_model_range(image), self.labels[index]
+        return to_model_range(image.flip(-1) if mirror else image), self.labels[index]
 
     def subset(self, indices: Tensor) -> ImageFiles:
         paths = tuple(self.paths[i] for i in indices.tolist())
@@ -110,58 +111,89 @@ class DataSplits:
     class_names: tuple[str, ...]
 
 
+class EpochPlan:
+    """Order and flips of an epoch: they depend on the seed and on the epoch, on nothing else, and can start midway.
+
+    As a sampler it yields (index, whether that image is mirrored).
+    """
+
+    def __init__(self, count: int, *, shuffle: bool, flip: bool, seed: int):
+        self.count, self.shuffle, self.flip, self.seed = count, shuffle, flip, seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int, first_image: int = 0) -> None:
+        """Plans an epoch; `first_image` leaves out those at its start, which a run that was cut off has seen."""
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**32)
+        order = torch.randperm(self.count, generator=generator) if self.shuffle else torch.arange(self.count)
+        mirrored = (torch.rand(self.count, generator=generator) < 0.5) & self.flip
+        self.order = order[first_image:]
+        self.mirrored = mirrored[self.order]
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[tuple[int, bool]]:
+        return iter(zip(self.order.tolist(), self.mirrored.tolist()))
+
+
 class ResidentLoader:
     """Batches from an `ImageSet` that lives on the device: shuffling, flips and scaling cost no Python per image.
 
-    Iterates like a DataLoader, over (images (B, 3, H, W) in [-1, 1], labels (B,)). Order and flips depend on the seed
-    and on the epoch set by `set_epoch`, on nothing else.
+    Iterates like a DataLoader, over (images (B, 3, H, W) in [-1, 1], labels (B,)), as its `EpochPlan` says.
     """
 
     def __init__(self, dataset: ImageSet, batch_size: int, device, *, shuffle=False, flip=False, seed=0):
         self.dataset = ImageSet(dataset.images.to(device), dataset.labels.to(device))
         self.batch_size = batch_size
-        self.shuffle = shuffle
-        self.flip = flip
-        self.seed = seed
-        self.epoch = 0
+        self.plan = EpochPlan(len(dataset), shuffle=shuffle, flip=flip, seed=seed)
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        self.plan.set_epoch(epoch, first_batch * self.batch_size)
 
     def __len__(self) -> int:
+        """Batches of a whole epoch."""
         return math.ceil(len(self.dataset) / self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**32)
-        count, device = len(self.dataset), self.dataset.images.device
-        order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
-        flipped = torch.rand(count, generator=generator).to(device) < 0.5
-        for batch in order.to(device).split(self.batch_size):
+        if len(self.plan) == 0:  # split would give one empty batch
+            return
+        device = self.dataset.images.device
+        order, mirrored = self.plan.order.to(device), self.plan.mirrored.to(device)
+        for batch, flips in zip(order.split(self.batch_size), mirrored.split(self.batch_size)):
             images, labels = self.dataset.images[batch], self.dataset.labels[batch]
-            if self.flip:
-                images = torch.where(flipped[batch, None, None, None], images.flip(-1), images)
+            if self.plan.flip:
+                images = torch.where(flips[:, None, None, None], images.flip(-1), images)
             yield to_model_range(images), labels
 
 
-class FilesLoader(DataLoader):
-    """A DataLoader over `ImageFiles`, reshuffled by seed and epoch as `ResidentLoader` is."""
+class FilesLoader:
+    """Batches from `ImageFiles`, read by a DataLoader as the `EpochPlan` says."""
 
-    def __init__(self, dataset: ImageFiles, batch_size: int, *, shuffle=False, seed=0, num_workers=0):
-        self.seed = seed
-        self.order = torch.Generator()
-        super().__init__(dataset, batch_size, shuffle=shuffle, num_workers=num_workers, generator=self.order)
-        self.set_epoch(0)
+    def __init__(self, dataset: ImageFiles, batch_size: int, *, shuffle=False, flip=False, seed=0, num_workers=0):
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.plan = EpochPlan(len(dataset), shuffle=shuffle, flip=flip, seed=seed)
+        # A generator of its own: making an iterator draws a number, and must not from the one that training uses.
+        self.loader = DataLoader(
+            dataset, batch_size, sampler=self.plan, num_workers=num_workers, generator=torch.Generator()
+        )
 
-    def set_epoch(self, epoch: int) -> None:
-        self.order.manual_seed((self.seed * 1_000_003 + epoch) % 2**32)
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        self.plan.set_epoch(epoch, first_batch * self.batch_size)
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch."""
+        return math.ceil(len(self.dataset) / self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(self.loader) if len(self.plan) else iter(())
 
 
 def make_loader(dataset, batch_size: int, device, *, train=False, flip=False, seed=0, num_workers=0):
     """A loader with `dataset`, `set_epoch` and a length; `train` shuffles, and flips where `flip` says so."""
     if isinstance(dataset, ImageSet):
         return ResidentLoader(dataset, batch_size, device, shuffle=train, flip=train and flip, seed=seed)
-    files = dataclasses.replace(dataset, flip=train and flip)
-    return FilesLoader(files, batch_size, shuffle=train, seed=seed, num_workers=num_workers)
+    return FilesLoader(dataset, batch_size, shuffle=train, flip=train and flip, seed=seed, num_workers=num_workers)
 
 
 def split_off(dataset, seed: int, share: float = HELD_OUT):

@@ -386,7 +386,7 @@ class Diffusion:
         """Algorithm 2 of Ho et al. 2020, step by step: yields (t, x_t, x_zero estimate), last (-1, sample, sample).
 
         One batch is alive at a time; keep what you need of it (`thin_trajectory`). The model's train / eval mode is the
-        caller's business. Arguments as in `sample`.
+        caller's business. Arguments and errors as in `sample`.
         """
         if sampler not in SAMPLERS:
             raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
@@ -408,6 +408,11 @@ class Diffusion:
             t = torch.full((batch_size,), index, device=self.device, dtype=torch.long)
             model_t = torch.full_like(t, process.model_times[index])
             eps = guided_eps(model, x, model_t, classes, guidance_scale)
+            if not eps.isfinite().all():
+                raise FloatingPointError(
+                    f"sampling diverged: the predicted noise is not finite at t = {process.model_times[index]}; "
+                    "lower --guidance_scale, or test the weights (--weights raw, an earlier checkpoint)"
+                )
             if clamp:
                 eps = process.clamp_eps(x, t, eps)
             yield process.model_times[index], x, process.predict_x_zero(x, t, eps)
@@ -443,6 +448,7 @@ class Diffusion:
 
         Raises:
             ValueError: unknown sampler, or eta, steps, classes or guidance out of range.
+            FloatingPointError: the model's prediction is not finite; says at which t.
         """
         trajectory = self.sample_trajectory(
             model,

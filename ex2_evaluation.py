@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import ex2_viz as viz
-from ex2_config import Config
+from ex2_config import Config, write_atomically
 from ex2_data import DataSplits, InputError, make_loader, reverse_transform, to_model_range
 from ex2_diffusion import Diffusion, evenly_spaced, sample_in_batches
 from ex2_features import (
@@ -102,7 +102,7 @@ def write_report(report: dict, config: Config) -> None:
     before = json.loads(path.read_text()) if path.is_file() else {}
     if "samples" in before and "samples" not in report and before["losses"] == report["losses"]:
         report = {**report, "samples": before["samples"]}
-    path.write_text(json.dumps(report, indent=2) + "\n")
+    write_atomically(path, (json.dumps(report, indent=2) + "\n").encode())
 
 
 def shapes_accuracy(model, diffusor: Diffusion, config: Config) -> dict:

@@ -17,7 +17,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
 
-from ex2_config import load_checkpoint, save_checkpoint
+from ex2_config import digest_of, read_checkpoint, save_checkpoint
 from ex2_data import (
     DataSplits,
     ImageFiles,
@@ -237,17 +237,10 @@ def classifier_reference(splits: DataSplits, folder: Path, device, *, flip: bool
     saved = cached(folder / f"classifier-v{CLASSIFIER_VERSION}-{fingerprint}{'-flip' if flip else ''}.pt", compute)
     classifier = SmallClassifier(num_classes, splits.test[0][0].shape[-1])
     classifier.load_state_dict(saved["model"])
-    task = "quarter turns" if classifier.tells_turns else "classes"
-    classifier.description = (
-        f"small classifier {digest_of(classifier)}, {saved['accuracy']:.1%} of the {task} of test images right"
-    )
+    task, digest = "quarter turns" if classifier.tells_turns else "classes", digest_of(classifier.state_dict())
+    right = f"{saved['accuracy']:.1%} of the {task} of test images right"
+    classifier.description = f"small classifier {digest[:8]}, {right}"
     return Reference(classifier.to(device).eval(), saved["features"].float(), images)
-
-
-def digest_of(module: nn.Module) -> str:
-    """Eight digits that tell the weights of a module from any others."""
-    content = b"".join(value.cpu().contiguous().numpy().tobytes() for value in module.state_dict().values())
-    return hashlib.sha256(content).hexdigest()[:8]
 
 
 def inception_reference(splits: DataSplits, weights: str, folder: Path, device, *, num_workers: int = 0) -> Reference:
@@ -268,7 +261,7 @@ def cached(path: Path, compute: Callable[[], dict]) -> dict:
     """
     if path.is_file():
         try:
-            return load_checkpoint(path)
+            return read_checkpoint(path)
         except InputError as error:
             print(f"{error}; computing it anew")
     content = compute()

@@ -23,6 +23,7 @@ import torch
 from tqdm import tqdm
 
 import ex2_config as cfg
+import ex2_job as job
 import ex2_viz as viz
 from ex2_compare import grid_of_runs, is_judged, parse_vary, write_comparison
 from ex2_data import DataSplits, InputError, make_loader
@@ -44,37 +45,40 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 2 for input that can't be used, 1 for a fault while running."""
     try:
         args = cfg.parse_args(sys.argv[1:] if argv is None else argv)
-        COMMANDS[args.command](args)
+        with job.handled_by(job.interrupt):
+            COMMANDS[args.command](args)
     except InputError as error:
         # From a worker process that reads images the message comes with the worker's traceback before it.
         message = str(error).splitlines()[-1].replace("ex2_data.InputError: ", "")
         print(f"error: {message}", file=sys.stderr)
         return 2
-    except (RunError, OSError) as error:
+    except (RunError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except torch.cuda.OutOfMemoryError:  # a RuntimeError, so it comes first
-        print("error: the GPU's memory is full: lower --batch_size, --sample_batch or --dim", file=sys.stderr)
+        print("error: the GPU's memory is full: lower --batch_size or --dim", file=sys.stderr)
         return 1
     except RuntimeError as error:
         if "allocate memory" not in str(error):
             raise
         print("error: the memory is full: lower --batch_size, --sample_batch or --dim", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted; a training goes on after its last saved epoch when started again", file=sys.stderr)
-        return 130
+    except job.Interrupted as stop:
+        print(f"{stop}; a training that was going on is saved: the same command goes on with it", file=sys.stderr)
+        return 128 + stop.number
     return 0
 
 
 def run_train(args) -> None:
     """`train`: fits the model, evaluates it and draws every picture of the exercise."""
-    config, device, splits = prepare_training(args)
-    diffusor = cfg.build_diffusion(config, device)
-    model = fit(config, splits, diffusor, device)
-    write_report(evaluate(model, splits, diffusor, config), config)
-    draw_process(model, splits, diffusor, config)
-    draw_samples(model, splits.class_names, diffusor, config)
+    config, device = prepare_training(args)
+    with job.locked(config.run_dir):
+        splits = cfg.load_data(config)
+        diffusor = cfg.build_diffusion(config, device)
+        model = job.FittingModel(fit(config, splits, diffusor, device))
+        write_report(evaluate(model, splits, diffusor, config), config)
+        draw_process(model, splits, diffusor, config)
+        draw_samples(model, splits.class_names, diffusor, config)
     print(f"done: see {config.run_dir}/")
 
 
@@ -82,31 +86,32 @@ def run_compare(args) -> None:
     """`compare`: trains and judges a run for every combination of varied settings; finished ones are kept. 2.3."""
     varied = parse_vary(args.vary)
     args.given.setdefault("run_name", "compare")
-    base, device, splits = prepare_training(args)
+    base, device = prepare_training(args)
     runs = grid_of_runs(base, varied)
-    judge = None
-    if args.eval_samples > 0:
-        judge = build_judge(splits, device, base, features_dir(base.run_dir), args.eval_samples)
-    for name, config in runs.items():
-        print(f"--- {name}")
-        make_run_dir(config.run_dir)
-        diffusor = cfg.build_diffusion(config, device)
-        model = fit(config, splits, diffusor, device)
-        if not is_judged(config, args.eval_samples):
-            test_and_judge(judge, model, splits, diffusor, config, args.eval_samples, scales=[], weights="ema")
-    write_comparison(runs, varied, base.run_dir, device)
+    with job.locked(base.run_dir):
+        splits = cfg.load_data(base)
+        judge = None
+        if args.eval_samples > 0:
+            judge = build_judge(splits, device, base, features_dir(base.run_dir), args.eval_samples)
+        for name, config in runs.items():
+            print(f"--- {name}")
+            make_run_dir(config.run_dir)
+            diffusor = cfg.build_diffusion(config, device)
+            model = job.FittingModel(fit(config, splits, diffusor, device))
+            if not is_judged(config, args.eval_samples):
+                test_and_judge(judge, model, splits, diffusor, config, args.eval_samples, scales=[], weights="ema")
+        write_comparison(runs, varied, base.run_dir, device)
     print(f"done: see {base.run_dir}/")
 
 
 def prepare_training(args):
-    """(config, device, splits) for `train` and `compare`, with a run folder that can be written to."""
+    """(config, device) for `train` and `compare`, with a run folder that can be written to."""
     config = dataclasses.replace(cfg.PRESETS[args.preset] if args.preset else cfg.Config(), **args.given)
-    device = cfg.pick_device(config.cuda)
+    device = job.pick_device(config.cuda, config.num_threads)
     if config.amp and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise InputError("--amp: this GPU can't compute in bfloat16; train without it")
     make_run_dir(config.run_dir)
-    splits = cfg.load_data(config)
-    return config, device, splits
+    return config, device
 
 
 def run_test(args) -> None:
@@ -117,7 +122,7 @@ def run_test(args) -> None:
     if splits.class_names != tuple(checkpoint["class_names"]):
         raise InputError(f"the data has classes {splits.class_names}, the checkpoint {checkpoint['class_names']}")
     make_run_dir(config.run_dir)
-    model = cfg.restore_model(checkpoint, config, device, args.weights)
+    model = job.FittingModel(cfg.restore_model(checkpoint, config, device, args.weights))
     diffusor = cfg.build_diffusion(config, device)
     judge = None
     if args.eval_samples > 0:
@@ -148,7 +153,8 @@ def run_sample(args) -> None:
     count = 1 if config.dry_run else args.n_images
     out = config.run_dir if args.out else next_free(config.run_dir / "samples")
     make_run_dir(out)
-    diffusor, model = cfg.build_diffusion(config, device), cfg.restore_model(checkpoint, config, device, args.weights)
+    diffusor = cfg.build_diffusion(config, device)
+    model = job.FittingModel(cfg.restore_model(checkpoint, config, device, args.weights))
     classes = None if chosen is None else [chosen[i % len(chosen)] for i in range(count)]
     common = {"classes": classes, "class_names": names, "seed": config.seed, "batch_size": config.sample_batch}
     rows = []
@@ -167,9 +173,16 @@ def open_checkpoint(args):
     out = Path(args.out or run_dir_of(args.checkpoint)).resolve()
     if not out.name:
         raise InputError(f"--out: {out} is no folder for pictures")
-    now = {"cuda": None, "dry_run": False, **args.given, "results_dir": str(out.parent), "run_name": out.name}
+    now = {
+        "cuda": None,
+        "dry_run": False,
+        "num_threads": None,
+        **args.given,
+        "results_dir": str(out.parent),
+        "run_name": out.name,
+    }
     config = cfg.config_of(checkpoint, now)
-    return checkpoint, config, cfg.pick_device(config.cuda)
+    return checkpoint, config, job.pick_device(config.cuda, config.num_threads)
 
 
 def run_dir_of(checkpoint: str) -> Path:
@@ -237,58 +250,80 @@ def run_report(args) -> None:
 
 
 def fit(config: cfg.Config, splits: DataSplits, diffusor: Diffusion, device) -> Unet:
-    """Trains to the end, or goes on from the run's checkpoint; returns the model with its averaged (EMA) weights."""
+    """Trains to the end, or goes on from the run's checkpoint; returns the model with its averaged (EMA) weights.
+
+    Raises:
+        Interrupted: a signal came; what was trained is saved.
+    """
     torch.manual_seed(config.seed)
     model = cfg.build_model(config, len(splits.class_names)).to(device)
-    loader = make_loader(
-        splits.train,
-        config.batch_size,
-        device,
-        train=True,
-        flip=config.flip,
-        seed=config.seed,
-        num_workers=config.num_workers,
-    )
+    settings = {"flip": config.flip, "seed": config.seed, "num_workers": config.num_workers}
+    loader = make_loader(splits.train, config.batch_size, device, train=True, **settings)
     val_loader = make_loader(splits.val, config.batch_size * 2, device, num_workers=config.num_workers)
-    epochs = 1 if config.dry_run else config.epochs
-    steps_per_epoch = 1 if config.dry_run else len(loader)
-    state = TrainingState(model, config, epochs * steps_per_epoch, device)
-    first_epoch = state.resume(config, splits.class_names)
-    log = RunLog(config.run_dir / "log.csv", first_epoch)
-    (config.run_dir / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-    if first_epoch < epochs:
-        announce(config, splits, model, diffusor, loader, (epochs - first_epoch) * steps_per_epoch)
+    epochs, steps_per_epoch = (1, 1) if config.dry_run else (config.epochs, len(loader))
+    state = TrainingState(model, config, splits.class_names, epochs * steps_per_epoch, steps_per_epoch, device)
+    state.resume()
+    log = RunLog(config.run_dir / "log.csv", state.epochs_done, state.step)
+    settings_text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+    cfg.write_atomically(config.run_dir / "config.json", settings_text.encode())
+    if state.epochs_done < epochs:
+        announce(config, splits, model, diffusor, loader, state.total_steps - state.step)
+        job.check_space(config.run_dir, state.needed_space() if config.save_model else 0)
+        state.save()  # a disk that is full shows now, and not after an epoch
 
-    for epoch in range(first_epoch, epochs):
-        loader.set_epoch(epoch)
-        epoch_loss = train(
-            model,
+    while state.epochs_done < epochs:
+        epoch_loss = train_epoch(state, loader, diffusor, log)
+        try:
+            val = test(state.ema.module, val_loader, diffusor, device, config)
+        except job.Interrupted:
+            state.save()
+            raise
+        val_loss = sum(val[config.loss_type]) / len(val["t"])
+        if not math.isfinite(val_loss):
+            raise RunError(
+                f"the weights are not finite after epoch {state.epochs_done + 1}; the last checkpoint is untouched"
+            )
+        log.write(step=state.step, epoch=state.epochs_done, epoch_loss=epoch_loss, val_loss=val_loss)
+        state.epochs_done += 1
+        state.meter = LossMeter(state.epochs_done)
+        print(f"epoch {state.epochs_done}/{epochs}: train {epoch_loss:.4f}, val {val_loss:.4f} ({config.loss_type})")
+        state.save()
+        viz.plot_training(log.rows(), config.run_dir / "training.png")
+    state.drop_previous()
+    return state.ema.module.eval()
+
+
+def train_epoch(state: TrainingState, loader, diffusor: Diffusion, log: RunLog) -> float:
+    """What is left of the current epoch; returns its loss. A signal waits for the end of the step, which is saved."""
+    config = state.config
+    loader.set_epoch(state.epochs_done, state.first_batch)
+    with job.signals_held() as waiting:
+
+        def after_step() -> None:
+            state.step += 1
+            if waiting:
+                state.save()
+                raise job.Interrupted(waiting[0])
+            state.save_if_due()
+
+        return train(
+            state.model,
             loader,
             state.optimizer,
             diffusor,
-            epoch,
-            device,
+            state.epochs_done,
+            state.device,
             config,
             scheduler=state.scheduler,
             ema=state.ema,
             log=log,
+            meter=state.meter,
+            first_batch=state.first_batch,
+            after_step=after_step,
             loss_type=config.loss_type,
             grad_clip=config.grad_clip,
             amp=config.amp,
         )
-        val = test(state.ema.module, val_loader, diffusor, device, config)
-        val_loss = sum(val[config.loss_type]) / len(val["t"])
-        steps_done = (epoch + 1) * steps_per_epoch
-        log.write(step=steps_done, epoch=epoch, epoch_loss=epoch_loss, val_loss=val_loss)
-        print(f"epoch {epoch + 1}/{epochs}: train {epoch_loss:.4f}, val {val_loss:.4f} ({config.loss_type})")
-        if not math.isfinite(val_loss):
-            raise RunError(
-                f"the weights are no longer finite after epoch {epoch + 1}; the last checkpoint is untouched"
-            )
-        if config.save_model:
-            state.save(config, splits.class_names, epoch + 1, steps_done)
-        viz.plot_training(log.rows(), config.run_dir / "training.png")
-    return state.ema.module.eval()
 
 
 def train(
@@ -303,6 +338,9 @@ def train(
     scheduler=None,
     ema=None,
     log=None,
+    meter=None,
+    first_batch=0,
+    after_step=None,
     loss_type="l2",
     grad_clip=1.0,
     amp=False,
@@ -313,6 +351,8 @@ def train(
         trainloader: yields (images (B, C, H, W) in [-1, 1], labels (B,)).
         args: has `log_interval` and `dry_run` (one batch only).
         scheduler, ema: stepped once per optimiser step.  log: a `RunLog`.
+        meter, first_batch: the `LossMeter` and the number of batches that an interrupted epoch has behind it.
+        after_step: called without arguments after every optimiser step, and may end the epoch by an exception.
         grad_clip: largest norm of the gradient.  amp: bfloat16 autocast.
 
     Raises:
@@ -321,11 +361,12 @@ def train(
     device = torch.device(device)
     conditional = getattr(model, "class_free_guidance", False)
     model.train()
-    meter = LossMeter(epoch)
-    progress = tqdm(trainloader, f"epoch {epoch + 1}", disable=args.dry_run or None)
-    for step, (images, labels) in enumerate(progress):
+    meter = LossMeter(epoch) if meter is None else meter
+    whole = {"total": len(trainloader), "initial": first_batch}
+    progress = tqdm(trainloader, f"epoch {epoch + 1}", disable=args.dry_run or None, **whole)
+    for step, (images, labels) in enumerate(progress, first_batch):
         images, labels = images.to(device), labels.to(device)
-        if step == 0:
+        if step == first_batch:
             check_images(images.cpu())
         t = torch.randint(0, diffusor.timesteps, (len(images),), device=device)
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
@@ -354,6 +395,8 @@ def train(
                     grad_norm=grad_norm,
                     train_loss=train_loss,
                 )
+        if after_step is not None:
+            after_step()
         if last:
             break
     return meter.mean
@@ -388,6 +431,7 @@ def announce(config: cfg.Config, splits: DataSplits, model, diffusor: Diffusion,
     )
     if config.dry_run:
         return
+    loader.set_epoch(0)
     seconds = seconds_per_step(config, model, diffusor, loader)
     print(
         f"{steps} optimiser steps of {config.batch_size} images: "
@@ -396,17 +440,33 @@ def announce(config: cfg.Config, splits: DataSplits, model, diffusor: Diffusion,
 
 
 def seconds_per_step(config: cfg.Config, model, diffusor: Diffusion, loader) -> float:
-    """Median time of an optimiser step, measured on a copy of the model; leaves the random state as it was."""
-    times = []
-    quiet = dataclasses.replace(config, dry_run=True)
+    """Median time of an optimiser step, measured on a copy of the model; leaves the random state as it was.
+
+    Raises:
+        RunError: the batch doesn't fit the GPU's memory; says which would.
+    """
+    times, batches = [], [batch for _, batch in zip(range(5), loader)]
     with torch.random.fork_rng(devices=[diffusor.device] if diffusor.device.type == "cuda" else []):
-        copy = TrainingState(deepcopy(model), config, total_steps=10, device=diffusor.device)
-        for _, batch in zip(range(5), loader):
-            start = time.perf_counter()
-            device, optimizer = diffusor.device, copy.optimizer
-            train(copy.model, [batch], optimizer, diffusor, 0, device, quiet, ema=copy.ema, amp=config.amp)
-            times.append(time.perf_counter() - start)
-    return sorted(times)[len(times) // 2]
+        try:
+            for batch in batches:
+                start = time.perf_counter()
+                try_step(config, model, diffusor, batch)
+                times.append(time.perf_counter() - start)
+        except torch.cuda.OutOfMemoryError:
+            fits = None
+        else:
+            return sorted(times)[len(times) // 2]
+        images, labels = batches[0]
+        fits = job.batch_that_fits(lambda n: try_step(config, model, diffusor, (images[:n], labels[:n])), len(images))
+    advice = f"--batch_size {fits} fits" if fits else "not even one image does"
+    raise RunError(f"--batch_size {len(images)} doesn't fit the GPU's free memory; {advice}, as would a lower --dim")
+
+
+def try_step(config: cfg.Config, model, diffusor: Diffusion, batch) -> None:
+    """One optimiser step on a copy of the model."""
+    quiet, device = dataclasses.replace(config, dry_run=True), diffusor.device
+    copy = TrainingState(deepcopy(model), config, (), total_steps=10, steps_per_epoch=10, device=device)
+    train(copy.model, [batch], copy.optimizer, diffusor, 0, device, quiet, ema=copy.ema, amp=config.amp)
 
 
 # ---------------------------------------------------------------------------- sampling

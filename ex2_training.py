@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import time
 from pathlib import Path
 
@@ -12,7 +13,16 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ex2_config import CHECKPOINT_NAME, TRAINING_GROUPS, Config, config_of, load_checkpoint, save_checkpoint
+from ex2_config import (
+    CHECKPOINT_NAME,
+    PREVIOUS,
+    TRAINING_GROUPS,
+    Config,
+    config_of,
+    load_checkpoint,
+    save_checkpoint,
+    write_atomically,
+)
 from ex2_data import InputError
 
 LOG_COLUMNS = ("step", "epoch", "seconds", "lr", "grad_norm", "train_loss", "epoch_loss", "val_loss")
@@ -23,69 +33,143 @@ class RunError(RuntimeError):
 
 
 class TrainingState:
-    """Everything that training changes: weights, their average, the optimiser's moments and the learning rate."""
+    """Everything that training changes: weights, their average, the optimiser's moments and the learning rate.
 
-    def __init__(self, model, config: Config, total_steps: int, device: torch.device):
+    Args:
+        total_steps: optimiser steps of the whole training.  steps_per_epoch: of one epoch.
+    """
+
+    def __init__(self, model, config: Config, class_names, total_steps: int, steps_per_epoch: int, device):
         self.model = model
-        self.device = device
+        self.config = config
+        self.class_names = list(class_names)
+        self.total_steps = total_steps
+        self.steps_per_epoch = steps_per_epoch
+        self.device = torch.device(device)
         self.ema = build_ema(model, config.ema_decay)
         self.optimizer = AdamW(model.parameters(), lr=config.lr)
         self.scheduler = build_scheduler(self.optimizer, config.warmup_steps, total_steps)
+        self.epochs_done = 0  # epochs that are over, their validation included
+        self.step = 0  # optimiser steps that are done
+        self.meter = LossMeter(0)  # of the epoch that is going on
+        self.saved_at = time.monotonic()
 
-    def save(self, config: Config, class_names, epochs_done: int, step: int) -> None:
-        """Writes the run's checkpoint: `restore_model` makes a model of it, and `resume` goes on from it."""
+    @property
+    def first_batch(self) -> int:
+        """Batches of the epoch going on that are done."""
+        return self.step - self.epochs_done * self.steps_per_epoch
+
+    def save(self) -> None:
+        """Writes the run's checkpoint: `restore_model` makes a model of it, and `resume` goes on from it.
+
+        Raises:
+            RunError: a loss since the last row of the log is not finite; the last checkpoint is untouched.
+        """
+        if not self.config.save_model:
+            return
+        self.meter.check_finite()
         random = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.device)
         save_checkpoint(
-            config.run_dir / CHECKPOINT_NAME,
-            config=dataclasses.asdict(config),
-            class_names=list(class_names),
+            self.config.run_dir / CHECKPOINT_NAME,
+            config=dataclasses.asdict(self.config),
+            class_names=self.class_names,
             model=self.model.state_dict(),
             ema=self.ema.module.state_dict(),
             ema_updates=int(self.ema.n_averaged),
             optimizer=self.optimizer.state_dict(),
             scheduler=self.scheduler.state_dict(),
-            epoch=epochs_done,
-            step=step,
+            epoch=self.epochs_done,
+            step=self.step,
+            meter=self.meter.state_dict(),
             random=random,
         )
+        self.saved_at = time.monotonic()
 
-    def resume(self, config: Config, class_names) -> int:
-        """Goes back to what an earlier run of the same name saved; returns its epochs, 0 where there is none.
+    def save_if_due(self) -> None:
+        """Saves where the last checkpoint is `save_minutes` old."""
+        if time.monotonic() - self.saved_at > 60 * self.config.save_minutes:
+            self.save()
+
+    def drop_previous(self) -> None:
+        """Removes the checkpoint before the newest, which a finished run needs no more: pools have small quotas."""
+        path = self.config.run_dir / CHECKPOINT_NAME
+        if path.is_file():
+            path.with_name(path.name + PREVIOUS).unlink(missing_ok=True)
+
+    def needed_space(self) -> int:
+        """Bytes that the run will take: three checkpoints while one is being replaced, and pictures."""
+        weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        return 3 * 4 * weights + 20_000_000  # a checkpoint holds weights, average and two moments
+
+    def resume(self) -> None:
+        """Goes back to what an earlier run of the same name saved, where there is something and `resume` allows it.
 
         Raises:
-            InputError: it was trained with other settings, or on other classes.
+            InputError: it was trained with other settings or on other classes, or `resume` insists and there is none.
         """
-        path = config.run_dir / CHECKPOINT_NAME
-        if config.dry_run or not path.is_file():
-            return 0
-        saved = load_checkpoint(path)
-        check_same_settings(config_of(saved, {}), config)
-        if saved["class_names"] != list(class_names):
+        config = self.config
+        there = any(config.run_dir.glob(f"{CHECKPOINT_NAME}*"))
+        if config.resume and not there:
+            raise InputError(f"--resume: no checkpoint in {config.run_dir}; drop the flag to start a new run")
+        if config.dry_run or config.resume is False or not there:
+            return
+        saved = load_checkpoint(config.run_dir)
+        changed = changed_settings(config_of(saved, {}), config)
+        if changed and not config.allow_changes:
+            raise InputError(
+                f"{config.run_dir} holds a run with other settings ({changed}): choose another --run_name, or go on "
+                "with the new ones by --allow_changes"
+            )
+        if saved["class_names"] != self.class_names:
             raise InputError(
                 f"{config.run_dir} holds a run on other classes ({', '.join(saved['class_names'])} there, "
-                f"{', '.join(class_names)} now): choose another --run_name"
+                f"{', '.join(self.class_names)} now): choose another --run_name"
             )
-        self.model.load_state_dict(saved["model"])
-        self.ema.module.load_state_dict(saved["ema"])
-        self.ema.n_averaged.fill_(saved["ema_updates"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.scheduler.load_state_dict(saved["scheduler"])
+        self.load_weights(saved)
+        self.epochs_done, self.step = saved["epoch"], saved["step"]
+        self.meter = LossMeter(self.epochs_done)
+        if changed:
+            print(f"{config.run_dir}: going on with other settings ({changed}), from the start of the epoch")
+            self.step = self.epochs_done * self.steps_per_epoch
+            for _ in range(min(self.step, self.total_steps)):
+                self.scheduler.step()
+        else:
+            self.scheduler.load_state_dict(saved["scheduler"])
+            self.meter.load_state_dict(saved["meter"])
+        if not 0 <= self.first_batch <= self.steps_per_epoch:
+            raise InputError(f"{config.run_dir} holds a run on other images: choose another --run_name")
         torch.set_rng_state(saved["random"]["cpu"])
         if self.device.type == "cuda" and "cuda" in saved["random"]:
             torch.cuda.set_rng_state(saved["random"]["cuda"], self.device)
-        print(f"{path}: {saved['epoch']} of {config.epochs} epochs are done, going on from there")
-        return saved["epoch"]
+        print(
+            f"{config.run_dir}: {self.step} of {self.total_steps} steps ({self.epochs_done} of {config.epochs} epochs) "
+            "are done, going on from there"
+        )
+
+    def load_weights(self, saved: dict) -> None:
+        """Weights, their average and the optimiser's moments of a checkpoint.
+
+        Raises:
+            InputError: they are of a model of another size.
+        """
+        try:
+            self.model.load_state_dict(saved["model"])
+            self.ema.module.load_state_dict(saved["ema"])
+        except RuntimeError as error:
+            raise InputError(
+                f"the weights in {self.config.run_dir} don't fit the model's settings: choose another --run_name"
+            ) from error
+        self.ema.n_averaged.fill_(saved["ema_updates"])
+        self.optimizer.load_state_dict(saved["optimizer"])
 
 
-def check_same_settings(before: Config, now: Config) -> None:
-    """Raises an InputError that names the settings of the training in which two configs differ."""
+def changed_settings(before: Config, now: Config) -> str:
+    """The settings of the training in which two configs differ, with both values; empty where there are none."""
     names = [f.name for f in dataclasses.fields(now) if f.metadata["group"] in TRAINING_GROUPS or f.name == "seed"]
     changed = [name for name in names if getattr(before, name) != getattr(now, name)]
-    if changed:
-        what = ", ".join(f"--{name} {getattr(before, name)} there, {getattr(now, name)} now" for name in changed)
-        raise InputError(f"{now.run_dir} holds a run with other settings ({what}): choose another --run_name")
+    return ", ".join(f"--{name} {getattr(before, name)} there, {getattr(now, name)} now" for name in changed)
 
 
 def build_scheduler(optimizer, warmup_steps: int, total_steps: int):
@@ -125,14 +209,14 @@ class LossMeter:
     def add(self, loss, grad_norm, images: int, lr: float) -> None:
         self.window.append((loss, grad_norm, images, lr))
 
-    def close_window(self) -> tuple[float, float]:
-        """Mean loss over the images and mean gradient norm over the steps of the window, which starts anew.
+    def read_window(self) -> tuple:
+        """(losses, gradient norms, images, learning rates) of the window, one entry per step.
 
         Raises:
-            RunError: a loss or a gradient of the window is not finite.
+            RunError: a loss or a gradient is not finite.
         """
         losses, norms, counts, rates = zip(*self.window)
-        losses, norms, counts = torch.stack(losses).double().cpu(), torch.stack(norms).cpu(), torch.tensor(counts)
+        losses, norms, counts = torch.stack(losses).cpu(), torch.stack(norms).cpu(), torch.tensor(counts)
         finite = losses.isfinite() & norms.isfinite()
         if not finite.all():
             bad = int(finite.int().argmin())
@@ -141,7 +225,21 @@ class LossMeter:
                 f"(learning rate {rates[bad]:.2g}): lower --lr or --grad_clip, or use --no_amp, and choose a new "
                 "--run_name; the last checkpoint is untouched"
             )
-        window_total = (losses * counts).sum().item()
+        return losses, norms, counts, rates
+
+    def check_finite(self) -> None:
+        """Raises a RunError where a loss or a gradient of the window is not finite."""
+        if self.window:
+            self.read_window()
+
+    def close_window(self) -> tuple[float, float]:
+        """Mean loss over the images and mean gradient norm over the steps of the window, which starts anew.
+
+        Raises:
+            RunError: a loss or a gradient of the window is not finite.
+        """
+        losses, norms, counts, _ = self.read_window()
+        window_total = (losses.double() * counts).sum().item()
         self.total += window_total
         self.images += int(counts.sum())
         self.steps += len(counts)
@@ -152,23 +250,39 @@ class LossMeter:
     def mean(self) -> float:
         return self.total / self.images
 
+    def state_dict(self) -> dict:
+        """What a checkpoint keeps of the epoch that is going on."""
+        window = [(loss.cpu(), norm.cpu(), images, lr) for loss, norm, images, lr in self.window]
+        return {"steps": self.steps, "images": self.images, "total": self.total, "window": window}
+
+    def load_state_dict(self, saved: dict) -> None:
+        """Goes on with what `state_dict` gave."""
+        self.steps, self.images, self.total = saved["steps"], saved["images"], saved["total"]
+        self.window = [tuple(entry) for entry in saved["window"]]
+
 
 class RunLog:
     """log.csv of a run: a row per log interval and per epoch; empty cells where a row has no such figure.
 
     Args:
-        first_epoch: rows of this epoch and later ones, left by a run that was cut off, are dropped.
+        epochs_done, step: where the run stands. Later rows, left by a run that was cut off, are dropped.
     """
 
-    def __init__(self, path: Path, first_epoch: int):
+    def __init__(self, path: Path, epochs_done: int = 0, step: int = 0):
         self.path = path
-        rows = self.rows() if first_epoch > 0 and path.is_file() else []
-        kept = [row for row in rows if None not in row.values() and int(row["epoch"]) < first_epoch]
+        rows = self.rows() if step > 0 and path.is_file() else []
+        kept = [row for row in rows if None not in row.values() and self.belongs(row, epochs_done, step)]
         self.started = time.perf_counter() - (float(kept[-1]["seconds"]) if kept else 0)
-        with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, LOG_COLUMNS)
-            writer.writeheader()
-            writer.writerows(kept)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, LOG_COLUMNS)
+        writer.writeheader()
+        writer.writerows(kept)
+        write_atomically(path, text.getvalue().encode())
+
+    @staticmethod
+    def belongs(row: dict, epochs_done: int, step: int) -> bool:
+        """Whether a row is of what is done: an epoch's last row comes after its validation."""
+        return int(row["epoch"]) < epochs_done or (int(row["step"]) <= step and row["val_loss"] == "")
 
     def write(self, **figures) -> None:
         row = {"seconds": f"{time.perf_counter() - self.started:.1f}", **figures}

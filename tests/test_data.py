@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 from torchvision.datasets import CIFAR10
 
 import ex2_data
@@ -142,7 +141,6 @@ def test_folder_that_does_not_fit_is_read_while_training(tmp_path, monkeypatch, 
     splits = load_splits("folder", str(tmp_path), 8, seed=0)
     assert isinstance(splits.train, ImageFiles)
     loader = make_loader(splits.train, 16, "cpu", train=True, flip=True, num_workers=num_workers)
-    assert isinstance(loader, DataLoader)
     loader.set_epoch(1)
     batches = list(loader)
     assert sum(len(labels) for _, labels in batches) == len(loader.dataset) == 45 - round(4.5)
@@ -150,6 +148,46 @@ def test_folder_that_does_not_fit_is_read_while_training(tmp_path, monkeypatch, 
     first = [labels.tolist() for _, labels in batches]
     loader.set_epoch(1)
     assert [labels.tolist() for _, labels in loader] == first
+    loader.set_epoch(1, first_batch=2)
+    rest = list(loader)
+    assert len(loader) == 3 and len(rest) == 1 and torch.equal(rest[0][0], batches[2][0])
+    loader.set_epoch(1, first_batch=3)
+    assert list(loader) == []
+
+
+@pytest.mark.parametrize("first_batch", [0, 1, 3, 5, 6])
+def test_an_epoch_can_start_midway(first_batch):
+    images = torch.randint(0, 256, (45, 3, 4, 4), dtype=torch.uint8)
+    loader = make_loader(ImageSet(images, torch.arange(45)), 8, "cpu", train=True, flip=True, seed=3)
+    loader.set_epoch(2)
+    whole = list(loader)
+    loader.set_epoch(2, first_batch)
+    rest = list(loader)
+    assert len(rest) == len(whole) - first_batch
+    for (images, labels), (wanted_images, wanted_labels) in zip(rest, whole[first_batch:]):
+        assert torch.equal(images, wanted_images) and torch.equal(labels, wanted_labels)
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_half_of_the_images_are_mirrored_anew_in_every_epoch(tmp_path, monkeypatch, resident):
+    for i in range(200):
+        folder = tmp_path / ("a", "b")[i % 2]
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (8, 8, 3), np.uint8)).save(folder / f"{i}.png")
+    if not resident:
+        monkeypatch.setattr(ex2_data, "RESIDENT_LIMIT", 100)
+    splits = load_splits("folder", str(tmp_path), 8, seed=0)
+    loader = make_loader(splits.train, 200, "cpu", train=True, flip=True)
+    mirrored = []
+    for epoch in (0, 1):
+        loader.set_epoch(epoch)
+        images, _ = next(iter(loader))
+        plain = torch.stack([splits.train[i][0] for i in loader.plan.order.tolist()])
+        changed = (images != plain).flatten(1).any(1)
+        assert torch.equal(images[changed], plain[changed].flip(-1))
+        assert 0.35 < changed.double().mean() < 0.65
+        mirrored.append(set(loader.plan.order[changed].tolist()))
+    assert mirrored[0] != mirrored[1]
 
 
 def test_the_first_test_images_stand_for_all_classes(tmp_path):

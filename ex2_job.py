@@ -1,0 +1,228 @@
+"""What a run needs on a machine that it shares: signals that end it in order, a lock on its folder, room on the disk, a
+GPU with free memory, and batches that fit into it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ex2_data import InputError
+
+# The end of a SLURM job, Ctrl-C, and SLURM's warning before the end; Windows lacks the last.
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+LOCK_NAME = ".lock"
+HEARTBEAT = 60  # seconds between two signs of life of a lock
+ABANDONED = 600  # seconds without one, after which a lock of another machine counts no more
+
+
+# ---------------------------------------------------------------------------- signals
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the program to end."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+    def __str__(self) -> str:
+        return f"interrupted by {signal.Signals(self.number).name}"
+
+
+@contextmanager
+def handled_by(handler) -> Iterator[None]:
+    """`SIGNALS` go to `handler`, afterwards again to whom they went before; in a thread nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def interrupt(number: int, frame) -> None:
+    """Signal handler: ends whatever is going on."""
+    raise Interrupted(number)
+
+
+@contextmanager
+def signals_held() -> Iterator[list[int]]:
+    """Signals wait in the list that is yielded, so that a training step ends in order; a second one doesn't wait."""
+    waiting: list[int] = []
+
+    def hold(number: int, frame) -> None:
+        if waiting:
+            raise Interrupted(number)
+        waiting.append(number)
+
+    with handled_by(hold):
+        yield waiting
+
+
+# ---------------------------------------------------------------------------- folder and disk
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps a second run out of `folder`; the lock of a process that is gone is taken over.
+
+    Raises:
+        InputError: another process works in the folder.
+    """
+    path = folder / LOCK_NAME
+    mine = {"pid": os.getpid(), "host": socket.gethostname(), "started": process_start(os.getpid())}
+    mine["job"] = os.environ.get("SLURM_JOB_ID")
+    while True:
+        try:
+            with open(path, "x") as file:
+                json.dump(mine, file)
+            break
+        except FileExistsError:
+            check_abandoned(path, mine)
+            path.unlink(missing_ok=True)
+    stopped = threading.Event()
+    threading.Thread(target=keep_alive, args=(path, stopped), daemon=True).start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        path.unlink(missing_ok=True)
+
+
+def keep_alive(path: Path, stopped: threading.Event) -> None:
+    """Touches the lock from time to time, for runs on other machines that can't see this process."""
+    while not stopped.wait(HEARTBEAT):
+        with suppress(OSError):
+            os.utime(path)
+
+
+def check_abandoned(path: Path, mine: dict) -> None:
+    """Raises an InputError where the holder of the lock is alive, as far as can be seen from here."""
+    try:
+        holder, age = json.loads(path.read_text()), time.time() - path.stat().st_mtime
+    except (OSError, ValueError):  # just removed, or written halfway by a process that was killed
+        return
+    if not isinstance(holder, dict) or not isinstance(holder.get("pid"), int):
+        return
+    if holder.get("host") == mine["host"]:
+        started = process_start(holder["pid"])
+        gone = not process_runs(holder["pid"]) or (started is not None and started != holder.get("started"))
+    else:
+        gone = age > ABANDONED or (mine["job"] is not None and holder.get("job") == mine["job"])
+    if not gone:
+        raise InputError(
+            f"process {holder['pid']} on {holder.get('host')} works in {path.parent}: wait for it, or choose another "
+            f"--run_name; if it is gone, delete {path}"
+        )
+    print(f"{path}: its process ({holder['pid']} on {holder.get('host')}) is gone, going on")
+
+
+def process_runs(pid: int) -> bool:
+    """Whether this machine has a process of that number."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # it is another user's
+        return True
+    return True
+
+
+def process_start(pid: int) -> str | None:
+    """When a process started, so that its number can be told from an older one's; None where that can't be known."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raises an InputError where the disk has less than `needed` bytes left; a quota shows only in writing."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise InputError(
+            f"the run needs about {needed / 1e6:.0f} MB in {folder}, the disk has {free / 1e6:.0f} MB left: free some, "
+            "or give another --results_dir"
+        )
+
+
+# ---------------------------------------------------------------------------- devices and memory
+
+
+def pick_device(cuda: bool | None, num_threads: int | None = None) -> torch.device:
+    """The visible GPU with the most free memory where there is one, else the CPU.
+
+    Args:
+        cuda: insist on the GPU (True) or stay off it (False).  num_threads: of the CPU; None leaves it to torch.
+
+    Raises:
+        InputError: the GPU is asked for and there is none.
+    """
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    if cuda and not torch.cuda.is_available():
+        raise InputError("--cuda: torch finds no CUDA GPU here; drop the flag to run on the CPU")
+    if cuda is False or not torch.cuda.is_available():
+        return torch.device("cpu")
+    free = [torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())]
+    device = torch.device("cuda", free.index(max(free)))
+    torch.cuda.set_device(device)
+    if len(free) > 1:
+        print(f"{device} of {len(free)}, the one with the most free memory ({max(free) / 1e9:.1f} GB)")
+    return device
+
+
+class FittingModel:
+    """A noise predictor that splits its batches where they don't fit the GPU's memory.
+
+    For evaluation and sampling: the same predictions, in more calls.
+    """
+
+    def __init__(self, model):
+        self.model = model
+        self.largest = None  # images per call; None while all have fitted
+
+    def __getattr__(self, name: str):
+        return getattr(self.model, name)
+
+    def __call__(self, x: Tensor, *conditions: Tensor) -> Tensor:
+        """Arguments as the model's: each has one entry per image."""
+        while True:
+            size = self.largest or len(x)
+            parts = zip(*(argument.split(size) for argument in (x, *conditions)))
+            try:
+                return torch.cat([self.model(*part) for part in parts])
+            except torch.cuda.OutOfMemoryError:
+                if size == 1:
+                    raise
+                self.largest = (min(size, len(x)) + 1) // 2
+            torch.cuda.empty_cache()  # after the except block, which kept the failed call's tensors alive
+            print(f"the GPU's memory is full: going on with {self.largest} images per network call")
+
+
+def batch_that_fits(attempt, batch_size: int) -> int:
+    """The largest of batch_size / 2, / 4, ... for which `attempt(size)` fits the GPU's memory; 0 where none does."""
+    size = batch_size // 2
+    while size > 0:
+        torch.cuda.empty_cache()
+        try:
+            attempt(size)
+            return size
+        except torch.cuda.OutOfMemoryError:
+            size //= 2
+    return 0

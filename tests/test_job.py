@@ -1,0 +1,497 @@
+"""Nothing is lost on a shared machine: resuming anywhere, checkpoints, signals, locks, memory."""
+
+import csv
+import json
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+
+import ex2_config as cfg
+import ex2_data
+import ex2_job
+import ex2_main
+from ex2_data import InputError
+from ex2_job import FittingModel, Interrupted, batch_that_fits, check_space, locked, signals_held
+from ex2_training import LossMeter, RunError
+
+ROOT = Path(__file__).parent.parent
+TINY = "--dataset shapes --image_size 8 --dim 8 --dim_mults 1 2 --timesteps 30 --batch_size 100 --epochs 2".split()
+TINY += "--eval_images 20 --eval_timesteps 3 --sample_steps 3 --no_cuda --log_interval 4".split()
+TINY += "--class_free_guidance --schedule cosine".split()
+STEPS = 18  # two epochs of nine
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_shapes():
+    """Ten times fewer images than the data set has; no pictures and no time taken."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ex2_data, "SHAPES_COUNT", {"train": 1000, "test": 200})
+        for name in ("announce", "draw_process", "draw_samples"):
+            patch.setattr(ex2_main, name, lambda *args: None)
+        patch.setattr(ex2_main, "evaluate", lambda *args: {"losses": {}})
+        yield
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, small_shapes):
+    """The folder of a run that nothing interrupted."""
+    results = tmp_path_factory.mktemp("straight")
+    assert ex2_main.main([*TINY, "--results_dir", str(results)]) == 0
+    return results / "DDPM"
+
+
+def log_of(folder):
+    """log.csv without what a clock measured."""
+    with open(folder / "log.csv", newline="") as file:
+        return [{name: cell for name, cell in row.items() if name != "seconds"} for row in csv.DictReader(file)]
+
+
+def assert_same_run(folder, other):
+    """Both runs ended with the same weights, average, moments, learning rate, random state and log, bit by bit."""
+    first, second = cfg.load_checkpoint(folder), cfg.load_checkpoint(other)
+    for content in (first, second):
+        content.pop("config")  # holds the folder
+    assert cfg.digest_of(first) == cfg.digest_of(second)
+    assert log_of(folder) == log_of(other)
+
+
+def interrupted_after(steps, number=signal.SIGTERM):
+    """A `train` that sends the process a signal while it is in optimiser step number `steps` of the program."""
+    real_train, done = ex2_main.train, []
+
+    def train(model, *rest, ema=None, after_step=None, **options):
+        class Counted:
+            """The averaged weights, whose update is the last thing that a step does."""
+
+            def update_parameters(self, model):
+                ema.update_parameters(model)
+                done.append(1)
+                if len(done) == steps:
+                    os.kill(os.getpid(), number)
+
+        return real_train(model, *rest, ema=Counted(), after_step=after_step, **options)
+
+    return train
+
+
+# ------------------------------------------------------------------ resuming
+
+
+@pytest.mark.parametrize("cut", [1, 4, 5, 8, 9, 10, 13, 17, 18])
+def test_cut_after_any_step_and_resumed_it_is_the_uninterrupted_run(straight, tmp_path, monkeypatch, cut, capsys):
+    command = [*TINY, "--results_dir", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr(ex2_main, "train", interrupted_after(cut))
+        assert ex2_main.main(command) == 143
+    assert "interrupted by SIGTERM" in capsys.readouterr().err
+    assert cfg.load_checkpoint(tmp_path / "DDPM")["step"] == cut
+    assert ex2_main.main(command) == 0
+    assert f"{cut} of {STEPS} steps" in capsys.readouterr().out
+    assert_same_run(straight, tmp_path / "DDPM")
+
+
+def test_interrupted_in_validation_it_validates_again(straight, tmp_path, monkeypatch):
+    command = [*TINY, "--results_dir", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr(ex2_main, "test", lambda *args: os.kill(os.getpid(), signal.SIGUSR1))
+        assert ex2_main.main(command) == 128 + signal.SIGUSR1
+    saved = cfg.load_checkpoint(tmp_path / "DDPM")
+    assert (saved["epoch"], saved["step"]) == (0, 9)
+    assert ex2_main.main(command) == 0
+    assert_same_run(straight, tmp_path / "DDPM")
+
+
+def test_checkpoints_within_an_epoch_are_resumed_too(straight, tmp_path, monkeypatch):
+    """A kill that no handler sees: what was written last is gone on with."""
+    command = [*TINY, "--results_dir", str(tmp_path), "--save_minutes", "1e-9"]
+    real_save, saves = ex2_main.TrainingState.save, []
+
+    def save(self):
+        real_save(self)
+        saves.append(self.step)
+        if self.step == 13:
+            raise MemoryError  # as good as a kill: nothing handles it
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ex2_main.TrainingState, "save", save)
+        with pytest.raises(MemoryError):
+            ex2_main.main(command)
+    assert saves == [*range(10), 9, 10, 11, 12, 13]
+    (tmp_path / "DDPM" / ".lock").unlink(missing_ok=True)
+    assert ex2_main.main(command) == 0
+    assert_same_run(straight, tmp_path / "DDPM")
+
+
+def test_resume_insists_and_no_resume_starts_anew(tmp_path, capsys):
+    command = [*TINY, "--results_dir", str(tmp_path), "--epochs", "1"]
+    assert ex2_main.main([*command, "--resume"]) == 2
+    assert "--resume: no checkpoint in" in capsys.readouterr().err
+    assert ex2_main.main(command) == 0
+    assert ex2_main.main([*command, "--resume"]) == 0
+    assert "9 of 9 steps (1 of 1 epochs) are done" in capsys.readouterr().out
+    assert ex2_main.main([*command, "--no_resume"]) == 0
+    assert "are done" not in capsys.readouterr().out
+
+
+def test_other_settings_are_refused_and_can_be_insisted_on(tmp_path, capsys):
+    command = [*TINY, "--results_dir", str(tmp_path), "--epochs", "1"]
+    assert ex2_main.main(command) == 0
+    longer = [*TINY, "--results_dir", str(tmp_path), "--epochs", "3", "--lr", "0.0005"]
+    assert ex2_main.main(longer) == 2
+    error = capsys.readouterr().err
+    assert "--epochs 1 there, 3 now" in error and "--lr 0.001 there, 0.0005 now" in error and "--allow_changes" in error
+    assert ex2_main.main([*longer, "--allow_changes"]) == 0
+    steps = [int(row["step"]) for row in log_of(tmp_path / "DDPM")]
+    assert steps == sorted(steps) and steps[-1] == 27
+    rates = [float(row["lr"]) for row in log_of(tmp_path / "DDPM") if row["lr"]]
+    assert max(rates[3:]) <= 0.0005 and rates[-1] < 1e-4  # the decay is that of the new plan
+    assert ex2_main.main([*longer, "--dim", "16", "--allow_changes"]) == 2
+    assert "don't fit the model's settings" in capsys.readouterr().err
+
+
+def test_a_finished_run_keeps_one_checkpoint(straight):
+    assert [path.name for path in straight.glob("ckpt.pt*")] == ["ckpt.pt"]
+    assert not (straight / ".lock").exists()
+
+
+# ------------------------------------------------------------------ checkpoints
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(tmp_path, capsys):
+    path = tmp_path / "ckpt.pt"
+    for step in (1, 2):
+        cfg.save_checkpoint(path, step=step)
+    path.write_bytes(path.read_bytes()[:-100])
+    assert cfg.load_checkpoint(tmp_path)["step"] == 1
+    assert f"{path} is damaged" in capsys.readouterr().err
+    with pytest.raises(InputError, match="is damaged"):
+        cfg.load_checkpoint(path)  # a file that is named is that file
+
+
+@pytest.mark.parametrize("kill_at", range(6))
+def test_a_kill_at_any_moment_of_a_save_leaves_a_good_checkpoint(tmp_path, monkeypatch, kill_at):
+    path = tmp_path / "ckpt.pt"
+    cfg.save_checkpoint(path, step=1)
+    cfg.save_checkpoint(path, step=2)
+    calls = []
+
+    def until_killed(function):
+        def wrapper(*args):
+            calls.append(1)
+            if len(calls) > kill_at:
+                raise SystemExit  # what the program does after it will not happen
+            return function(*args)
+
+        return wrapper
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cfg.os, "replace", until_killed(os.replace))
+        patch.setattr(cfg.os, "fsync", until_killed(os.fsync))
+        patch.setattr(cfg.Path, "unlink", lambda *args, **options: None)  # a kill cleans nothing up
+        with suppress(SystemExit):
+            cfg.save_checkpoint(path, step=3)
+    assert cfg.load_checkpoint(tmp_path)["step"] == (2 if kill_at < 2 else 3)
+    cfg.save_checkpoint(path, step=4)
+    assert cfg.load_checkpoint(tmp_path)["step"] == 4
+
+
+def test_a_write_that_reads_back_wrong_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "ckpt.pt"
+    cfg.save_checkpoint(path, step=1)
+    monkeypatch.setattr(cfg.Path, "read_bytes", lambda self: b"rot")
+    with pytest.raises(OSError, match="reads back"):
+        cfg.save_checkpoint(path, step=2)
+    monkeypatch.undo()
+    assert cfg.load_checkpoint(path)["step"] == 1
+
+
+def test_every_flipped_bit_is_noticed_or_harmless(tmp_path):
+    content = {"w": torch.arange(50.0), "b": torch.tensor([True, False]), "n": [1, 2.5, None, "x"], "d": {"k": (1, 2)}}
+    cfg.save_checkpoint(tmp_path / "good.pt", **content)
+    data = (tmp_path / "good.pt").read_bytes()
+    path, refused = tmp_path / "ckpt.pt", 0
+    for position in range(0, len(data), 7):
+        path.write_bytes(data[:position] + bytes([data[position] ^ (1 << position % 8)]) + data[position + 1 :])
+        try:
+            loaded = cfg.load_checkpoint(path)
+        except InputError as error:
+            assert str(path) in str(error)
+            refused += 1
+        else:
+            assert cfg.digest_of(loaded) == cfg.digest_of(content)
+    assert refused > 50
+
+
+@pytest.mark.parametrize("share", [0, 0.01, 0.3, 0.6, 0.9, 0.99, 0.999])
+def test_truncated_checkpoints_are_refused(tmp_path, share):
+    path = tmp_path / "ckpt.pt"
+    cfg.save_checkpoint(path, w=torch.arange(5000.0))
+    data = path.read_bytes()
+    path.write_bytes(data[: int(share * len(data))])
+    with pytest.raises(InputError, match=r"ckpt\.pt is damaged or no checkpoint"):
+        cfg.load_checkpoint(path)
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path):
+    class Malicious:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "owned"),)
+
+    torch.save({"format": cfg.CHECKPOINT_FORMAT, "config": Malicious()}, tmp_path / "ckpt.pt")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Malicious()))
+    for name in ("ckpt.pt", "plain.pt"):
+        with pytest.raises(InputError, match="is damaged or no checkpoint"):
+            cfg.load_checkpoint(tmp_path / name)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_digests_see_types_shapes_and_order():
+    variants = [
+        {"a": 1},
+        {"a": 1.0},
+        {"a": "1"},
+        {"a": [1]},
+        {"a": torch.tensor(1)},
+        {"a": torch.tensor([1])},
+        {"a": torch.tensor(1.0)},
+        {"a": torch.tensor([[1]])},
+        {"b": 1},
+        {"a": 1, "b": 2},
+        {"a": [1, 2]},
+        {"a": [2, 1]},
+        {"a": None},
+    ]
+    assert len({cfg.digest_of(variant) for variant in variants}) == len(variants)
+
+
+def test_too_little_room_is_said_before_training(tmp_path, monkeypatch, capsys):
+    usage = ex2_job.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(ex2_job.shutil, "disk_usage", lambda path: usage._replace(free=10**6))
+    assert ex2_main.main([*TINY, "--results_dir", str(tmp_path)]) == 2
+    assert "the disk has 1 MB left" in capsys.readouterr().err
+    assert ex2_main.main([*TINY, "--results_dir", str(tmp_path), "--no_save_model"]) == 0
+    with pytest.raises(InputError, match="needs about 5000 MB"):
+        check_space(tmp_path, 5 * 10**9)
+
+
+# ------------------------------------------------------------------ signals
+
+
+@pytest.mark.parametrize("number", ex2_job.SIGNALS)
+def test_signals_end_evaluation_and_sampling_with_their_exit_code(monkeypatch, capsys, number):
+    monkeypatch.setitem(ex2_main.COMMANDS, "sample", lambda args: os.kill(os.getpid(), number))
+    before = [signal.getsignal(n) for n in ex2_job.SIGNALS]
+    assert ex2_main.main(["sample", "--checkpoint", "x"]) == 128 + number
+    assert f"interrupted by {signal.Signals(number).name}" in capsys.readouterr().err
+    assert [signal.getsignal(n) for n in ex2_job.SIGNALS] == before
+
+
+def test_a_signal_waits_for_the_step_and_a_second_one_does_not():
+    with signals_held() as waiting:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert waiting == [signal.SIGTERM]
+        with pytest.raises(Interrupted):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+
+
+def test_a_terminated_process_says_how_to_go_on(tmp_path):
+    long = [*TINY, "--results_dir", str(tmp_path), "--epochs", "500", "--log_interval", "1"]
+    process = subprocess.Popen(
+        [sys.executable, "-u", str(ROOT / "ex2_main.py"), *long],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stdout:
+        if "step 3/" in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert error.splitlines()[-1].startswith("interrupted by SIGTERM; a training that was going on is saved")
+    assert cfg.load_checkpoint(tmp_path / "DDPM")["step"] >= 3
+    assert not (tmp_path / "DDPM" / ".lock").exists()
+
+
+# ------------------------------------------------------------------ locks
+
+
+def lock_file(folder, **changes):
+    """A lock as another process would have left it."""
+    content = {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "started": ex2_job.process_start(os.getpid()),
+        "job": None,
+    }
+    (folder / ".lock").write_text(json.dumps({**content, **changes}))
+
+
+def test_a_second_run_in_the_folder_is_refused(tmp_path, capsys):
+    folder = tmp_path / "DDPM"
+    folder.mkdir()
+    with locked(folder):
+        assert ex2_main.main([*TINY, "--results_dir", str(tmp_path)]) == 2
+        error = capsys.readouterr().err
+        assert f"process {os.getpid()} on {socket.gethostname()} works in {folder}" in error
+        assert (folder / ".lock").exists()
+    assert not (folder / ".lock").exists()
+
+
+def test_locks_of_processes_that_are_gone_are_taken_over(tmp_path, capsys):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    lock_file(tmp_path, pid=gone.pid, started="1")
+    with locked(tmp_path):
+        assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+    assert "is gone, going on" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(ex2_job.process_start(os.getpid()) is None, reason="needs /proc")
+def test_a_process_number_that_was_given_again_does_not_hold_a_lock(tmp_path):
+    lock_file(tmp_path, started="an earlier time")
+    with locked(tmp_path):
+        pass
+
+
+def test_locks_of_other_machines_count_while_they_are_kept_alive(tmp_path, monkeypatch):
+    lock_file(tmp_path, host="elsewhere", job="7")
+    with pytest.raises(InputError, match="on elsewhere works in"), locked(tmp_path):
+        pass
+    monkeypatch.setenv("SLURM_JOB_ID", "7")  # the same job, put on another machine
+    with locked(tmp_path):
+        pass
+    monkeypatch.delenv("SLURM_JOB_ID")
+    lock_file(tmp_path, host="elsewhere")
+    old = time.time() - 2 * ex2_job.ABANDONED
+    os.utime(tmp_path / ".lock", (old, old))
+    with locked(tmp_path):
+        pass
+
+
+def test_a_lock_is_kept_alive(tmp_path, monkeypatch):
+    monkeypatch.setattr(ex2_job, "HEARTBEAT", 0.01)
+    with locked(tmp_path):
+        os.utime(tmp_path / ".lock", (1, 1))
+        deadline = time.time() + 20
+        while (tmp_path / ".lock").stat().st_mtime < 10 and time.time() < deadline:
+            time.sleep(0.01)
+        assert (tmp_path / ".lock").stat().st_mtime > 10
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": null}', '{"pid": "x"}'])
+def test_a_half_written_lock_is_no_lock(tmp_path, content):
+    (tmp_path / ".lock").write_text(content)
+    with locked(tmp_path):
+        pass
+
+
+# ------------------------------------------------------------------ numbers
+
+
+def test_a_checkpoint_is_not_written_over_with_a_loss_that_is_not_finite():
+    meter = LossMeter(0)
+    meter.add(torch.tensor(1.0), torch.tensor(1.0), 4, 0.1)
+    meter.check_finite()
+    meter.add(torch.tensor(float("nan")), torch.tensor(1.0), 4, 0.1)
+    with pytest.raises(RunError, match="step 2 of epoch 1"):
+        meter.check_finite()
+
+
+def test_sampling_that_diverges_says_where(cosine):
+    def model(x, t):
+        return torch.full_like(x, float("nan")) if int(t[0]) == 500 else x
+
+    with pytest.raises(FloatingPointError, match="not finite at t = 500"):
+        cosine.sample(model, 4, 2, steps=1000)
+
+
+# ------------------------------------------------------------------ devices and memory
+
+
+class Hungry:
+    """A model for whose memory more than `fits` images are too many."""
+
+    null_class = 7
+
+    def __init__(self, fits):
+        self.fits, self.sizes = fits, []
+
+    def __call__(self, x, t, *labels):
+        self.sizes.append(len(x))
+        if len(x) > self.fits:
+            raise torch.cuda.OutOfMemoryError("out of memory")
+        return x * t.reshape(-1, 1, 1, 1) + sum(label.reshape(-1, 1, 1, 1) for label in labels)
+
+
+@pytest.fixture
+def no_cache(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_batches_that_do_not_fit_are_split_and_give_the_same(no_cache, capsys, labels):
+    x, t = torch.randn(50, 3, 2, 2), torch.arange(50)
+    arguments = (x, t, torch.arange(50) % 3) if labels else (x, t)
+    model = FittingModel(Hungry(7))
+    assert torch.equal(model(*arguments), Hungry(100)(*arguments))
+    assert model.model.sizes[:4] == [50, 25, 13, 7]
+    assert "going on with 7 images per network call" in capsys.readouterr().out
+    model.model.sizes.clear()
+    model(*arguments)
+    assert set(model.model.sizes) == {7, 1}  # what did not fit once is not tried again
+    assert model.null_class == 7
+
+
+def test_a_single_image_that_does_not_fit_is_an_error(no_cache):
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        FittingModel(Hungry(0))(torch.randn(4, 1, 1, 1), torch.zeros(4))
+
+
+@pytest.mark.parametrize("fits, found", [(64, 32), (20, 16), (1, 1), (0, 0)])
+def test_the_batch_that_fits_is_found_by_halving(no_cache, fits, found):
+    model = Hungry(fits)
+    assert batch_that_fits(lambda n: model(torch.randn(n, 1, 1, 1), torch.zeros(n)), 64) == found
+
+
+def test_a_training_batch_that_does_not_fit_is_named_with_one_that_does(no_cache, monkeypatch, tmp_path):
+    model = Hungry(30)
+    monkeypatch.setattr(
+        ex2_main, "try_step", lambda config, m, diffusor, batch: model(batch[0], torch.zeros(len(batch[0])))
+    )
+    config = cfg.Config(dataset="shapes")
+    loader = [(torch.zeros(100, 3, 8, 8), torch.zeros(100))] * 5
+    with pytest.raises(RunError, match="--batch_size 100 doesn't fit .*--batch_size 25 fits"):
+        ex2_main.seconds_per_step(config, None, cfg.build_diffusion(config, "cpu"), loader)
+
+
+def test_the_freest_visible_gpu_is_taken(monkeypatch, capsys):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: ([2, 9, 5][index] * 10**9, 10**10))
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    assert ex2_job.pick_device(None) == torch.device("cuda", 1) and chosen == [torch.device("cuda", 1)]
+    assert "cuda:1 of 3" in capsys.readouterr().out
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == before
+    assert ex2_job.pick_device(False) == torch.device("cpu")
+
+
+def test_number_of_threads():
+    before = torch.get_num_threads()
+    try:
+        ex2_job.pick_device(False, 1)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
