@@ -13,7 +13,15 @@ from pathlib import Path
 import torch
 
 import ex2_viz as viz
-from ex2_config import CHECKPOINT_NAME, Config, build_diffusion, load_checkpoint, restore_model
+from ex2_config import (
+    CHECKPOINT_NAME,
+    Config,
+    build_diffusion,
+    build_model,
+    load_checkpoint,
+    restore_model,
+    write_atomically,
+)
 from ex2_data import InputError
 from ex2_diffusion import sample_in_batches
 from ex2_training import RunLog
@@ -65,64 +73,104 @@ def parse_value(text: str, kind: type):
     return text.lower() == "true"
 
 
-def grid_of_runs(base: Config, varied: dict[str, list]) -> dict[str, Config]:
+def grid_of_runs(base: Config, varied: dict[str, list], num_classes: int) -> dict[str, Config]:
     """name -> Config of every combination of the varied settings; all run in folders of `base`'s run folder.
 
     Raises:
-        InputError: a combination that is out of range.
+        InputError: a combination of which no model or no process can be made.
     """
     runs = {}
     for values in itertools.product(*varied.values()):
         changes = dict(zip(varied, values))
         name = ",".join(f"{setting}={value}" for setting, value in changes.items())
-        runs[name] = dataclasses.replace(base, results_dir=str(base.run_dir), run_name=name, **changes)
+        try:
+            runs[name] = dataclasses.replace(base, results_dir=str(base.run_dir), run_name=name, **changes)
+            build_diffusion(runs[name], "cpu")
+            with torch.device("meta"):
+                build_model(runs[name], num_classes)
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from error
     return runs
 
 
-def is_judged(config: Config, count: int) -> bool:
-    """Whether an earlier call left the figures of the finished run, with `count` samples."""
-    metrics, checkpoint = config.run_dir / "test_metrics.json", config.run_dir / CHECKPOINT_NAME
-    if not metrics.is_file() or metrics.stat().st_mtime < checkpoint.stat().st_mtime:
+def write_study(out: Path, varied: dict[str, list], runs: dict[str, Config]) -> None:
+    """study.json: what is varied, and the names of the runs; folders of an earlier call may lie beside them."""
+    text = json.dumps({"varied": varied, "runs": list(runs)}, indent=2) + "\n"
+    write_atomically(out / "study.json", text.encode())
+
+
+def is_judged(config: Config, judge, count: int) -> bool:
+    """Whether an earlier call left the figures of the finished run, and what they are of is asked for now, too."""
+    metrics = config.run_dir / "test_metrics.json"
+    saved = max((path.stat().st_mtime for path in config.run_dir.glob(f"{CHECKPOINT_NAME}*")), default=0)
+    if not metrics.is_file() or metrics.stat().st_mtime < saved:
         return False
     report = json.loads(metrics.read_text())
-    return report.get("samples", {}).get("count", 0) == count
+    losses, samples = report["losses"]["test"], report.get("samples")
+    if report["weights"] != "ema" or len(losses["t"]) != min(config.eval_timesteps, config.timesteps):
+        return False
+    if losses["images"] > config.eval_images or report["eval_images"] != config.eval_images:
+        return False
+    if judge is None:
+        return samples is None
+    wanted = {
+        "features": judge.reference.extractor.description,
+        "count": count,
+        "seed": config.seed + 1,
+        "own_scale": config.sampling["guidance_scale"],
+        "sampler": config.sampler,
+        "eta": config.eta,
+        "steps": config.sampling["steps"] or config.timesteps,
+    }
+    return samples is not None and all(samples.get(name) == value for name, value in wanted.items())
 
 
 # ---------------------------------------------------------------------------- what comes out
 
 
-def write_comparison(runs: dict[str, Config], varied: dict[str, list], out: Path, device) -> None:
-    """table.csv, table.md, curves.png and samples.png of finished and judged runs."""
-    reports = {name: json.loads((config.run_dir / "test_metrics.json").read_text()) for name, config in runs.items()}
-    logs = {name: RunLog.read(config.run_dir / "log.csv") for name, config in runs.items()}
-    rows = [table_row(config, varied, reports[name], logs[name]) for name, config in runs.items()]
-    with open(out / "table.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+def write_comparison(
+    runs: dict[str, Config], varied: dict[str, list], failed: dict[str, str], out: Path, device
+) -> None:
+    """table.csv, table.md, curves.png and samples.png of judged runs; those that failed have an empty row."""
+    done = {name: config for name, config in runs.items() if name not in failed}
+    reports = {name: json.loads((config.run_dir / "test_metrics.json").read_text()) for name, config in done.items()}
+    logs = {name: RunLog.read(config.run_dir / "log.csv") for name, config in done.items()}
+    rows = []
+    for name, config in runs.items():
+        row = {setting: getattr(config, setting) for setting in varied}
+        rows.append({**row, **(figures_of(config, reports[name], logs[name]) if name in done else {})})
+    head = max(rows, key=len)
+    rows = [{name: row.get(name) for name in head} for row in rows]
+    with open(out / "table.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(head))
         writer.writeheader()
         writer.writerows(rows)
-    table = as_markdown(rows)
-    (out / "table.md").write_text(f"{table}\n{NOT_COMPARABLE}\n", encoding="utf-8")
-    print(f"{table}\n{NOT_COMPARABLE}")
-    losses = {name: report["losses"]["test"] for name, report in reports.items()}
-    viz.plot_comparison(logs, losses, out / "curves.png")
-    draw_side_by_side(runs, out / "samples.png", device)
+    notes = [NOT_COMPARABLE, *(f"{name} failed: {reason}" for name, reason in failed.items())]
+    text = as_markdown(rows) + "\n" + "\n\n".join(notes)
+    (out / "table.md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+    if done:
+        losses = {name: report["losses"]["test"] for name, report in reports.items()}
+        viz.plot_comparison(logs, losses, out / "curves.png")
+        draw_side_by_side(done, out / "samples.png", device)
 
 
-def table_row(config: Config, varied: dict[str, list], report: dict, log: list[dict]) -> dict:
-    """One run's figures, varied settings first; the losses are l2 on the test set."""
-    row = {name: getattr(config, name) for name in varied}
-    losses = report["losses"]["test"]
+def figures_of(config: Config, report: dict, log: list[dict]) -> dict:
+    """One run's figures; the losses are l2 on the test set, at the tested times nearest to `LOSS_SHARES` of T."""
+    losses, figures = report["losses"]["test"], {}
     for share in LOSS_SHARES:
         k = min(range(len(losses["t"])), key=lambda k: abs(losses["t"][k] + 1 - share * config.timesteps))
-        row[f"loss at {share:g} T"] = losses["l2"][k]
-    row["bits/dim"] = min(report["bits_per_dim"][name]["total"] for name in ("beta", "beta_tilde"))
+        figures[f"loss near {share:g} T"] = losses["l2"][k]
+    figures["bits/dim"] = min(report["bits_per_dim"][name]["total"] for name in ("beta", "beta_tilde"))
     if "samples" in report:
-        own = next(r for r in report["samples"]["by_scale"] if r["guidance_scale"] == config.sampling["guidance_scale"])
-        row["Fréchet distance"] = own["frechet_distance"]
-        row["precision"], row["recall"] = own["precision"], own["recall"]
-        row["class accuracy"] = own.get("class_accuracy")
-    row["seconds"] = float(log[-1]["seconds"])
-    return row
+        scale = config.sampling["guidance_scale"]
+        own = next(row for row in report["samples"]["by_scale"] if row["guidance_scale"] == scale)
+        figures["w"] = scale
+        figures["Fréchet distance"] = own["frechet_distance"]
+        figures["precision"], figures["recall"] = own["precision"], own["recall"]
+        figures["class accuracy"] = own.get("class_accuracy") if config.class_free_guidance else None
+    figures["seconds"] = round(float(log[-1]["seconds"]))
+    return figures
 
 
 def as_markdown(rows: list[dict]) -> str:

@@ -57,7 +57,9 @@ class Config:
     num_threads: Optional[int] = setting(None, "run", "CPU threads (default: torch's choice)", type=int, minimum=1)
 
     dataset: str = setting("cifar10", "data", "the data set", type=str, choices=DATASETS)
-    image_size: int = setting(32, "data", "height and width in pixels", type=int, minimum=8)
+    image_size: Optional[int] = setting(
+        None, "data", "height and width in pixels (default: 128 for butterflies, else 32)", type=int, minimum=8
+    )
     flip: bool = setting(True, "data", "mirror training images at random")
     square: str = setting(
         "crop", "data", "what makes folder's and butterflies' images square", type=str, choices=SQUARES
@@ -112,6 +114,8 @@ class Config:
     sample_batch: int = setting(100, "sampling", "images that are sampled at a time", type=int, minimum=1)
 
     def __post_init__(self):
+        if self.image_size is None:
+            object.__setattr__(self, "image_size", 128 if self.dataset == "butterflies" else 32)
         for f in fields(self):
             value = getattr(self, f.name)
             if f.name == "dim_mults":
@@ -402,7 +406,12 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     names = {f.name for f in fields(Config)}
     for flag in unknown:
         if flag.lstrip("-").split("=")[0].replace("no_", "", 1) in names:
-            raise InputError(f"{flag} is fixed by the checkpoint and can't be given to {args.command}: train with it")
+            by = (
+                "is fixed by the checkpoint and"
+                if args.command in ("test", "sample")
+                else "is not for this command and"
+            )
+            raise InputError(f"{flag} {by} can't be given to {args.command}: train with it")
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     args.given = {name: value for name, value in vars(args).items() if name in names}

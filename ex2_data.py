@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 import math
 import os
 from collections import Counter
@@ -428,7 +429,7 @@ def load_butterflies(
     The library keeps the download and the resized images in `cache_dir`, so both are done once.
 
     Args:
-        data_dir: a parquet file or a folder of images in place of the download.
+        data_dir: a parquet file, or a folder of parquet files or of images, in place of the download.
         label_column: the column that becomes the class; rare values become one class, "other". None: one class for all.
 
     Raises:
@@ -438,11 +439,12 @@ def load_butterflies(
     if "image" not in rows.column_names:
         raise InputError(f"the butterflies have no column 'image', only {', '.join(rows.column_names)}")
     labels, class_names = column_labels(rows, label_column)
+    # The library recognises work that is done by what it is given; of functions it sees the name, so give the code.
+    code = hashlib.sha256(inspect.getsource(prepare_image).encode()).hexdigest()
+    settings = {"image_size": image_size, "square": square, "code": code}
     try:
-        rows = rows.select_columns("image").map(
-            prepare_row, fn_kwargs={"image_size": image_size, "square": square}, desc="resizing"
-        )
-    except (UnidentifiedImageError, OSError, ValueError) as error:
+        rows = rows.select_columns("image").map(prepare_row, fn_kwargs=settings, desc="resizing")
+    except (UnidentifiedImageError, OSError, ValueError, AttributeError) as error:
         raise InputError(f"the butterflies hold an image that can't be read ({error})") from error
     images = torch.stack([TF.pil_to_tensor(row["image"]) for row in rows])
     train, test = split_off(ImageSet(images, labels), seed + 1)
@@ -460,9 +462,11 @@ def open_butterflies(data_dir: str | None, cache_dir: str | None):
     try:
         if data_dir is None:
             return datasets.load_dataset(BUTTERFLIES, cache_dir=cache_dir, split="train")
-        if Path(data_dir).is_dir():
-            return datasets.load_dataset("imagefolder", data_dir=data_dir, cache_dir=cache_dir, split="train")
-        return datasets.load_dataset("parquet", data_files=data_dir, cache_dir=cache_dir, split="train")
+        folder = Path(data_dir)
+        if folder.is_dir() and not list(folder.rglob("*.parquet")):
+            return datasets.load_dataset("imagefolder", data_dir=data_dir, cache_dir=cache_dir, split="all")
+        files = sorted(map(str, folder.rglob("*.parquet"))) if folder.is_dir() else data_dir
+        return datasets.load_dataset("parquet", data_files=files, cache_dir=cache_dir, split="train")
     except Exception as error:  # many kinds: no network, no space, a damaged file, an empty folder
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         where = data_dir or BUTTERFLIES
@@ -479,15 +483,19 @@ def column_labels(rows, label_column: str | None) -> tuple[Tensor, tuple[str, ..
     if label_column not in rows.column_names:
         raise InputError(f"--label_column {label_column}: the butterflies have {', '.join(rows.column_names)}")
     values, feature = rows[label_column], rows.features[label_column]
-    names = [feature.int2str(v) if hasattr(feature, "int2str") else "other" if v is None else str(v) for v in values]
+    as_text = getattr(feature, "int2str", str)  # a ClassLabel column holds numbers
+    names = ["other" if value is None else as_text(value) for value in values]
     counts = Counter(names)
     names = [name if counts[name] >= RARE else "other" for name in names]
     class_names = tuple(sorted(set(names), key=lambda name: (name == "other", name)))
+    if class_names == ("other",):
+        raise InputError(f"--label_column {label_column}: no value of it has {RARE} images, which a class needs")
+    print(f"{len(class_names)} classes by {label_column}, {names.count('other')} images in 'other'")
     return torch.tensor([class_names.index(name) for name in names]), class_names
 
 
-def prepare_row(row: dict, image_size: int, square: str) -> dict:
-    """The row with its image as `prepare_image` makes it; a function of its own so that `datasets` can cache by it."""
+def prepare_row(row: dict, image_size: int, square: str, code: str) -> dict:
+    """The row with its image as `prepare_image`, of that `code`, makes it."""
     return {"image": prepare_image(row["image"], image_size, square)}
 
 

@@ -78,6 +78,7 @@ def evaluate(model, splits: DataSplits, diffusor: Diffusion, config: Config, wei
         "parameters": sum(p.numel() for p in model.parameters()),
         "schedule": config.schedule,
         "timesteps": config.timesteps,
+        "eval_images": config.eval_images,
         "losses": losses,
         "bits_per_dim": {
             "split": "test",
@@ -245,6 +246,7 @@ def judge_samples(
         "reference": f"train and val, {len(judge.reference.features)} images",
         "count": count,
         "seed": config.seed + 1,
+        "own_scale": own_scale,
         "sampler": config.sampling["sampler"],
         "eta": config.sampling["eta"],
         "steps": config.sampling["steps"] or config.timesteps,

@@ -25,7 +25,7 @@ from tqdm import tqdm
 import ex2_config as cfg
 import ex2_job as job
 import ex2_viz as viz
-from ex2_compare import grid_of_runs, is_judged, parse_vary, write_comparison
+from ex2_compare import grid_of_runs, is_judged, parse_vary, write_comparison, write_study
 from ex2_data import DataSplits, InputError, make_loader
 from ex2_diffusion import Diffusion, check_images, evenly_spaced, sample_in_batches
 from ex2_evaluation import build_judge, evaluate, judge_samples, write_report
@@ -83,25 +83,41 @@ def run_train(args) -> None:
 
 
 def run_compare(args) -> None:
-    """`compare`: trains and judges a run for every combination of varied settings; finished ones are kept. 2.3."""
+    """`compare`: trains and judges a run for every combination of varied settings; finished ones are kept. 2.3.
+
+    Raises:
+        RunError: a run failed; the others have their place in the table.
+    """
     varied = parse_vary(args.vary)
-    args.given.setdefault("run_name", "compare")
+    args.given.setdefault("run_name", f"compare-{'-'.join(varied)}")
     base, device = prepare_training(args)
-    runs = grid_of_runs(base, varied)
     with job.locked(base.run_dir):
         splits = cfg.load_data(base)
+        runs = grid_of_runs(base, varied, len(splits.class_names))
+        write_study(base.run_dir, varied, runs)
         judge = None
         if args.eval_samples > 0:
             judge = build_judge(splits, device, base, features_dir(base.run_dir), args.eval_samples)
+        failed = {}
         for name, config in runs.items():
             print(f"--- {name}")
-            make_run_dir(config.run_dir)
-            diffusor = cfg.build_diffusion(config, device)
-            model = job.FittingModel(fit(config, splits, diffusor, device))
-            if not is_judged(config, args.eval_samples):
-                test_and_judge(judge, model, splits, diffusor, config, args.eval_samples, scales=[], weights="ema")
-        write_comparison(runs, varied, base.run_dir, device)
+            try:
+                train_and_judge(config, splits, judge, args.eval_samples, device)
+            except RunError as error:
+                failed[name] = str(error)
+        write_comparison(runs, varied, failed, base.run_dir, device)
+    if failed:
+        raise RunError("; ".join(f"{name}: {reason}" for name, reason in failed.items()))
     print(f"done: see {base.run_dir}/")
+
+
+def train_and_judge(config: cfg.Config, splits: DataSplits, judge, count: int, device) -> None:
+    """One run of a comparison, as far as an earlier call didn't do it already."""
+    make_run_dir(config.run_dir)
+    diffusor = cfg.build_diffusion(config, device)
+    model = job.FittingModel(fit(config, splits, diffusor, device))
+    if not is_judged(config, judge, count):
+        test_and_judge(judge, model, splits, diffusor, config, count, scales=[], weights="ema")
 
 
 def prepare_training(args):
@@ -162,8 +178,10 @@ def run_sample(args) -> None:
         folder = out if len(by_scale) == 1 else out / f"w={scaled.guidance_scale:g}"
         rows.append(sample_and_save_images(count, diffusor, model, device, folder, **common, **scaled.sampling))
     if len(by_scale) > 1:
-        viz.save_guidance_grid(rows, args.scales, out / "guidance_grid.png", [names[c] for c in classes])
-        print(f"figures over w: python ex2_main.py test --checkpoint {args.checkpoint} --eval_scales ...")
+        shown = [names[c] for c in classes or ()]
+        viz.save_guidance_grid(rows, args.scales, out / "guidance_grid.png", shown)
+        scales = " ".join(f"{w:g}" for w in args.scales)
+        print(f"their figures: python ex2_main.py test --checkpoint {args.checkpoint} --eval_scales {scales}")
     print(f"done: see {out}/")
 
 
@@ -257,6 +275,7 @@ def fit(config: cfg.Config, splits: DataSplits, diffusor: Diffusion, device) -> 
     """
     torch.manual_seed(config.seed)
     model = cfg.build_model(config, len(splits.class_names)).to(device)
+    torch.manual_seed(config.seed)  # again, so that models of any size are trained with the same noise
     settings = {"flip": config.flip, "seed": config.seed, "num_workers": config.num_workers}
     loader = make_loader(splits.train, config.batch_size, device, train=True, **settings)
     val_loader = make_loader(splits.val, config.batch_size * 2, device, num_workers=config.num_workers)

@@ -238,8 +238,6 @@ class Unet(nn.Module):
         self.time_mlp = nn.Sequential(
             SinusoidalPositionEmbeddings(dim), nn.Linear(dim, emb_dim), nn.GELU(), nn.Linear(emb_dim, emb_dim)
         )
-        self._init_class_conditioning(class_free_guidance, p_uncond, num_classes, null_token, emb_dim)
-
         levels = list(zip(widths[:-1], widths[1:]))
         self.downs = nn.ModuleList()
         for i, (dim_in, dim_out) in enumerate(levels):
@@ -262,6 +260,8 @@ class Unet(nn.Module):
 
         self.final_res_block = block(init_dim * 2, dim)
         self.final_conv = nn.Conv2d(dim, self.out_dim, 1)
+        # Last, so that with the same seed all other weights start the same whatever the conditioning.
+        self._init_class_conditioning(class_free_guidance, p_uncond, num_classes, null_token, emb_dim)
 
     def _init_class_conditioning(self, class_free_guidance, p_uncond, num_classes, null_token, emb_dim) -> None:
         self.class_free_guidance = class_free_guidance

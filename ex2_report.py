@@ -10,6 +10,7 @@ import csv
 import dataclasses
 import io
 import json
+import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,11 +21,14 @@ from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
 from ex2_compare import NOT_COMPARABLE, as_markdown
-from ex2_config import Config
+from ex2_config import Config, config_of
 from ex2_data import InputError
+from ex2_training import RunLog
 
 TEMPLATES = Path(__file__).parent
-STUDY = "python ex2_main.py compare --preset quick --vary schedule=linear,cosine,sigmoid"
+CLEAR = 1.05  # ratio of two figures from which on one is called smaller: less is chance
+NEEDED = ("parameters", "losses", "bits_per_dim")  # of test_metrics.json
+NOT_IN_COMMANDS = ("cuda", "resume", "allow_changes", "num_threads", "dry_run", "log_interval")
 
 
 # ---------------------------------------------------------------------------- what there is
@@ -32,7 +36,7 @@ STUDY = "python ex2_main.py compare --preset quick --vary schedule=linear,cosine
 
 @dataclass(frozen=True)
 class Run:
-    """A tested run: its folder, settings and figures."""
+    """A trained run: its folder, its settings, and its figures, which are empty where it was not tested."""
 
     folder: Path
     config: dict
@@ -42,40 +46,58 @@ class Run:
     def name(self) -> str:
         return self.folder.name
 
+    @property
+    def can_guide(self) -> bool:
+        return self.config["class_free_guidance"] and self.config["p_uncond"] > 0
+
 
 @dataclass(frozen=True)
 class Study:
-    """A comparison: its folder, its table (column -> cell, as text) and the figures of its runs."""
+    """A comparison: its folder, what it varied, its table (column -> cell, as text) and its tested runs."""
 
     folder: Path
+    varied: list[str]
     rows: list[dict[str, str]]
     runs: list[Run]
 
-    @property
-    def varied(self) -> list[str]:
-        """The settings that its runs differ in."""
-        return [setting.partition("=")[0] for setting in self.runs[0].name.split(",")]
+
+def read_json(path: Path) -> dict:
+    """The content of a JSON file; empty where there is none, or a damaged one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def read_run(folder: Path) -> Run | None:
+    """The run in a folder; None where there is none, or a dry one."""
+    try:
+        config = dataclasses.asdict(config_of({"config": read_json(folder / "config.json")}, {}))
+    except InputError:
+        return None
+    if config["dry_run"] or not (folder / "config.json").is_file():
+        return None
+    report = read_json(folder / "test_metrics.json")
+    return Run(folder, config, report if all(name in report for name in NEEDED) else {})
 
 
 def find_runs(folder: Path) -> list[Run]:
-    """The tested runs in `folder`, by name; dry runs are none."""
-    runs = []
-    for path in sorted(folder.glob("*/test_metrics.json")):
-        settings = path.with_name("config.json")
-        config = json.loads(settings.read_text()) if settings.is_file() else {"dry_run": True}
-        if not config["dry_run"]:
-            runs.append(Run(path.parent, config, json.loads(path.read_text())))
-    return runs
+    """The runs in `folder`, by name."""
+    runs = (read_run(path.parent) for path in sorted(folder.glob("*/config.json")))
+    return [run for run in runs if run is not None]
 
 
 def find_studies(folder: Path) -> list[Study]:
-    """The comparisons in `folder`, by name."""
+    """The finished comparisons in `folder`, by name."""
     studies = []
-    for path in sorted(folder.glob("*/table.csv")):
-        runs = find_runs(path.parent)
-        if runs:
-            with open(path, newline="", encoding="utf-8") as file:
-                studies.append(Study(path.parent, list(csv.DictReader(file)), runs))
+    for path in sorted(folder.glob("*/study.json")):
+        plan, table = read_json(path), path.with_name("table.csv")
+        runs = [read_run(path.parent / name) for name in plan.get("runs", ())]
+        runs = [run for run in runs if run is not None and run.report]
+        if runs and table.is_file():
+            with open(table, newline="", encoding="utf-8") as file:
+                studies.append(Study(path.parent, list(plan["varied"]), list(csv.DictReader(file)), runs))
     return studies
 
 
@@ -113,46 +135,49 @@ class Section:
 
 def test_command(run: Run) -> str:
     """The command that tests a run."""
-    return f"python ex2_main.py test --checkpoint {run.folder.as_posix()}"
+    return f"python ex2_main.py test --checkpoint {shlex.quote(run.folder.as_posix())}"
 
 
 def train_command(run: Run) -> str:
     """The command that trains and draws a run: its settings where they are not the default."""
-    flags = []
+    default, flags = Config(), []
     for f in dataclasses.fields(Config):
-        value = run.config.get(f.name, f.default)
+        value = run.config[f.name]
         value = tuple(value) if isinstance(value, list) else value
-        if value == f.default or value is None:
+        if f.name in NOT_IN_COMMANDS or value is None or value == getattr(default, f.name):
             continue
         if isinstance(value, bool):
             flags.append(f"--{f.name}" if value else f"--no_{f.name}")
         else:
-            flags.append(f"--{f.name} {' '.join(map(str, value)) if isinstance(value, tuple) else value}")
+            texts = map(str, value) if isinstance(value, tuple) else [str(value)]
+            flags.append(f"--{f.name} {' '.join(map(shlex.quote, texts))}")
     return f"python ex2_main.py {' '.join(flags)}"
 
 
 def network_part(run: Run) -> Part:
     """2.1: what was trained, on what, for how long."""
-    config, part = run.config, Part(run.name)
+    config, part, train = run.config, Part(run.name), train_command(run)
     size = config["image_size"]
-    kind = "class-conditional" if config["class_free_guidance"] else "unconditional"
+    parameters = f" with {run.report['parameters']:,} parameters" if run.report else ""
     part.sentences.append(
-        f"A {kind} attention U-Net with {run.report['parameters']:,} parameters (dim {config['dim']}, multipliers "
-        f"{', '.join(map(str, config['dim_mults']))}) on {config['dataset']} at {size}x{size}; {config['timesteps']} "
-        f"timesteps of the {config['schedule']} schedule, {config['epochs']} epochs of batches of "
-        f"{config['batch_size']} with AdamW at a peak learning rate of {config['lr']:g}."
+        f"{'Class-conditional' if config['class_free_guidance'] else 'Unconditional'} attention U-Net{parameters} "
+        f"(dim {config['dim']}, multipliers {', '.join(map(str, config['dim_mults']))}) on {config['dataset']} at "
+        f"{size}x{size}; {config['timesteps']} timesteps of the {config['schedule']} schedule; epochs: "
+        f"{config['epochs']}, images per step: {config['batch_size']}, AdamW at a peak learning rate of "
+        f"{config['lr']:g}, {config['loss_type']} loss."
     )
-    log = run.folder / "log.csv"
-    if log.is_file():
-        with open(log, newline="") as file:
-            last = list(csv.DictReader(file))[-1]
-        part.sentences.append(
-            f"Training took {int(last['step']):,} steps in {float(last['seconds']) / 60:.1f} minutes."
-        )
-    train = train_command(run)
+    rows = read_rows(run.folder / "log.csv")
+    if rows:
+        last = rows[-1]
+        part.sentences.append(f"Training: {int(last['step']):,} steps in {float(last['seconds']) / 60:.1f} minutes.")
     part.add_picture(run.folder / "time_embedding.png", "the sinusoidal embedding of every time", train)
     part.add_picture(run.folder / "training.png", "loss, learning rate and gradient norm over the steps", train)
     return part
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a log.csv; none where there is no such file."""
+    return RunLog.read(path) if path.is_file() else []
 
 
 def process_part(run: Run) -> Part:
@@ -170,59 +195,61 @@ def process_part(run: Run) -> Part:
 
 def quality_part(run: Run) -> Part:
     """2.2 e: losses, bits per dimension, figures of samples."""
-    part, report = Part(run.name), run.report
-    test, val = report["losses"]["test"], report["losses"]["val"]
-    hard, easy = int(np.argmax(test["l2"])), int(np.argmin(test["l2"]))
-    part.sentences.append(
-        f"The noise is hardest to tell at t = {test['t'][hard] + 1} (l2 loss {test['l2'][hard]:.3g}) and easiest at "
-        f"t = {test['t'][easy] + 1} ({test['l2'][easy]:.2g}): the more of x_t is noise, the easier."
-    )
-    gap = np.mean(val["l2"]) / np.mean(test["l2"]) - 1
-    part.sentences.append(
-        f"Validation and test loss differ by {abs(gap):.1%} on average, on {val['images']} and {test['images']} images."
-    )
-    bound = report["bits_per_dim"]
-    name = min(("beta", "beta_tilde"), key=lambda name: bound[name]["total"])
-    part.sentences.append(
-        f"The variational bound is {bound[name]['total']:.2f} bits per dimension at best (sigma^2 = {name}, "
-        f"{bound['images']} test images); {bound[name]['decoder'] / bound[name]['total']:.0%} of it is the last step."
-    )
+    part, report, test_again = Part(run.name), run.report, test_command(run)
+    if not report:
+        part.missing.append(("the figures of this run, or those of this version", test_again))
+        return part
+    part.sentences += losses_sentences(report)
     if "samples" in report:
-        part.sentences += samples_sentences(run)
+        part.sentences += samples_sentences(report["samples"])
         part.table = samples_table(report["samples"])
+        part.add_picture(run.folder / "nearest.png", "samples and their nearest training images", test_again)
     else:
-        part.missing.append(("figures of samples (Fréchet distance, precision and recall)", test_command(run)))
-    part.add_picture(run.folder / "loss_over_t.png", "loss over the time", test_command(run))
-    part.add_picture(run.folder / "bits_per_dim.png", "terms of the variational bound", test_command(run))
-    part.add_picture(run.folder / "nearest.png", "samples and their nearest training images", test_command(run))
+        part.missing.append(("figures of samples (Fréchet distance, precision and recall)", test_again))
+    part.add_picture(run.folder / "loss_over_t.png", "loss over the time", test_again)
+    part.add_picture(run.folder / "bits_per_dim.png", "terms of the variational bound", test_again)
     return part
 
 
-def own_row(run: Run) -> dict:
-    """Figures of samples at the run's own guidance scale."""
-    rows = run.report["samples"]["by_scale"]
-    wanted = run.config["guidance_scale"]
-    wanted = float(run.config["class_free_guidance"] and run.config["p_uncond"] > 0) if wanted is None else wanted
-    return next((row for row in rows if row["guidance_scale"] == wanted), rows[0])
+def losses_sentences(report: dict) -> list[str]:
+    """What losses and bound say."""
+    test, val, bound = report["losses"]["test"], report["losses"]["val"], report["bits_per_dim"]
+    said = [f"Figures are of the {report['weights']} weights."]
+    if len(test["t"]) > 1:
+        hard, easy = int(np.argmax(test["l2"])), int(np.argmin(test["l2"]))
+        said.append(
+            f"The noise is hardest to tell at t = {test['t'][hard] + 1} (l2 loss {test['l2'][hard]:.3g}, where a guess "
+            f"of zero has 1) and easiest at t = {test['t'][easy] + 1} ({test['l2'][easy]:.2g})."
+        )
+    gap = np.mean(val["l2"]) / np.mean(test["l2"]) - 1
+    said.append(f"The mean validation loss differs from the mean test loss by {abs(gap):.1%}.")
+    name = min(("beta", "beta_tilde"), key=lambda name: bound[name]["total"])
+    said.append(
+        f"The variational bound is {bound[name]['total']:.2f} bits per dimension at best (sigma^2 = {name}, "
+        f"{bound['images']} test images); {bound[name]['decoder'] / bound[name]['total']:.0%} of it is the last step."
+    )
+    return said
 
 
-def samples_sentences(run: Run) -> list[str]:
+def samples_sentences(samples: dict) -> list[str]:
     """What the figures of samples say."""
-    samples, row = run.report["samples"], own_row(run)
-    near, far = samples["test_images"]["frechet_distance"], samples["noise"]["frechet_distance"]
-    floor = "" if near is None else f"{near:.3g} for as many test images and "
-    sentences = [
-        f"The Fréchet distance of {samples['count']} samples at w = {row['guidance_scale']:g} to the training images "
-        f"is {row['frechet_distance']:.3g} ({floor}{far:.3g} for noise; features: {samples['features']})."
-    ]
+    row = next(row for row in samples["by_scale"] if row["guidance_scale"] == samples["own_scale"])
+    said = []
+    if row["frechet_distance"] is not None:
+        near, far = samples["test_images"]["frechet_distance"], samples["noise"]["frechet_distance"]
+        floor = "" if near is None else f"{near:.3g} for {samples['test_images']['count']} test images, "
+        said.append(
+            f"The Fréchet distance of {samples['count']} samples at w = {row['guidance_scale']:g} to the training "
+            f"images is {row['frechet_distance']:.3g} ({floor}{far:.3g} for noise; features: {samples['features']})."
+        )
     pixels = samples["memorisation"]["pixels"]
-    verdict = "look for copies in the picture" if pixels["share_nearer"] > 0.2 else "they are no copies"
-    sentences.append(
+    verdict = "look for copies in the picture" if pixels["share_nearer"] > 0.2 else "no sign of copying"
+    said.append(
         f"The nearest training image is {pixels['median']['samples']:.1f} grey levels from a sample and "
         f"{pixels['median']['test_images']:.1f} from a test image (medians), and {pixels['share_nearer']:.0%} of the "
         f"samples are nearer than 95% of test images: {verdict}."
     )
-    return sentences
+    return said
 
 
 def samples_table(samples: dict) -> list[dict]:
@@ -240,51 +267,59 @@ def samples_table(samples: dict) -> list[dict]:
 def guidance_part(run: Run) -> Part:
     """2.4: samples by class and what the guidance scale does."""
     part, train = Part(run.name), train_command(run)
-    rows = run.report.get("samples", {}).get("by_scale", [])
-    if len(rows) > 1 and "class_accuracy" in rows[0]:
-        plain = min(rows, key=lambda row: abs(row["guidance_scale"]))
-        best = max(rows, key=lambda row: row["class_accuracy"])
-        part.sentences.append(
-            f"Of the samples at w = {plain['guidance_scale']:g}, {plain['class_accuracy']:.0%} show their class; at "
-            f"w = {best['guidance_scale']:g} it is {best['class_accuracy']:.0%}, the most of all scales."
-        )
-        widest, last = max(rows, key=lambda row: row["recall"]), rows[-1]
-        part.sentences.append(
-            f"Recall, the share of training images that samples come near to, is highest at w = "
-            f"{widest['guidance_scale']:g} ({widest['recall']:.2f}) and {last['recall']:.2f} at w = "
-            f"{last['guidance_scale']:g}: guidance trades diversity for class."
-            if widest is not last
-            else f"Recall is highest at the largest scale, w = {last['guidance_scale']:g} ({last['recall']:.2f})."
-        )
-        nearest = min(rows, key=lambda row: row["frechet_distance"])
-        part.sentences.append(f"The Fréchet distance is smallest at w = {nearest['guidance_scale']:g}.")
     part.add_picture(run.folder / "class_grid.png", "samples of every class", train)
-    part.add_picture(run.folder / "guidance_grid.png", "the same noise at growing guidance scale", train)
-    part.add_picture(
-        run.folder / "guidance_curve.png", "class accuracy, precision, recall, distance over w", test_command(run)
-    )
+    if run.can_guide:
+        part.sentences += guidance_sentences(run.report.get("samples", {}).get("by_scale", []))
+        part.add_picture(run.folder / "guidance_grid.png", "the same noise at growing guidance scale", train)
+        shows = "class accuracy, precision, recall and distance over w"
+        part.add_picture(run.folder / "guidance_curve.png", shows, test_command(run))
     return part
+
+
+def guidance_sentences(rows: list[dict]) -> list[str]:
+    """What figures at several guidance scales say."""
+    if len(rows) < 2:
+        return []
+    said = []
+    for name, what, best in (
+        ("class_accuracy", "The share of samples that show their class", max),
+        ("recall", "Recall, the share of training images that samples come near to,", max),
+        ("frechet_distance", "The Fréchet distance to the training images", min),
+    ):
+        known = [row for row in rows if row.get(name) is not None]
+        if known:
+            values = ", ".join(f"{row[name]:.3g} at w = {row['guidance_scale']:g}" for row in known)
+            winner = best(known, key=lambda row: row[name])["guidance_scale"]
+            said.append(f"{what} is {values}: {'highest' if best is max else 'smallest'} at w = {winner:g}.")
+    return said
 
 
 def study_part(study: Study) -> Part:
     """2.2 training, 2.3, 2.4: which of the compared settings won, by how much and where."""
     part = Part(f"{study.folder.name}: {', '.join(study.varied)} compared", table=[dict(row) for row in study.rows])
-    criterion = "Fréchet distance" if study.rows[0].get("Fréchet distance") else "bits/dim"
-    ranked = sorted(study.rows, key=lambda row: float(row[criterion]))
-    label = {id(row): ", ".join(row[name] for name in study.varied) for row in ranked}
-    rest = [
-        f"{label[id(row)]} {float(row[criterion]) / max(float(ranked[0][criterion]), 1e-9):.2g} times that"
-        for row in ranked[1:]
-    ]
-    best = float(ranked[0][criterion])
-    part.sentences.append(f"{label[id(ranked[0])]} wins with the smallest {criterion}, {best:.3g}; {', '.join(rest)}.")
-    part.sentences += loss_sentences(study)
+    part.sentences += ranking_sentences(study) + loss_sentences(study)
     if {"schedule", "timesteps"} & set(study.varied):
         part.sentences.append(NOT_COMPARABLE)
     command = "the comparison's command, given again"
     part.add_picture(study.folder / "samples.png", "samples of every run, the same noise in every column", command)
     part.add_picture(study.folder / "curves.png", "losses over the steps, and over log-SNR", command)
     return part
+
+
+def ranking_sentences(study: Study) -> list[str]:
+    """Which runs have the smallest Fréchet distance; bits per dimension where no samples were judged."""
+    criterion = "Fréchet distance" if any(row.get("Fréchet distance") for row in study.rows) else "bits/dim"
+    known = {
+        ", ".join(row[name] for name in study.varied): float(row[criterion]) for row in study.rows if row.get(criterion)
+    }
+    if len(known) < 2:
+        return []
+    ranked = sorted(known, key=known.get)
+    best = known[ranked[0]]
+    rest = ", ".join(f"{known[name]:.3g} for {name} ({known[name] / best:.2g} times that)" for name in ranked[1:])
+    if known[ranked[1]] < CLEAR * best:
+        return [f"{criterion}: {best:.3g} for {ranked[0]}, {rest}. The first two don't differ clearly."]
+    return [f"{ranked[0]} wins with the smallest {criterion}, {best:.3g}; {rest}. Each figure is of a single run."]
 
 
 def loss_sentences(study: Study) -> list[str]:
@@ -294,21 +329,20 @@ def loss_sentences(study: Study) -> list[str]:
     high = min(max(curve["log_snr"]) for curve in curves.values())
     said = []
     for log_snr in (-2, 2):
-        if low <= log_snr <= high:
-            losses = {name: loss_at(curve, log_snr) for name, curve in curves.items()}
-            best = min(losses, key=losses.get)
-            worst = max(losses, key=losses.get)
-            times = {run.name: time_at(curves[run.name], log_snr) for run in study.runs}
-            said.append(
-                f"At log-SNR {log_snr} (t = {times[best]} of {best}) {best} has the smallest test loss, "
-                f"{losses[best]:.3g}; the largest is {losses[worst]:.3g} ({worst})."
-            )
+        if len(curves) < 2 or not low <= log_snr <= high:
+            continue
+        losses = {name: loss_at(curve, log_snr) for name, curve in curves.items()}
+        ranked = sorted(losses, key=losses.get)
+        values = ", ".join(f"{losses[name]:.3g} for {name} (t = {time_at(curves[name], log_snr)})" for name in ranked)
+        clear = losses[ranked[1]] > CLEAR * losses[ranked[0]]
+        verdict = f"{ranked[0]} predicts the noise best there" if clear else "no clear difference"
+        said.append(f"Test l2 loss at log-SNR {log_snr}, read between the tested times: {values}; {verdict}.")
     return said
 
 
 def loss_at(curve: dict, log_snr: float) -> float:
-    """l2 loss at a log-SNR, linear between the times that were tested."""
-    return float(np.interp(log_snr, curve["log_snr"][::-1], curve["l2"][::-1]))
+    """l2 loss at a log-SNR, between the times that were tested: its logarithm is nearly straight there."""
+    return float(np.exp(np.interp(log_snr, curve["log_snr"][::-1], np.log(curve["l2"][::-1]))))
 
 
 def time_at(curve: dict, log_snr: float) -> int:
@@ -318,53 +352,64 @@ def time_at(curve: dict, log_snr: float) -> int:
 
 def sections(runs: list[Run], studies: list[Study]) -> list[Section]:
     """The page, sub-task by sub-task."""
-    schedules = Part("The schedules")
+    compare = "python ex2_main.py compare --preset quick --vary"
+    train = missing_part("a trained run", "python ex2_main.py --preset quick")
+    schedule, null = studies_of(studies, {"schedule"}), studies_of(studies, {"null_token", "p_uncond"})
+    training = [study for study in studies if set(study.varied) - {"schedule", "null_token", "p_uncond"}]
+    guided = [run for run in runs if run.config["class_free_guidance"]]
+    butterflies = [run for run in runs if run.config["dataset"] == "butterflies"]
     drawn = [run for run in runs if (run.folder / "schedules.png").is_file()]
+    schedules = Part("The schedules")
     for run in drawn[:1]:
         schedules.add_picture(run.folder / "schedules.png", "beta, alpha-bar and log-SNR of each schedule", "")
-    by_kind = {True: [], False: []}
-    for study in studies:
-        by_kind["schedule" in study.varied].append(study)
-    guided = [run for run in runs if run.config["class_free_guidance"]]
-    null = [study for study in by_kind[False] if {"null_token", "p_uncond"} & set(study.varied)]
-    training = [study for study in by_kind[False] if study not in null]
-    butterflies = [run for run in runs if run.config["dataset"] == "butterflies"]
     return [
-        Section("network", "2.1 The network and its training", [network_part(run) for run in runs]),
-        Section("process", "2.2 a-d, f: Noising and denoising", [process_part(run) for run in runs]),
-        Section("quality", "2.2 e: How good is it?", [quality_part(run) for run in runs]),
+        Section("network", "2.1 The network and its training", [network_part(run) for run in runs] or [train]),
+        Section("process", "2.2 a-d, f: Noising and denoising", [process_part(run) for run in runs] or [train]),
+        Section("quality", "2.2 e: How good is it?", [quality_part(run) for run in runs] or [train]),
         Section(
             "training",
             "2.2 Training with other settings",
-            or_missing(training, "a study of the learning rate", "compare --preset quick --vary lr=3e-4,1e-3,3e-3"),
+            [study_part(study) for study in training]
+            or [missing_part("a study of the learning rate", f"{compare} lr=3e-4,1e-3,3e-3")],
         ),
         Section(
             "schedules",
             "2.3 Beta schedules",
-            [schedules, *or_missing(by_kind[True], "a comparison of the schedules", STUDY.split("ex2_main.py ")[1])],
+            ([schedules] if drawn else [train])
+            + (
+                [study_part(study) for study in schedule]
+                or [missing_part("a comparison of the schedules", f"{compare} schedule=linear,cosine,sigmoid")]
+            ),
         ),
         Section(
             "guidance",
             "2.4 Classifier-free guidance",
-            [
-                *(guidance_part(run) for run in guided),
-                *or_missing(
-                    null, "a comparison of null tokens", "compare --preset quick --vary null_token=learned,zero"
-                ),
-            ],
+            (
+                [guidance_part(run) for run in guided]
+                or [missing_part("a run with classes", "python ex2_main.py --preset quick")]
+            )
+            + (
+                [study_part(study) for study in null]
+                or [missing_part("a comparison of null tokens", f"{compare} null_token=learned,zero")]
+            ),
         ),
         Section(
             "butterflies",
             "2.5 Butterflies",
             [Part(run.name, [f"See {run.name} in the sections above."]) for run in butterflies]
-            or [Part("", missing=[("a run on butterflies", "python ex2_main.py --preset butterflies")])],
+            or [missing_part("a run on butterflies", "python ex2_main.py --preset butterflies")],
         ),
     ]
 
 
-def or_missing(studies: list[Study], what: str, command: str) -> list[Part]:
-    """The parts of the studies, or one that says how to make one."""
-    return [study_part(study) for study in studies] or [Part("", missing=[(what, f"python ex2_main.py {command}")])]
+def studies_of(studies: list[Study], settings: set[str]) -> list[Study]:
+    """The studies that vary one of the settings."""
+    return [study for study in studies if settings & set(study.varied)]
+
+
+def missing_part(what: str, command: str) -> Part:
+    """Names what is missing, and the command that makes it."""
+    return Part("", missing=[(what, command)])
 
 
 # ---------------------------------------------------------------------------- pages
@@ -378,9 +423,7 @@ def write_page(results_dir: Path) -> None:
     """
     runs, studies = find_runs(results_dir), find_studies(results_dir)
     if not runs and not studies:
-        raise InputError(
-            f"no tested run in {results_dir}: train one first, for example python ex2_main.py --preset quick"
-        )
+        raise InputError(f"no run in {results_dir}: train one first, for example python ex2_main.py --preset quick")
     content = sections(runs, studies)
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(data_uri=data_uri, frames=lambda path: list(frames(path)), figure=figure)
@@ -390,13 +433,14 @@ def write_page(results_dir: Path) -> None:
 
 
 def figure(value) -> str:
-    """A cell of a table: figures to four digits, a dash where there is none."""
+    """A cell of a table: fractions to four digits, whole numbers as they are, a dash where there is none."""
     if value is None or value == "":
         return "-"
     try:
-        return f"{float(value):.4g}"
+        number = float(value)
     except ValueError:
         return str(value)
+    return f"{number:.0f}" if number == round(number) or abs(number) >= 1000 else f"{number:.4g}"
 
 
 def data_uri(path: Path) -> str:

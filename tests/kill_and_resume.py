@@ -20,7 +20,9 @@ sys.path.insert(0, str(ROOT))
 
 import ex2_config as cfg  # noqa: E402
 
-TRAINING = "--dataset shapes --image_size 8 --dim 8 --dim_mults 1 2 --timesteps 30 --batch_size 60 --epochs 3 --no_cuda"
+TRAINING = (
+    "--dataset shapes --image_size 8 --dim 8 --dim_mults 1 2 --timesteps 30 --batch_size 300 --epochs 3 --no_cuda"
+)
 TRAINING += " --class_free_guidance --schedule cosine --eval_images 20 --eval_timesteps 3 --sample_steps 3"
 TRAINING += " --save_minutes 0.01 --log_interval 7 --num_threads 1"
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-import ex2_data
+import ex2_config as cfg
 import ex2_main
 from ex2_data import InputError, load_butterflies, load_splits, prepare_image, read_image
 
@@ -57,12 +57,16 @@ def test_a_column_gives_the_classes_and_rare_ones_are_put_together(parquet, tmp_
     assert labels.bincount().tolist() == [15, 15, 15, 2]
 
 
-def test_images_are_resized_once(parquet, tmp_path, monkeypatch):
-    first = load_butterflies(str(parquet), 8, 0, "pad", str(tmp_path), None)[0]
-    calls = []
-    monkeypatch.setattr(ex2_data, "prepare_image", lambda *args: calls.append(args))
-    again = load_butterflies(str(parquet), 8, 0, "pad", str(tmp_path), None)[0]
-    assert calls == [] and torch.equal(first.images, again.images)
+def test_images_are_resized_once_and_again_for_another_size(parquet, tmp_path):
+    def load(size):
+        images = load_butterflies(str(parquet), size, 0, "pad", str(tmp_path), None)[0].images
+        return images, {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.arrow")}
+
+    first, files = load(8)
+    again, same_files = load(8)
+    assert torch.equal(first, again) and same_files == files
+    larger, more_files = load(12)
+    assert larger.shape[-1] == 12 and len(more_files) == len(files) + 1
 
 
 def test_a_folder_of_images_does_as_well(parquet, tmp_path):
@@ -74,6 +78,22 @@ def test_a_folder_of_images_does_as_well(parquet, tmp_path):
     train, test, names = load_butterflies(str(tmp_path / "images"), 8, 0, "pad", str(tmp_path / "cache"), "label")
     assert names == ("a", "b") and len(train) + len(test) == 24
     assert torch.cat((train.labels, test.labels)).bincount().tolist() == [12, 12]
+
+
+def test_an_image_folder_with_a_test_part_loses_none_and_a_folder_of_parquet_files_is_read(parquet, tmp_path):
+    rng = np.random.default_rng(1)
+    for i in range(24):
+        folder = tmp_path / "images" / ("train", "test")[i % 2] / "a"
+        folder.mkdir(parents=True, exist_ok=True)
+        draw_butterfly(rng, (30, 20)).save(folder / f"{i}.jpg")
+    train, test, _ = load_butterflies(str(tmp_path / "images"), 8, 0, "pad", str(tmp_path / "cache"), None)
+    assert len(train) + len(test) == 24
+    train, test, _ = load_butterflies(str(parquet.parent), 8, 0, "pad", str(tmp_path / "cache"), None)
+    assert len(train) + len(test) == 47
+
+
+def test_butterflies_are_128_pixels_by_default():
+    assert cfg.Config(dataset="butterflies").image_size == 128 and cfg.Config().image_size == 32
 
 
 def test_butterflies_are_trained_conditional_on_their_species(parquet, tmp_path):
@@ -90,6 +110,7 @@ def test_butterflies_are_trained_conditional_on_their_species(parquet, tmp_path)
     "change, message",
     [
         ({"data_dir": "nowhere.parquet"}, "no butterflies at nowhere.parquet"),
+        ({"label_column": "id"}, "--label_column id: no value of it has 10 images"),
         ({"label_column": "colour"}, "--label_column colour: the butterflies have id, scientific_name, image"),
     ],
 )

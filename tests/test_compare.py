@@ -6,11 +6,13 @@ import os
 
 import imageio.v3 as imageio
 import pytest
+import torch
 
 import ex2_compare
 import ex2_config as cfg
 import ex2_data
 import ex2_features
+import ex2_job
 import ex2_main
 from ex2_compare import as_markdown, grid_of_runs, parse_vary
 from ex2_data import InputError
@@ -34,12 +36,12 @@ def finished(tmp_path_factory, small_shapes):
     """The folder of a comparison that ran through."""
     results = tmp_path_factory.mktemp("results")
     assert ex2_main.main([*VARY, "--results_dir", str(results)]) == 0
-    return results / "compare"
+    return results / "compare-schedule"
 
 
 def table(folder):
     """Rows of table.csv without what a clock measured."""
-    with open(folder / "table.csv", newline="") as file:
+    with open(folder / "table.csv", newline="", encoding="utf-8") as file:
         return [{name: cell for name, cell in row.items() if name != "seconds"} for row in csv.DictReader(file)]
 
 
@@ -60,7 +62,7 @@ def test_values_get_the_type_of_their_setting():
 
 def test_several_settings_make_every_combination():
     base = cfg.Config(results_dir="out", run_name="study", class_free_guidance=True)
-    runs = grid_of_runs(base, {"null_token": ["learned", "zero"], "p_uncond": [0.1, 0.2]})
+    runs = grid_of_runs(base, {"null_token": ["learned", "zero"], "p_uncond": [0.1, 0.2]}, 10)
     assert list(runs) == [
         "null_token=learned,p_uncond=0.1",
         "null_token=learned,p_uncond=0.2",
@@ -91,7 +93,7 @@ def test_what_cannot_be_varied_is_one_line(tmp_path, capsys, vary, message):
     assert ex2_main.main(["compare", *TINY, "--results_dir", str(tmp_path / "r"), "--vary", vary]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
-    assert not list(tmp_path.glob("r/compare/*"))
+    assert not list(tmp_path.glob("r/compare*/*/ckpt.pt"))
 
 
 def test_a_setting_named_twice_is_refused():
@@ -108,11 +110,11 @@ def test_every_run_has_its_row_and_its_folder(finished):
     for row in rows:
         report = json.loads((finished / f"schedule={row['schedule']}" / "test_metrics.json").read_text())
         assert float(row["Fréchet distance"]) == report["samples"]["by_scale"][0]["frechet_distance"]
-        assert float(row["loss at 0.5 T"]) == report["losses"]["test"]["l2"][1]
+        assert float(row["loss near 0.5 T"]) == report["losses"]["test"]["l2"][1]
         bounds = [report["bits_per_dim"][name]["total"] for name in ("beta", "beta_tilde")]
         assert float(row["bits/dim"]) == min(bounds)
     text = (finished / "table.md").read_text(encoding="utf-8")
-    assert text.startswith("| schedule | loss at 0.1 T |") and "are not comparable" in text
+    assert text.startswith("| schedule | loss near 0.1 T |") and "are not comparable" in text
     assert imageio.imread(finished / "samples.png").shape[1] > 10 * 64
     assert (finished / "curves.png").is_file()
 
@@ -125,19 +127,43 @@ def test_finished_runs_are_neither_trained_nor_judged_again(finished, capsys):
     assert changed <= {"log.csv"}  # rewritten with the same rows
 
 
-def test_another_number_of_samples_is_judged_anew(finished):
-    runs = grid_of_runs(cfg.Config(results_dir=str(finished.parent), run_name="compare"), {"schedule": ["linear"]})
-    config = runs["schedule=linear"]
-    assert ex2_compare.is_judged(config, 130) and not ex2_compare.is_judged(config, 200)
+class AnyJudge:
+    """Stands for the judge of the runs: known by the description of its features."""
+
+    def __init__(self, description):
+        self.reference = self
+        self.extractor = self
+        self.description = description
+
+
+@pytest.mark.parametrize(
+    "change, count, same",
+    [
+        ({}, 130, True),
+        ({}, 200, False),
+        ({"guidance_scale": 0.0}, 130, True),
+        ({"sampler": "ddim"}, 130, False),
+        ({"sample_steps": 2}, 130, False),
+        ({"eval_images": 30}, 130, False),
+        ({"eval_timesteps": 4}, 130, False),
+        ({"seed": 5}, 130, False),
+    ],
+)
+def test_figures_of_something_else_are_made_anew(finished, change, count, same):
+    settings = json.loads((finished / "schedule=linear" / "config.json").read_text())
+    features = json.loads((finished / "schedule=linear" / "test_metrics.json").read_text())["samples"]["features"]
+    config = cfg.config_of({"config": settings}, change)
+    assert ex2_compare.is_judged(config, AnyJudge(features), count) == same
+    assert not ex2_compare.is_judged(config, AnyJudge("others"), count)
 
 
 def test_a_run_that_went_on_training_is_judged_anew(tmp_path):
     config = cfg.Config(results_dir=str(tmp_path), run_name="x")
     config.run_dir.mkdir()
-    (config.run_dir / "test_metrics.json").write_text('{"samples": {"count": 5}}')
+    (config.run_dir / "test_metrics.json").write_text("{}")
     (config.run_dir / "ckpt.pt").write_bytes(b"")
     os.utime(config.run_dir / "test_metrics.json", (1, 1))
-    assert not ex2_compare.is_judged(config, 5)
+    assert not ex2_compare.is_judged(config, None, 0)
 
 
 def test_killed_in_its_second_run_and_started_again_it_ends_with_the_same_table(finished, tmp_path, monkeypatch):
@@ -147,7 +173,7 @@ def test_killed_in_its_second_run_and_started_again_it_ends_with_the_same_table(
         if options.get("log") is not None:  # an epoch, and no step whose time is taken
             epochs.append(args[4])
             if len(epochs) == 4:
-                raise KeyboardInterrupt
+                raise ex2_job.Interrupted(2)
         return real_train(*args, **options)
 
     monkeypatch.setattr(ex2_main, "train", train)
@@ -155,7 +181,36 @@ def test_killed_in_its_second_run_and_started_again_it_ends_with_the_same_table(
     assert ex2_main.main(command) == 130
     assert ex2_main.main(command) == 0
     assert epochs == [0, 1, 0, 1, 1]  # the first run is kept, the second goes on with its second epoch
-    assert table(tmp_path / "compare") == table(finished)
+    assert table(tmp_path / "compare-schedule") == table(finished)
+
+
+def test_a_run_that_fails_leaves_its_row_empty_and_the_others_in_place(tmp_path, capsys):
+    command = ["compare", *TINY, "--vary", "lr=1e-3,1e30,1e-4", "--results_dir", str(tmp_path), "--eval_samples", "0"]
+    assert ex2_main.main(command) == 1
+    assert "lr=1e+30: the loss or its gradient is not finite" in capsys.readouterr().err
+    rows = table(tmp_path / "compare-lr")
+    assert [row["lr"] for row in rows] == ["0.001", "1e+30", "0.0001"]
+    assert [bool(row["bits/dim"]) for row in rows] == [True, False, True]
+    assert "lr=1e+30 failed" in (tmp_path / "compare-lr" / "table.md").read_text(encoding="utf-8")
+
+
+def test_a_combination_that_cannot_be_is_refused_before_any_training(tmp_path, capsys):
+    for vary, message in (("timesteps=30,5", "timesteps=5: 5 timesteps are too few"), ("dim=8,9", "dim=9: ")):
+        command = ["compare", *TINY, "--vary", vary, "--results_dir", str(tmp_path), "--eval_samples", "0"]
+        assert ex2_main.main(command) == 2
+        assert message in capsys.readouterr().err
+        assert not list(tmp_path.glob("*/*/ckpt.pt"))
+
+
+@pytest.mark.parametrize("other", [{"null_token": "zero"}, {"class_free_guidance": False}])
+def test_compared_models_start_from_the_same_weights(other):
+    states = []
+    for changes in ({}, other):
+        torch.manual_seed(0)
+        config = cfg.Config(**{"dim": 8, "class_free_guidance": True, **changes})
+        states.append(cfg.build_model(config, 3).state_dict())
+    shared = set(states[0]) & set(states[1]) - {"null_token"}
+    assert len(shared) > 100 and all(torch.equal(states[0][name], states[1][name]) for name in shared)
 
 
 def test_markdown_of_figures():

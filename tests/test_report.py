@@ -1,19 +1,24 @@
 """The report: sub-tasks in order, sentences that follow from the figures, a page that works without network."""
 
+import dataclasses
 import json
 import re
+import shlex
 import shutil
 import subprocess
+from pathlib import Path
 
 import imageio.v3 as imageio
 import numpy as np
 import pytest
+import torch
 
 import ex2_config as cfg
 import ex2_data
 import ex2_features
 import ex2_main
 import ex2_report
+from ex2_diffusion import SCHEDULES, Diffusion, evenly_spaced
 from ex2_report import Run, Study, find_runs, find_studies, loss_at, samples_sentences, study_part, train_command
 
 TINY = "--dataset shapes --image_size 8 --dim 8 --dim_mults 1 2 --timesteps 30 --batch_size 100 --epochs 1".split()
@@ -66,15 +71,15 @@ def test_every_picture_of_a_run_is_on_the_page(results):
     text = (results / "report.md").read_text("utf-8")
     for path in [*(results / "guided").glob("*.png"), *(results / "guided").glob("*.gif")]:
         assert f"](guided/{path.name})" in text
-    for path in (results / "compare").glob("*.png"):
-        assert f"](compare/{path.name})" in text
+    for path in (results / "compare-schedule").glob("*.png"):
+        assert f"](compare-schedule/{path.name})" in text
     linked = re.findall(r"\]\((.*?)\)", text)
     assert linked and all((results / link).is_file() for link in linked)
 
 
 def test_dry_runs_are_left_out(results):
     assert [run.name for run in find_runs(results)] == ["guided"]
-    assert [study.folder.name for study in find_studies(results)] == ["compare"]
+    assert [study.folder.name for study in find_studies(results)] == ["compare-schedule"]
     assert find_studies(results)[0].varied == ["schedule"]
 
 
@@ -90,16 +95,47 @@ def test_missing_parts_are_named_with_their_command(results, tmp_path):
     assert "compare --preset quick --vary schedule=linear,cosine,sigmoid" in text
 
 
-def test_the_command_of_a_run_makes_the_same_run():
-    config = cfg.PRESETS["quick"]
-    command = train_command(Run(None, json.loads(json.dumps(cfg.dataclasses.asdict(config))), {}))
-    args = cfg.parse_args(command.split()[2:])
+@pytest.mark.parametrize("name", cfg.PRESETS)
+def test_the_command_of_a_run_makes_the_same_run(name):
+    config = dataclasses.replace(cfg.PRESETS[name], run_name="a run (1)", flip=False, save_model=False)
+    run = Run(Path("results/a run (1)"), json.loads(json.dumps(dataclasses.asdict(config))), {})
+    args = cfg.parse_args(shlex.split(train_command(run))[2:])
     assert cfg.Config(**args.given) == config
+    assert shlex.split(ex2_report.test_command(run))[-1] == "results/a run (1)"
+
+
+def test_old_half_written_and_foreign_folders_do_not_stop_the_page(results, tmp_path):
+    shutil.copytree(results / "guided", tmp_path / "guided")
+    for name, metrics in (("old", '{"losses": {}}'), ("broken", '{"los'), ("untested", None)):
+        (tmp_path / name).mkdir()
+        shutil.copy(results / "guided" / "config.json", tmp_path / name)
+        (tmp_path / name / "log.csv").write_text("step,epoch\n")
+        if metrics is not None:
+            (tmp_path / name / "test_metrics.json").write_text(metrics)
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "config.json").write_text('{"other": 1}')
+    (tmp_path / "foreign" / "study.json").write_text("[]")
+    assert [(run.name, bool(run.report)) for run in find_runs(tmp_path)] == [
+        ("broken", False),
+        ("guided", True),
+        ("old", False),
+        ("untested", False),
+    ]
+    assert ex2_main.main(["report", "--results_dir", str(tmp_path)]) == 0
+    text = (tmp_path / "report.md").read_text("utf-8")
+    assert text.count("Missing: the figures of this run") == 3
+
+
+def test_text_from_outside_is_no_markup(results, tmp_path):
+    shutil.copytree(results / "guided", tmp_path / "<script>alert(1)<")
+    assert ex2_main.main(["report", "--results_dir", str(tmp_path)]) == 0
+    page = (tmp_path / "index.html").read_text("utf-8")
+    assert "<script>alert" not in page and "&lt;script&gt;alert" in page
 
 
 def test_an_empty_folder_is_one_line(tmp_path, capsys):
     assert ex2_main.main(["report", "--results_dir", str(tmp_path)]) == 2
-    assert "no tested run in" in capsys.readouterr().err
+    assert "no run in" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------ sentences
@@ -110,28 +146,48 @@ def study_of(distances):
     runs = []
     for i, name in enumerate(distances):
         curve = {"t": [0, 50, 99], "log_snr": [8.0, 0.0, -8.0], "l2": [0.8, 0.1 * (i + 1), 0.01]}
-        runs.append(Run(ex2_report.Path(f"study/schedule={name}"), {}, {"losses": {"test": curve}}))
-    return Study(ex2_report.Path("study"), rows, runs)
+        runs.append(Run(Path(f"study/schedule={name}"), {}, {"losses": {"test": curve}}))
+    return Study(Path("study"), ["schedule"], rows, runs)
 
 
 def test_the_winner_is_the_run_with_the_smallest_distance():
     text = " ".join(study_part(study_of({"linear": 8.0, "cosine": 2.0, "sigmoid": 5.0})).sentences)
-    assert "cosine wins with the smallest Fréchet distance, 2; sigmoid 2.5 times that, linear 4 times that." in text
+    assert "cosine wins with the smallest Fréchet distance, 2; 5 for sigmoid (2.5 times that), 8 for linear" in text
     assert "not comparable" in text
-    assert "schedule=linear has the smallest test loss" in text  # of the three curves above
+    assert "schedule=linear predicts the noise best there" in text  # of the three curves above
+
+
+def test_figures_that_hardly_differ_have_no_winner():
+    text = " ".join(study_part(study_of({"linear": 2.0, "cosine": 2.05})).sentences)
+    assert "wins" not in text and "don't differ clearly" in text
+    assert ex2_report.ranking_sentences(study_of({"linear": 2.0})) == []
 
 
 def test_loss_is_read_between_the_tested_times():
-    curve = {"t": [0, 50, 99], "log_snr": [8.0, 0.0, -8.0], "l2": [0.8, 0.2, 0.0]}
+    curve = {"t": [0, 50, 99], "log_snr": [8.0, 0.0, -8.0], "l2": [0.8, 0.2, 0.05]}
     assert loss_at(curve, 0) == pytest.approx(0.2)
-    assert loss_at(curve, 4) == pytest.approx(0.5)
+    assert loss_at(curve, 4) == pytest.approx(0.4)  # halfway between the logarithms
 
 
-@pytest.mark.parametrize("share, verdict", [(0.05, "no copies"), (0.5, "look for copies")])
+@pytest.mark.parametrize("s", [0.1, 0.5])
+def test_reading_between_the_times_favours_no_schedule(gaussian, s):
+    # The optimal denoiser's loss depends on the log-SNR alone, so whatever differs here is an error of reading.
+    found = []
+    for schedule in SCHEDULES.values():
+        diffusor = Diffusion(1000, schedule, 4, "cpu")
+        t = torch.tensor(evenly_spaced(1000, 10))
+        abar = diffusor.alphas_bar[t].double()
+        loss = abar * s**2 / (abar * s**2 + 1 - abar)
+        found.append(loss_at({"log_snr": diffusor.log_snr[t].tolist(), "l2": loss.tolist()}, -2))
+    assert max(found) / min(found) < ex2_report.CLEAR
+
+
+@pytest.mark.parametrize("share, verdict", [(0.05, "no sign of copying"), (0.5, "look for copies")])
 def test_copies_are_suspected_where_samples_are_too_near(share, verdict):
-    figures = {"frechet_distance": 2.0}
+    figures = {"frechet_distance": 2.0, "count": 500}
     pixels = {"median": {"samples": 25.0, "test_images": 26.0}, "share_nearer": share}
     samples = {
+        "own_scale": 1.0,
         "count": 500,
         "features": "small classifier",
         "by_scale": [{"guidance_scale": 1.0, **figures}],
@@ -139,8 +195,21 @@ def test_copies_are_suspected_where_samples_are_too_near(share, verdict):
         "noise": figures,
         "memorisation": {"pixels": pixels},
     }
-    run = Run(None, {"guidance_scale": None, "class_free_guidance": True, "p_uncond": 0.1}, {"samples": samples})
-    assert verdict in samples_sentences(run)[1]
+    assert verdict in samples_sentences(samples)[1]
+
+
+def test_sentences_on_guidance_follow_from_the_figures():
+    rows = [
+        {"guidance_scale": w, "class_accuracy": a, "recall": r, "frechet_distance": d}
+        for w, a, r, d in ((-1, 0.1, 0.8, 20.0), (0, 0.7, 0.9, 10.0), (1, 0.95, 0.85, 3.0), (3, 0.9, 0.6, 4.0))
+    ]
+    said = ex2_report.guidance_sentences(rows)
+    assert [sentence.rsplit(":", 1)[1] for sentence in said] == [
+        " highest at w = 1.",
+        " highest at w = 0.",
+        " smallest at w = 1.",
+    ]
+    assert ex2_report.guidance_sentences(rows[:1]) == []
 
 
 # ------------------------------------------------------------------ in a browser
@@ -178,11 +247,12 @@ def test_slider_and_button_work_in_a_browser_without_errors(page, tmp_path):
 
 
 def test_tables_show_four_digits_and_a_dash_for_nothing():
-    assert [ex2_report.figure(v) for v in ("0.123456", None, "", "cosine", 1234.56, np.float64(2))] == [
+    assert [ex2_report.figure(v) for v in ("0.123456", None, "", "cosine", 123456.7, np.float64(2), "100000")] == [
         "0.1235",
         "-",
         "-",
         "cosine",
-        "1235",
+        "123457",
         "2",
+        "100000",
     ]
