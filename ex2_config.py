@@ -484,6 +484,10 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
         if hashlib.sha256(temporary.read_bytes()).digest() != hashlib.sha256(content).digest():
             raise OSError(f"{temporary} reads back as something else than was written: is the disk all right?")
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # as of a full disk; nobody would know which
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -10,6 +10,7 @@ python ex2_main.py report                                 everything under resul
 from __future__ import annotations
 
 import dataclasses
+import errno
 import itertools
 import json
 import math
@@ -53,7 +54,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {message}", file=sys.stderr)
         return 2
     except (RunError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        full = getattr(error, "errno", None) in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+        advice = "; free some space: the same command goes on from what is saved" if full else ""
+        print(f"error: {error}{advice}", file=sys.stderr)
         return 1
     except torch.cuda.OutOfMemoryError:  # a RuntimeError, so it comes first
         print("error: the GPU's memory is full: lower --batch_size or --dim", file=sys.stderr)

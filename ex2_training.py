@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import io
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -133,8 +134,10 @@ class TrainingState:
         if changed:
             print(f"{config.run_dir}: going on with other settings ({changed}), from the start of the epoch")
             self.step = self.epochs_done * self.steps_per_epoch
-            for _ in range(min(self.step, self.total_steps)):
-                self.scheduler.step()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that the optimiser made no step: it made them in the earlier run
+                for _ in range(min(self.step, self.total_steps)):
+                    self.scheduler.step()
         else:
             self.scheduler.load_state_dict(saved["scheduler"])
             self.meter.load_state_dict(saved["meter"])

@@ -247,7 +247,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
             return os.mkdir, (str(tmp_path / "owned"),)
 
     torch.save({"format": cfg.CHECKPOINT_FORMAT, "config": Malicious()}, tmp_path / "ckpt.pt")
-    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Malicious()))
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Malicious(), protocol=2))
     for name in ("ckpt.pt", "plain.pt"):
         with pytest.raises(InputError, match="is damaged or no checkpoint"):
             cfg.load_checkpoint(tmp_path / name)
