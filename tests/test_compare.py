@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 
 import imageio.v3 as imageio
 import pytest
@@ -155,6 +156,17 @@ def test_figures_of_something_else_are_made_anew(finished, change, count, same):
     config = cfg.config_of({"config": settings}, change)
     assert ex2_compare.is_judged(config, AnyJudge(features), count) == same
     assert not ex2_compare.is_judged(config, AnyJudge("others"), count)
+
+
+def test_figures_of_the_raw_weights_are_made_anew(finished, tmp_path):
+    settings = json.loads((finished / "schedule=linear" / "config.json").read_text())
+    config = cfg.config_of({"config": settings}, {"results_dir": str(tmp_path), "run_name": "copy"})
+    shutil.copytree(finished / "schedule=linear", tmp_path / "copy")
+    report = json.loads((tmp_path / "copy" / "test_metrics.json").read_text())
+    judge = AnyJudge(report["samples"]["features"])
+    assert ex2_compare.is_judged(config, judge, 130)
+    (tmp_path / "copy" / "test_metrics.json").write_text(json.dumps({**report, "weights": "raw"}))
+    assert not ex2_compare.is_judged(config, judge, 130)
 
 
 def test_a_run_that_went_on_training_is_judged_anew(tmp_path):
