@@ -170,7 +170,7 @@ def plot_time_embedding(embedding: Tensor, path: str | Path) -> None:
     )
     axes.set(title="sinusoidal embedding of the time", xlabel="t", ylabel="dimension")
     figure.colorbar(picture)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=80)
 
 
 def plot_training(rows: Sequence[Mapping[str, str]], path: str | Path) -> None:
