@@ -136,7 +136,7 @@ def test_same_seed_same_image_whatever_the_batch_size(short, unet, sampler):
     options = dict(classes=classes, guidance_scale=1.0, sampler=sampler, steps=8)
     whole = torch.cat(list(sample_in_batches(short, unet, 5, 5, seed=7, **options)))
     parts = torch.cat(list(sample_in_batches(short, unet, 5, 2, seed=7, **options)))
-    torch.testing.assert_close(whole, parts, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(whole, parts, atol=2e-3, rtol=1e-3)  # rounding differs by batch, noise would by 1
     other = torch.cat(list(sample_in_batches(short, unet, 5, 5, seed=8, **options)))
     assert (whole - other).abs().mean() > 0.05
 
