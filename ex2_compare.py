@@ -13,15 +13,8 @@ from pathlib import Path
 import torch
 
 import ex2_viz as viz
-from ex2_config import (
-    CHECKPOINT_NAME,
-    Config,
-    build_diffusion,
-    build_model,
-    load_checkpoint,
-    restore_model,
-    write_atomically,
-)
+from ex2_checkpoint import CHECKPOINT_NAME, load_checkpoint, write_atomically
+from ex2_config import Config, build_diffusion, build_model, restore_model
 from ex2_data import InputError
 from ex2_diffusion import sample_in_batches
 from ex2_training import RunLog

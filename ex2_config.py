@@ -4,25 +4,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
-import io
 import math
-import os
-import pickle
-import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Optional
-
-import torch
 
 from ex2_data import DATASETS, SQUARES, DataSplits, InputError, load_splits
 from ex2_diffusion import SAMPLERS, SCHEDULES, Diffusion
 from ex2_model import MAX_ATTENTION_POSITIONS, NULL_TOKENS, Unet
 
-CHECKPOINT_FORMAT = 2
-CHECKPOINT_NAME = "ckpt.pt"
-PREVIOUS = ".previous"  # ending of the checkpoint before the newest
 WEIGHTS = {"ema": "ema", "raw": "model"}  # choices of the command line -> entries of a checkpoint
 TRAINING_GROUPS = ("data", "diffusion process", "model", "training")  # what a resumed run must have in common
 
@@ -466,108 +456,7 @@ def build_diffusion(config: Config, device) -> Diffusion:
         raise InputError(str(error)) from error
 
 
-# ---------------------------------------------------------------------------- checkpoints
-
-
-def write_atomically(path: Path, content: bytes | memoryview) -> None:
-    """Writes a file such that a kill or a full disk at any moment leaves the old one or the new one.
-
-    Raises:
-        OSError: it can't be written, or reads back as something else.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if hashlib.sha256(temporary.read_bytes()).digest() != hashlib.sha256(content).digest():
-            raise OSError(f"{temporary} reads back as something else than was written: is the disk all right?")
-        os.replace(temporary, path)
-    except OSError as error:
-        if error.errno is not None and error.filename is None:  # as of a full disk; nobody would know which
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def digest_of(content) -> str:
-    """SHA-256 of nested dicts, lists, tensors and plain values, as hexadecimal digits."""
-    digest = hashlib.sha256()
-
-    def add(value) -> None:
-        if isinstance(value, torch.Tensor):
-            digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        elif isinstance(value, dict):
-            digest.update(f"dict {len(value)}".encode())
-            for key, item in value.items():
-                digest.update(repr(key).encode())
-                add(item)
-        elif isinstance(value, (list, tuple)):
-            digest.update(f"list {len(value)}".encode())
-            for item in value:
-                add(item)
-        else:
-            digest.update(repr(value).encode())
-
-    add(content)
-    return digest.hexdigest()
-
-
-def save_checkpoint(path: Path, **content) -> None:
-    """Writes a plain dict of tensors and Python values with its digest; a checkpoint that is there becomes `PREVIOUS`.
-
-    Raises:
-        OSError: it can't be written; what was there is still there.
-    """
-    buffer = io.BytesIO()  # torch's own writer would turn "no space left" into an error of its own
-    torch.save({"format": CHECKPOINT_FORMAT, "sha256": digest_of(content), **content}, buffer)
-    new = path.with_name(path.name + ".new")
-    write_atomically(new, buffer.getbuffer())
-    if path.is_file():
-        os.replace(path, path.with_name(path.name + PREVIOUS))
-    os.replace(new, path)
-
-
-def load_checkpoint(path: str | Path, device="cpu") -> dict:
-    """The content of a checkpoint file, or the newest good one in the folder of a run. Runs no code from the file.
-
-    Raises:
-        InputError: there is none, it is damaged, or it is no checkpoint of this program.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        return read_checkpoint(path, device)
-    newest = path / CHECKPOINT_NAME
-    candidates = [newest.with_name(newest.name + suffix) for suffix in (".new", "", PREVIOUS)]
-    candidates = [candidate for candidate in candidates if candidate.is_file()] or [newest]
-    for candidate in candidates[:-1]:
-        try:
-            return read_checkpoint(candidate, device)
-        except InputError as error:
-            print(f"{error}; trying the one before", file=sys.stderr)
-    return read_checkpoint(candidates[-1], device)
-
-
-def read_checkpoint(path: Path, device="cpu") -> dict:
-    """The content of one checkpoint file; errors as in `load_checkpoint`."""
-    if not path.is_file():
-        raise InputError(f"no checkpoint at {path}: give --checkpoint a run's folder, or train first")
-    try:
-        content = torch.load(path, map_location=device, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise InputError(f"{path} is damaged or no checkpoint: it holds more than tensors and plain values") from error
-    except Exception as error:  # torch and pickle raise many kinds for a damaged or foreign file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path} is damaged or no checkpoint: {reason}") from error
-    if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
-        raise InputError(f"{path} is no checkpoint of this program, or of another version of it")
-    content.pop("format")
-    if content.pop("sha256", None) != digest_of(content):  # torch reads changed bytes without complaint
-        raise InputError(f"{path} is damaged: its content does not match its digest")
-    return content
+# ---------------------------------------------------------------------------- from a checkpoint
 
 
 def config_of(checkpoint: dict, given: dict) -> Config:

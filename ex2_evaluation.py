@@ -18,7 +18,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import ex2_viz as viz
-from ex2_config import Config, write_atomically
+from ex2_checkpoint import write_atomically
+from ex2_config import Config
 from ex2_data import DataSplits, InputError, make_loader, reverse_transform, to_model_range
 from ex2_diffusion import Diffusion, evenly_spaced, sample_in_batches
 from ex2_features import (

@@ -17,7 +17,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
 
-from ex2_config import digest_of, read_checkpoint, save_checkpoint
+from ex2_checkpoint import digest_of, read_checkpoint, save_checkpoint
 from ex2_data import (
     DataSplits,
     ImageFiles,

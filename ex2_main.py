@@ -26,6 +26,7 @@ from tqdm import tqdm
 import ex2_config as cfg
 import ex2_job as job
 import ex2_viz as viz
+from ex2_checkpoint import load_checkpoint, write_atomically
 from ex2_compare import grid_of_runs, is_judged, parse_vary, write_comparison, write_study
 from ex2_data import DataSplits, InputError, make_loader
 from ex2_diffusion import Diffusion, check_images, evenly_spaced, sample_in_batches
@@ -190,7 +191,7 @@ def run_sample(args) -> None:
 
 def open_checkpoint(args):
     """(checkpoint, config, device) for `test` and `sample`, with the flags given now, and --out as run_dir."""
-    checkpoint = cfg.load_checkpoint(args.checkpoint)
+    checkpoint = load_checkpoint(args.checkpoint)
     out = Path(args.out or run_dir_of(args.checkpoint)).resolve()
     if not out.name:
         raise InputError(f"--out: {out} is no folder for pictures")
@@ -287,7 +288,7 @@ def fit(config: cfg.Config, splits: DataSplits, diffusor: Diffusion, device) -> 
     state.resume()
     log = RunLog(config.run_dir / "log.csv", state.epochs_done, state.step)
     settings_text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
-    cfg.write_atomically(config.run_dir / "config.json", settings_text.encode())
+    write_atomically(config.run_dir / "config.json", settings_text.encode())
     if state.epochs_done < epochs:
         announce(config, splits, model, diffusor, loader, state.total_steps - state.step)
         job.check_space(config.run_dir, state.needed_space() if config.save_model else 0)

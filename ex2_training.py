@@ -14,16 +14,8 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ex2_config import (
-    CHECKPOINT_NAME,
-    PREVIOUS,
-    TRAINING_GROUPS,
-    Config,
-    config_of,
-    load_checkpoint,
-    save_checkpoint,
-    write_atomically,
-)
+from ex2_checkpoint import CHECKPOINT_NAME, PREVIOUS, load_checkpoint, save_checkpoint, write_atomically
+from ex2_config import TRAINING_GROUPS, Config, config_of
 from ex2_data import InputError
 
 LOG_COLUMNS = ("step", "epoch", "seconds", "lr", "grad_norm", "train_loss", "epoch_loss", "val_loss")

@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import ex2_config as cfg  # noqa: E402
+import ex2_checkpoint as ckpt  # noqa: E402
 
 TRAINING = (
     "--dataset shapes --image_size 8 --dim 8 --dim_mults 1 2 --timesteps 30 --batch_size 300 --epochs 3 --no_cuda"
@@ -45,11 +45,11 @@ def train(results: Path, kill_after: float | None = None) -> float:
 
 def outcome(results: Path) -> tuple:
     """What a run ended with: the digest of its checkpoint but for the folder, and its log but for the clock."""
-    content = cfg.load_checkpoint(results / "DDPM")
+    content = ckpt.load_checkpoint(results / "DDPM")
     content.pop("config")
     with open(results / "DDPM" / "log.csv", newline="") as file:
         log = [[cell for name, cell in row.items() if name != "seconds"] for row in csv.DictReader(file)]
-    return cfg.digest_of(content), log
+    return ckpt.digest_of(content), log
 
 
 def main() -> int:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import ex2_checkpoint as ckpt
 import ex2_config as cfg
 import ex2_data
 import ex2_main
@@ -183,7 +184,7 @@ def test_figures_of_a_checkpoint_can_go_elsewhere(run, tmp_path):
 
 
 def test_sample_and_save_images_with_the_skeletons_arguments(run, tmp_path):
-    saved = cfg.load_checkpoint(run)
+    saved = ckpt.load_checkpoint(run)
     config = cfg.config_of(saved, {})
     model, diffusor = cfg.restore_model(saved, config, "cpu").train(), cfg.build_diffusion(config, "cpu")
     images = ex2_main.sample_and_save_images(2, diffusor, model, "cpu", tmp_path / "out")
@@ -194,7 +195,7 @@ def test_sample_and_save_images_with_the_skeletons_arguments(run, tmp_path):
 
 
 def test_class_names_become_file_names(run, tmp_path):
-    saved = cfg.load_checkpoint(run)
+    saved = ckpt.load_checkpoint(run)
     config = cfg.config_of(saved, {})
     model, diffusor = cfg.restore_model(saved, config, "cpu"), cfg.build_diffusion(config, "cpu")
     names = ["../a b/c", *saved["class_names"][1:]]
@@ -294,7 +295,7 @@ def test_a_full_disk_is_one_line_and_exit_code_1(tmp_path, capsys, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cfg.os, "fsync", full)
+    monkeypatch.setattr(ckpt.os, "fsync", full)
     assert "No space left on device" in rejected([*TINY, "--results_dir", str(tmp_path)], capsys, code=1)
 
 
@@ -363,7 +364,7 @@ def drawn(monkeypatch):
 
 @pytest.fixture
 def restored(run):
-    saved = cfg.load_checkpoint(run)
+    saved = ckpt.load_checkpoint(run)
     config = cfg.config_of(saved, {"sample_steps": 23})
     return config, cfg.restore_model(saved, config, "cpu"), cfg.build_diffusion(config, "cpu")
 

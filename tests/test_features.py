@@ -9,6 +9,7 @@ import imageio.v3 as imageio
 import pytest
 import torch
 
+import ex2_checkpoint as ckpt
 import ex2_config as cfg
 import ex2_data
 import ex2_evaluation
@@ -338,7 +339,7 @@ def test_memorisation_is_checked_at_the_runs_own_scale(results, monkeypatch):
     monkeypatch.setattr(ex2_evaluation, "print_samples", lambda report: None)
     monkeypatch.setattr(ex2_evaluation.viz, "plot_guidance", lambda *args: None)
     monkeypatch.setattr(ex2_evaluation, "check_memorisation", lambda judge, own, *rest: checked.append(own))
-    saved = cfg.load_checkpoint(results / "cond")
+    saved = ckpt.load_checkpoint(results / "cond")
     config = cfg.config_of(saved, {})
     model, diffusor = cfg.restore_model(saved, config, "cpu"), cfg.build_diffusion(config, "cpu")
     splits = cfg.load_data(config)
@@ -411,12 +412,12 @@ def test_scales_of_an_unconditional_model_are_refused(results, capsys):
 
 
 def test_missing_and_misfitting_weights_are_one_line(results, tmp_path, capsys):
-    saved = cfg.load_checkpoint(results / "cond")
+    saved = ckpt.load_checkpoint(results / "cond")
     content = {name: value for name, value in saved.items() if name not in ("format", "ema")}
-    cfg.save_checkpoint(tmp_path / "ckpt.pt", **content)
+    ckpt.save_checkpoint(tmp_path / "ckpt.pt", **content)
     assert ex2_main.main(["test", "--checkpoint", str(tmp_path)]) == 2
     assert "the checkpoint holds no ema weights: give --weights raw" in capsys.readouterr().err
     content["config"] = {**saved["config"], "dim": 16}
-    cfg.save_checkpoint(tmp_path / "ckpt.pt", **content, ema=saved["ema"])
+    ckpt.save_checkpoint(tmp_path / "ckpt.pt", **content, ema=saved["ema"])
     assert ex2_main.main(["sample", "--checkpoint", str(tmp_path)]) == 2
     assert "weights don't fit the model its settings describe" in capsys.readouterr().err

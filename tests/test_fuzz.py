@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import ex2_checkpoint as ckpt
 import ex2_config as cfg
 import ex2_main
 from ex2_compare import parse_vary
@@ -252,7 +253,7 @@ CONTENT = {"w": torch.arange(40.0), "n": [1, 2.5, None, "x"], "d": {"k": (1, 2)}
 @pytest.fixture(scope="module")
 def good_checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("checkpoints") / "ckpt.pt"
-    cfg.save_checkpoint(path, **CONTENT)
+    ckpt.save_checkpoint(path, **CONTENT)
     return path.read_bytes()
 
 
@@ -261,11 +262,11 @@ def test_every_spoilt_checkpoint_is_refused_or_whole(tmp_path_factory, good_chec
     path = tmp_path_factory.mktemp("spoilt") / "ckpt.pt"
     path.write_bytes(data.draw(spoilt(good_checkpoint)))
     try:
-        content = cfg.load_checkpoint(path)
+        content = ckpt.load_checkpoint(path)
     except InputError as error:
         assert str(path) in str(error)
         return
-    assert cfg.digest_of(content) == cfg.digest_of(CONTENT)
+    assert ckpt.digest_of(content) == ckpt.digest_of(CONTENT)
 
 
 @given(st.binary(max_size=300))
@@ -273,4 +274,4 @@ def test_every_other_file_is_no_checkpoint(tmp_path_factory, content):
     path = tmp_path_factory.mktemp("other") / "ckpt.pt"
     path.write_bytes(content)
     with pytest.raises(InputError):
-        cfg.load_checkpoint(path)
+        ckpt.load_checkpoint(path)

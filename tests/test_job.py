@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import ex2_checkpoint as ckpt
 import ex2_config as cfg
 import ex2_data
 import ex2_job
@@ -57,10 +58,10 @@ def log_of(folder):
 
 def assert_same_run(folder, other):
     """Both runs ended with the same weights, average, moments, learning rate, random state and log, bit by bit."""
-    first, second = cfg.load_checkpoint(folder), cfg.load_checkpoint(other)
+    first, second = ckpt.load_checkpoint(folder), ckpt.load_checkpoint(other)
     for content in (first, second):
         content.pop("config")  # holds the folder
-    assert cfg.digest_of(first) == cfg.digest_of(second)
+    assert ckpt.digest_of(first) == ckpt.digest_of(second)
     assert log_of(folder) == log_of(other)
 
 
@@ -93,7 +94,7 @@ def test_cut_after_any_step_and_resumed_it_is_the_uninterrupted_run(straight, tm
         patch.setattr(ex2_main, "train", interrupted_after(cut))
         assert ex2_main.main(command) == 143
     assert "interrupted by SIGTERM" in capsys.readouterr().err
-    assert cfg.load_checkpoint(tmp_path / "DDPM")["step"] == cut
+    assert ckpt.load_checkpoint(tmp_path / "DDPM")["step"] == cut
     assert ex2_main.main(command) == 0
     assert f"{cut} of {STEPS} steps" in capsys.readouterr().out
     assert_same_run(straight, tmp_path / "DDPM")
@@ -104,7 +105,7 @@ def test_interrupted_in_validation_it_validates_again(straight, tmp_path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(ex2_main, "test", lambda *args: os.kill(os.getpid(), signal.SIGUSR1))
         assert ex2_main.main(command) == 128 + signal.SIGUSR1
-    saved = cfg.load_checkpoint(tmp_path / "DDPM")
+    saved = ckpt.load_checkpoint(tmp_path / "DDPM")
     assert (saved["epoch"], saved["step"]) == (0, 9)
     assert ex2_main.main(command) == 0
     assert_same_run(straight, tmp_path / "DDPM")
@@ -169,19 +170,19 @@ def test_a_finished_run_keeps_one_checkpoint(straight):
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(tmp_path, capsys):
     path = tmp_path / "ckpt.pt"
     for step in (1, 2):
-        cfg.save_checkpoint(path, step=step)
+        ckpt.save_checkpoint(path, step=step)
     path.write_bytes(path.read_bytes()[:-100])
-    assert cfg.load_checkpoint(tmp_path)["step"] == 1
+    assert ckpt.load_checkpoint(tmp_path)["step"] == 1
     assert f"{path} is damaged" in capsys.readouterr().err
     with pytest.raises(InputError, match="is damaged"):
-        cfg.load_checkpoint(path)  # a file that is named is that file
+        ckpt.load_checkpoint(path)  # a file that is named is that file
 
 
 @pytest.mark.parametrize("kill_at", range(6))
 def test_a_kill_at_any_moment_of_a_save_leaves_a_good_checkpoint(tmp_path, monkeypatch, kill_at):
     path = tmp_path / "ckpt.pt"
-    cfg.save_checkpoint(path, step=1)
-    cfg.save_checkpoint(path, step=2)
+    ckpt.save_checkpoint(path, step=1)
+    ckpt.save_checkpoint(path, step=2)
     calls = []
 
     def until_killed(function):
@@ -194,51 +195,51 @@ def test_a_kill_at_any_moment_of_a_save_leaves_a_good_checkpoint(tmp_path, monke
         return wrapper
 
     with monkeypatch.context() as patch:
-        patch.setattr(cfg.os, "replace", until_killed(os.replace))
-        patch.setattr(cfg.os, "fsync", until_killed(os.fsync))
-        patch.setattr(cfg.Path, "unlink", lambda *args, **options: None)  # a kill cleans nothing up
+        patch.setattr(ckpt.os, "replace", until_killed(os.replace))
+        patch.setattr(ckpt.os, "fsync", until_killed(os.fsync))
+        patch.setattr(ckpt.Path, "unlink", lambda *args, **options: None)  # a kill cleans nothing up
         with suppress(SystemExit):
-            cfg.save_checkpoint(path, step=3)
-    assert cfg.load_checkpoint(tmp_path)["step"] == (2 if kill_at < 2 else 3)
-    cfg.save_checkpoint(path, step=4)
-    assert cfg.load_checkpoint(tmp_path)["step"] == 4
+            ckpt.save_checkpoint(path, step=3)
+    assert ckpt.load_checkpoint(tmp_path)["step"] == (2 if kill_at < 2 else 3)
+    ckpt.save_checkpoint(path, step=4)
+    assert ckpt.load_checkpoint(tmp_path)["step"] == 4
 
 
 def test_a_write_that_reads_back_wrong_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "ckpt.pt"
-    cfg.save_checkpoint(path, step=1)
-    monkeypatch.setattr(cfg.Path, "read_bytes", lambda self: b"rot")
+    ckpt.save_checkpoint(path, step=1)
+    monkeypatch.setattr(ckpt.Path, "read_bytes", lambda self: b"rot")
     with pytest.raises(OSError, match="reads back"):
-        cfg.save_checkpoint(path, step=2)
+        ckpt.save_checkpoint(path, step=2)
     monkeypatch.undo()
-    assert cfg.load_checkpoint(path)["step"] == 1
+    assert ckpt.load_checkpoint(path)["step"] == 1
 
 
 def test_every_flipped_bit_is_noticed_or_harmless(tmp_path):
     content = {"w": torch.arange(50.0), "b": torch.tensor([True, False]), "n": [1, 2.5, None, "x"], "d": {"k": (1, 2)}}
-    cfg.save_checkpoint(tmp_path / "good.pt", **content)
+    ckpt.save_checkpoint(tmp_path / "good.pt", **content)
     data = (tmp_path / "good.pt").read_bytes()
     path, refused = tmp_path / "ckpt.pt", 0
     for position in range(0, len(data), 7):
         path.write_bytes(data[:position] + bytes([data[position] ^ (1 << position % 8)]) + data[position + 1 :])
         try:
-            loaded = cfg.load_checkpoint(path)
+            loaded = ckpt.load_checkpoint(path)
         except InputError as error:
             assert str(path) in str(error)
             refused += 1
         else:
-            assert cfg.digest_of(loaded) == cfg.digest_of(content)
+            assert ckpt.digest_of(loaded) == ckpt.digest_of(content)
     assert refused > 50
 
 
 @pytest.mark.parametrize("share", [0, 0.01, 0.3, 0.6, 0.9, 0.99, 0.999])
 def test_truncated_checkpoints_are_refused(tmp_path, share):
     path = tmp_path / "ckpt.pt"
-    cfg.save_checkpoint(path, w=torch.arange(5000.0))
+    ckpt.save_checkpoint(path, w=torch.arange(5000.0))
     data = path.read_bytes()
     path.write_bytes(data[: int(share * len(data))])
     with pytest.raises(InputError, match=r"ckpt\.pt is damaged or no checkpoint"):
-        cfg.load_checkpoint(path)
+        ckpt.load_checkpoint(path)
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path):
@@ -246,11 +247,11 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "owned"),)
 
-    torch.save({"format": cfg.CHECKPOINT_FORMAT, "config": Malicious()}, tmp_path / "ckpt.pt")
+    torch.save({"format": ckpt.CHECKPOINT_FORMAT, "config": Malicious()}, tmp_path / "ckpt.pt")
     (tmp_path / "plain.pt").write_bytes(pickle.dumps(Malicious(), protocol=2))
     for name in ("ckpt.pt", "plain.pt"):
         with pytest.raises(InputError, match="is damaged or no checkpoint"):
-            cfg.load_checkpoint(tmp_path / name)
+            ckpt.load_checkpoint(tmp_path / name)
     assert not (tmp_path / "owned").exists()
 
 
@@ -270,7 +271,7 @@ def test_digests_see_types_shapes_and_order():
         {"a": [2, 1]},
         {"a": None},
     ]
-    assert len({cfg.digest_of(variant) for variant in variants}) == len(variants)
+    assert len({ckpt.digest_of(variant) for variant in variants}) == len(variants)
 
 
 def test_too_little_room_is_said_before_training(tmp_path, monkeypatch, capsys):
@@ -319,7 +320,7 @@ def test_a_terminated_process_says_how_to_go_on(tmp_path):
     _, error = process.communicate(timeout=60)
     assert process.returncode == 143
     assert error.splitlines()[-1].startswith("interrupted by SIGTERM; a training that was going on is saved")
-    assert cfg.load_checkpoint(tmp_path / "DDPM")["step"] >= 3
+    assert ckpt.load_checkpoint(tmp_path / "DDPM")["step"] >= 3
     assert not (tmp_path / "DDPM" / ".lock").exists()
 
 

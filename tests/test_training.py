@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import ex2_checkpoint as ckpt
 import ex2_config as cfg
 import ex2_main
 from ex2_data import ImageSet, InputError, make_loader
@@ -186,7 +187,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, diffusor, monkeyp
     monkeypatch.setattr(ex2_main, "train", spoil)
     with pytest.raises(RunError, match="not finite after epoch 1"):
         ex2_main.fit(config, tiny_splits(), diffusor, CPU)
-    assert cfg.load_checkpoint(config.run_dir)["step"] == 0  # as written at the start
+    assert ckpt.load_checkpoint(config.run_dir)["step"] == 0  # as written at the start
 
 
 def test_diverged_run_keeps_the_last_good_checkpoint(tmp_path, diffusor, monkeypatch):
@@ -201,7 +202,7 @@ def test_diverged_run_keeps_the_last_good_checkpoint(tmp_path, diffusor, monkeyp
     monkeypatch.setattr(ex2_main, "train", fail_in_second_epoch)
     with pytest.raises(RunError, match="epoch 2"):
         ex2_main.fit(config, tiny_splits(), diffusor, CPU)
-    saved = cfg.load_checkpoint(config.run_dir)
+    saved = ckpt.load_checkpoint(config.run_dir)
     assert saved["epoch"] == 1
     assert all(v.isfinite().all() for v in saved["model"].values())
 
@@ -271,7 +272,7 @@ def test_short_runs_forget_the_initial_weights_even_with_a_long_average():
 def test_test_and_samples_use_the_average(tmp_path, diffusor):
     config = tiny_config(tmp_path)
     averaged = ex2_main.fit(config, tiny_splits(), diffusor, CPU)
-    saved = cfg.load_checkpoint(config.run_dir)
+    saved = ckpt.load_checkpoint(config.run_dir)
     restored = cfg.restore_model(saved, config, CPU)
     for name, value in averaged.state_dict().items():
         assert torch.equal(value, restored.state_dict()[name])
@@ -416,27 +417,27 @@ def test_finished_run_is_not_trained_again(tmp_path, diffusor, capsys):
 def test_files_that_are_no_checkpoint_are_refused(tmp_path, content):
     path = tmp_path / "ckpt.pt"
     if content == "truncated":
-        cfg.save_checkpoint(path, model={"w": torch.zeros(1000)})
+        ckpt.save_checkpoint(path, model={"w": torch.zeros(1000)})
         path.write_bytes(path.read_bytes()[:2000])
     elif content == "other":
         torch.save({"w": torch.zeros(2)}, path)
     else:
         path.write_bytes(content)
     with pytest.raises(InputError, match=r"ckpt\.pt is (damaged|no checkpoint)"):
-        cfg.load_checkpoint(path)
+        ckpt.load_checkpoint(path)
 
 
 def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "ckpt.pt"
-    cfg.save_checkpoint(path, epoch=1)
+    ckpt.save_checkpoint(path, epoch=1)
 
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cfg.os, "fsync", full)
+    monkeypatch.setattr(ckpt.os, "fsync", full)
     with pytest.raises(OSError):
-        cfg.save_checkpoint(path, epoch=2)
-    assert cfg.load_checkpoint(path)["epoch"] == 1
+        ckpt.save_checkpoint(path, epoch=2)
+    assert ckpt.load_checkpoint(path)["epoch"] == 1
     assert [file.name for file in tmp_path.iterdir()] == ["ckpt.pt"], "nothing is left behind on the full disk"
 
 
