@@ -13,7 +13,7 @@ import torch
 
 from ex2_data import InputError
 
-CHECKPOINT_FORMAT = 2
+CHECKPOINT_FORMAT = 3
 CHECKPOINT_NAME = "ckpt.pt"
 PREVIOUS = ".previous"  # ending of the checkpoint before the newest
 

@@ -11,6 +11,7 @@ from typing import Optional
 
 from ex2_data import DATASETS, SQUARES, DataSplits, InputError, load_splits
 from ex2_diffusion import SAMPLERS, SCHEDULES, Diffusion
+from ex2_distributed import in_turns
 from ex2_model import MAX_ATTENTION_POSITIONS, NULL_TOKENS, Unet
 
 WEIGHTS = {"ema": "ema", "raw": "model"}  # choices of the command line -> entries of a checkpoint
@@ -45,6 +46,9 @@ class Config:
     )
     allow_changes: bool = setting(False, "run", "go on from a checkpoint of other settings")
     num_threads: Optional[int] = setting(None, "run", "CPU threads (default: torch's choice)", type=int, minimum=1)
+    timeout_minutes: float = setting(
+        30.0, "run", "of several processes (torchrun): how long one may keep the others waiting", type=float, above=0
+    )
 
     dataset: str = setting("cifar10", "data", "the data set", type=str, choices=DATASETS)
     image_size: Optional[int] = setting(
@@ -413,16 +417,20 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 def load_data(config: Config) -> DataSplits:
     """The data set of a run; see `load_splits`."""
-    return load_splits(
-        config.dataset,
-        config.data_dir,
-        config.image_size,
-        config.seed,
-        config.num_workers,
-        square=config.square,
-        cache_dir=config.cache_dir,
-        label_column=config.label_column,
-    )
+
+    def load() -> DataSplits:
+        return load_splits(
+            config.dataset,
+            config.data_dir,
+            config.image_size,
+            config.seed,
+            config.num_workers,
+            square=config.square,
+            cache_dir=config.cache_dir,
+            label_column=config.label_column,
+        )
+
+    return in_turns(load, "the data")
 
 
 def build_model(config: Config, num_classes: int) -> Unet:

@@ -24,6 +24,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import check_integrity, extract_archive
 from tqdm import tqdm
 
+from ex2_distributed import share_of
 from ex2_shapes import SHAPES, draw_shapes
 
 DATASETS = ("cifar10", "shapes", "folder", "butterflies")
@@ -113,28 +114,50 @@ class DataSplits:
 
 
 class EpochPlan:
-    """Order and flips of an epoch: they depend on the seed and on the epoch, on nothing else, and can start midway.
+    """Order, flips and batches of an epoch: they depend on the seed and on the epoch alone, and can start midway.
 
-    As a sampler it yields (index, whether that image is mirrored).
+    As a batch sampler it yields lists of (index, whether that image is mirrored).
+
+    Args:
+        batch_size: images of a batch, over all processes.
+        part: (this process, number of processes); each has its own rows of every batch, or one row of it (whose loss
+            won't count) where there are fewer images than processes.
     """
 
-    def __init__(self, count: int, *, shuffle: bool, flip: bool, seed: int):
-        self.count, self.shuffle, self.flip, self.seed = count, shuffle, flip, seed
+    def __init__(self, count: int, batch_size: int, *, shuffle=False, flip=False, seed=0, part=(0, 1)):
+        self.count, self.batch_size, self.part = count, batch_size, part
+        self.shuffle, self.flip, self.seed = shuffle, flip, seed
         self.set_epoch(0)
 
-    def set_epoch(self, epoch: int, first_image: int = 0) -> None:
-        """Plans an epoch; `first_image` leaves out those at its start, which a run that was cut off has seen."""
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Plans an epoch; `first_batch` leaves out those at its start, which a run that was cut off has seen."""
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**32)
-        order = torch.randperm(self.count, generator=generator) if self.shuffle else torch.arange(self.count)
+        self.order = torch.randperm(self.count, generator=generator) if self.shuffle else torch.arange(self.count)
         mirrored = (torch.rand(self.count, generator=generator) < 0.5) & self.flip
-        self.order = order[first_image:]
         self.mirrored = mirrored[self.order]
+        self.first_batch = first_batch
+
+    @property
+    def batches(self) -> int:
+        """How many a whole epoch has."""
+        return math.ceil(self.count / self.batch_size)
+
+    def images_in(self, batch: int) -> int:
+        """How many images batch number `batch` has, over all processes; the last one may be smaller."""
+        return min(self.batch_size, self.count - batch * self.batch_size)
 
     def __len__(self) -> int:
-        return len(self.order)
+        return max(0, self.batches - self.first_batch)
 
-    def __iter__(self) -> Iterator[tuple[int, bool]]:
-        return iter(zip(self.order.tolist(), self.mirrored.tolist()))
+    def rows(self) -> Iterator[slice]:
+        """The places in `order` of this process's images, batch by batch."""
+        for batch in range(self.first_batch, self.batches):
+            start, mine = batch * self.batch_size, share_of(self.images_in(batch), self.part)
+            yield slice(start + mine.start, start + mine.stop) if mine else slice(start, start + 1)
+
+    def __iter__(self) -> Iterator[list[tuple[int, bool]]]:
+        for rows in self.rows():
+            yield list(zip(self.order[rows].tolist(), self.mirrored[rows].tolist()))
 
 
 class ResidentLoader:
@@ -143,58 +166,58 @@ class ResidentLoader:
     Iterates like a DataLoader, over (images (B, 3, H, W) in [-1, 1], labels (B,)), as its `EpochPlan` says.
     """
 
-    def __init__(self, dataset: ImageSet, batch_size: int, device, *, shuffle=False, flip=False, seed=0):
+    def __init__(self, dataset: ImageSet, plan: EpochPlan, device):
         self.dataset = ImageSet(dataset.images.to(device), dataset.labels.to(device))
-        self.batch_size = batch_size
-        self.plan = EpochPlan(len(dataset), shuffle=shuffle, flip=flip, seed=seed)
+        self.plan = plan
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
-        self.plan.set_epoch(epoch, first_batch * self.batch_size)
+        self.plan.set_epoch(epoch, first_batch)
 
     def __len__(self) -> int:
         """Batches of a whole epoch."""
-        return math.ceil(len(self.dataset) / self.batch_size)
+        return self.plan.batches
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        if len(self.plan) == 0:  # split would give one empty batch
-            return
         device = self.dataset.images.device
         order, mirrored = self.plan.order.to(device), self.plan.mirrored.to(device)
-        for batch, flips in zip(order.split(self.batch_size), mirrored.split(self.batch_size)):
-            images, labels = self.dataset.images[batch], self.dataset.labels[batch]
+        for rows in self.plan.rows():
+            images, labels = self.dataset.images[order[rows]], self.dataset.labels[order[rows]]
             if self.plan.flip:
-                images = torch.where(flips[:, None, None, None], images.flip(-1), images)
+                images = torch.where(mirrored[rows, None, None, None], images.flip(-1), images)
             yield to_model_range(images), labels
 
 
 class FilesLoader:
     """Batches from `ImageFiles`, read by a DataLoader as the `EpochPlan` says."""
 
-    def __init__(self, dataset: ImageFiles, batch_size: int, *, shuffle=False, flip=False, seed=0, num_workers=0):
+    def __init__(self, dataset: ImageFiles, plan: EpochPlan, num_workers: int = 0):
         self.dataset = dataset
-        self.batch_size = batch_size
-        self.plan = EpochPlan(len(dataset), shuffle=shuffle, flip=flip, seed=seed)
+        self.plan = plan
         # A generator of its own: making an iterator draws a number, and must not from the one that training uses.
-        self.loader = DataLoader(
-            dataset, batch_size, sampler=self.plan, num_workers=num_workers, generator=torch.Generator()
-        )
+        self.loader = DataLoader(dataset, batch_sampler=plan, num_workers=num_workers, generator=torch.Generator())
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
-        self.plan.set_epoch(epoch, first_batch * self.batch_size)
+        self.plan.set_epoch(epoch, first_batch)
 
     def __len__(self) -> int:
         """Batches of a whole epoch."""
-        return math.ceil(len(self.dataset) / self.batch_size)
+        return self.plan.batches
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return iter(self.loader) if len(self.plan) else iter(())
+        return iter(self.loader)
 
 
-def make_loader(dataset, batch_size: int, device, *, train=False, flip=False, seed=0, num_workers=0):
-    """A loader with `dataset`, `set_epoch` and a length; `train` shuffles, and flips where `flip` says so."""
+def make_loader(
+    dataset, batch_size: int, device, *, train=False, flip=False, seed=0, num_workers=0, part=(0, 1)
+) -> ResidentLoader | FilesLoader:
+    """A loader with `dataset`, `plan` and a length; `train` shuffles, and flips where `flip` says so.
+
+    `part` is (this process, number of processes), as in `EpochPlan`.
+    """
+    plan = EpochPlan(len(dataset), batch_size, shuffle=train, flip=train and flip, seed=seed, part=part)
     if isinstance(dataset, ImageSet):
-        return ResidentLoader(dataset, batch_size, device, shuffle=train, flip=train and flip, seed=seed)
-    return FilesLoader(dataset, batch_size, shuffle=train, flip=train and flip, seed=seed, num_workers=num_workers)
+        return ResidentLoader(dataset, plan, device)
+    return FilesLoader(dataset, plan, num_workers)
 
 
 def split_off(dataset, seed: int, share: float = HELD_OUT):

@@ -483,21 +483,22 @@ def thin_trajectory(trajectory, length: int, frames: int) -> list[tuple[int, Ten
 
 
 def sample_in_batches(
-    diffusor: Diffusion, model, count: int, batch_size: int, seed: int, *, classes=None, channels=3, **sampling
+    diffusor: Diffusion, model, count: int, batch_size: int, seed: int, *, classes=None, first=0, channels=3, **sampling
 ) -> Iterator[Tensor]:
     """`count` images in batches of at most `batch_size`, on the CPU; image i depends on seed and i alone.
 
     Args:
-        classes: (count,) labels or None.  sampling: guidance_scale, sampler, steps, eta, as in `Diffusion.sample`.
+        classes: (count,) labels or None.  first: the number i of the first of these images.
+        sampling: guidance_scale, sampler, steps, eta, as in `Diffusion.sample`.
     """
-    for first in range(0, count, batch_size):
-        size = min(batch_size, count - first)
+    for done in range(0, count, batch_size):
+        size = min(batch_size, count - done)
         yield diffusor.sample(
             model,
             diffusor.img_size,
             size,
             channels,
-            classes=None if classes is None else classes[first : first + size],
-            generator=image_generators(seed, first, size),
+            classes=None if classes is None else classes[done : done + size],
+            generator=image_generators(seed, first + done, size),
             **sampling,
         ).cpu()

@@ -21,7 +21,8 @@ import ex2_viz as viz
 from ex2_checkpoint import write_atomically
 from ex2_config import Config
 from ex2_data import DataSplits, InputError, make_loader, reverse_transform, to_model_range
-from ex2_diffusion import Diffusion, evenly_spaced, sample_in_batches
+from ex2_diffusion import Diffusion, evenly_spaced, image_generators, randn, sample_in_batches
+from ex2_distributed import gathered_rows, is_main, share_of, shared_samples
 from ex2_features import (
     BATCH_SIZE,
     Inception,
@@ -55,7 +56,7 @@ MEMORY_CHECKED, MEMORY_SHOWN = 256, 16  # samples whose nearest training image i
 def evaluate(model, splits: DataSplits, diffusor: Diffusion, config: Config, weights: str = "ema") -> dict:
     """Losses of val and test, bits per dimension of test, for conditional shapes also the accuracy of a few samples.
 
-    Prints them and draws their curves; returns the report.
+    Each process evaluates its share; all have the same report.
 
     Args:
         model: in eval mode.  weights: which of the checkpoint's it has, for the report.
@@ -89,17 +90,23 @@ def evaluate(model, splits: DataSplits, diffusor: Diffusion, config: Config, wei
     }
     if config.dataset == "shapes" and config.class_free_guidance:
         report["class_accuracy"] = shapes_accuracy(model, diffusor, config)
-    print_losses(report)
-    viz.plot_loss_over_t(losses, config.run_dir / "loss_over_t.png")
-    viz.plot_bits_per_dim(report["bits_per_dim"], diffusor.timesteps, config.run_dir / "bits_per_dim.png")
     return report
 
 
 def write_report(report: dict, config: Config) -> None:
-    """The report as `test_metrics.json` of the run.
+    """The report as tables, as curves and as `test_metrics.json` of the run; the first process alone writes.
 
     Figures of samples that are there from an earlier test stay where the losses show that the weights are the same.
     """
+    if not is_main():
+        return
+    print_losses(report)
+    viz.plot_loss_over_t(report["losses"], config.run_dir / "loss_over_t.png")
+    viz.plot_bits_per_dim(report["bits_per_dim"], config.timesteps, config.run_dir / "bits_per_dim.png")
+    if "samples" in report:
+        print_samples(report["samples"])
+        if len(report["samples"]["by_scale"]) > 1:
+            viz.plot_guidance(report["samples"], config.run_dir / "guidance_curve.png")
     path = config.run_dir / "test_metrics.json"
     before = json.loads(path.read_text()) if path.is_file() else {}
     if "samples" in before and "samples" not in report and before["losses"] == report["losses"]:
@@ -111,10 +118,10 @@ def shapes_accuracy(model, diffusor: Diffusion, config: Config) -> dict:
     """Share of conditional samples that the template oracle assigns to their class."""
     count = 10 if config.dry_run else ORACLE_SAMPLES
     classes = torch.arange(count) % model.null_class
-    batches = sample_in_batches(
+    images = shared_samples(
         diffusor, model, count, config.sample_batch, config.seed + 1, classes=classes, **config.sampling
     )
-    accuracy = ShapesOracle(config.image_size).accuracy(reverse_transform(torch.cat(list(batches))), classes)
+    accuracy = ShapesOracle(config.image_size).accuracy(reverse_transform(images), classes)
     return {"accuracy": accuracy, "samples": count, **config.sampling}
 
 
@@ -219,7 +226,8 @@ def judge_samples(
 ) -> dict:
     """Samples at each guidance scale against the training images, with test images and noise beside them. 2.4 c.
 
-    All scales start from the same noise. Prints a table, draws the trade-off and the nearest training images.
+    All scales start from the same noise. Draws the nearest training images. Each process samples and describes its
+    share; all have the same report.
 
     Args:
         model: in eval mode.  count: samples per scale; of each batch only the features are kept, so any number fits.
@@ -256,14 +264,14 @@ def judge_samples(
         "noise": compare(judge.reference, describe(judge, noise_batches(count, real.pixels[0].shape), diffusor.device)),
         "memorisation": check_memorisation(judge, own, real, diffusor.device, config.run_dir / "nearest.png"),
     }
-    print_samples(report)
-    if len(by_scale) > 1:
-        viz.plot_guidance(report, config.run_dir / "guidance_curve.png")
     return report
 
 
 def describe(judge: Judge, batches: Iterable[tuple[Tensor, Tensor | None]], device) -> Described:
-    """Goes through (uint8 images (B, 3, H, W), labels (B,) or None) once; holds one batch of images at a time."""
+    """Goes through (uint8 images (B, 3, H, W), labels (B,) or None) once; holds one batch of images at a time.
+
+    The batches are this process's share (`share_of`) of the images, the result is of all.
+    """
     features, pixels, right, kept = [], [], [], 0
     for images, labels in batches:
         images = images.to(device)
@@ -273,31 +281,41 @@ def describe(judge: Judge, batches: Iterable[tuple[Tensor, Tensor | None]], devi
             kept += len(pixels[-1])
         if judge.classify is not None and labels is not None:
             right.append(judge.classify(images).cpu() == labels.cpu())
-    accuracy = torch.cat(right).double().mean().item() if right else None
-    return Described(torch.cat(features), torch.cat(pixels), accuracy)
+    right = gathered_rows(right, "classes of images")
+    return Described(
+        gathered_rows(features, "features of images"),
+        gathered_rows(pixels, "pixels of images")[:MEMORY_CHECKED],
+        right.double().mean().item() if len(right) else None,
+    )
 
 
 def real_batches(dataset, count: int, num_workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-    """The first `count` images of a data set, as the judge takes them."""
-    dataset = dataset.subset(torch.arange(count)) if count < len(dataset) else dataset
+    """This process's share of the first `count` images of a data set, as the judge takes them."""
+    dataset = dataset.subset(torch.tensor(share_of(min(count, len(dataset)))))
     for images, labels in make_loader(dataset, BATCH_SIZE, "cpu", num_workers=num_workers):
         yield reverse_transform(images), labels
 
 
 def noise_batches(count: int, shape: Sequence[int]) -> Iterator[tuple[Tensor, None]]:
-    """Gaussian noise, clamped to the range of images: what a sampler starts from."""
-    generator = torch.Generator().manual_seed(NOISE_SEED)
-    for part in torch.arange(count).split(BATCH_SIZE):
-        yield reverse_transform(torch.randn(len(part), *shape, generator=generator)), None
+    """This process's share of Gaussian noise, clamped to the range of images: what a sampler starts from."""
+    for part in torch.tensor(share_of(count)).split(BATCH_SIZE):
+        yield (
+            reverse_transform(
+                randn((len(part), *shape), torch.device("cpu"), image_generators(NOISE_SEED, int(part[0]), len(part)))
+            ),
+            None,
+        )
 
 
 def sampled_batches(
     model, diffusor: Diffusion, config: Config, labels: Tensor, scale: float
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """One sample per label, at guidance scale `scale`; a model without classes makes as many."""
+    """One sample per label of this process's share, at guidance scale `scale`; as many of a model without classes."""
+    mine = share_of(len(labels))
+    labels = labels[mine.start : mine.stop]
     settings = {**config.sampling, "guidance_scale": scale, "batch_size": config.sample_batch, "seed": config.seed + 1}
     classes = labels if config.class_free_guidance else None
-    batches = sample_in_batches(diffusor, model, len(labels), classes=classes, **settings)
+    batches = sample_in_batches(diffusor, model, len(labels), classes=classes, first=mine.start, **settings)
     with tqdm(total=len(labels), desc=f"judging, w = {scale:g}", leave=False, disable=None) as progress:
         for images, wanted in zip(batches, labels.split(config.sample_batch)):
             yield reverse_transform(images), wanted
@@ -365,7 +383,8 @@ def check_memorisation(judge: Judge, samples: Described, real: Described, device
             "share_nearer": (of_samples < of_test.quantile(0.05)).double().mean().item(),
         }
     labels = ["sample", "nearest training\nimage by pixels", "by features"]
-    viz.save_grid(torch.cat(rows), path, len(rows[0]), labels)
+    if is_main():
+        viz.save_grid(torch.cat(rows), path, len(rows[0]), labels)
     return report
 
 

@@ -28,6 +28,7 @@ from ex2_data import (
     to_model_range,
     training_images,
 )
+from ex2_distributed import from_main, gathered_rows, is_main, share_of, world_size
 
 INCEPTION_WEIGHTS = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
@@ -194,17 +195,23 @@ def randomly_shifted(images: Tensor) -> Tensor:
 def accuracy(classifier: SmallClassifier, dataset, device, num_workers: int = 0) -> float:
     """Share of the images for which the classifier is right in its task."""
     right = []
-    for batch in make_loader(dataset, BATCH_SIZE, device, num_workers=num_workers):
+    for batch in make_loader(own_share(dataset), BATCH_SIZE, device, num_workers=num_workers):
         images, labels = classifier.task(*batch)
         right.append((classifier.classify(reverse_transform(images.to(device))) == labels.cpu()).double())
-    return torch.cat(right).mean().item()
+    return gathered_rows(right, "accuracy of the classifier").mean().item()
+
+
+def own_share(dataset):
+    """The images of a data set that this process looks at."""
+    return dataset.subset(torch.tensor(share_of(len(dataset)))) if world_size() > 1 else dataset
 
 
 def features_of(extractor, dataset, device, num_workers: int = 0) -> Tensor:
     """(N, width) features of every image, on the CPU."""
-    loader = make_loader(dataset, BATCH_SIZE, device, num_workers=num_workers)
+    loader = make_loader(own_share(dataset), BATCH_SIZE, device, num_workers=num_workers)
     batches = tqdm(loader, "features", leave=False, disable=None)
-    return torch.cat([extractor.features(reverse_transform(images.to(device))).cpu() for images, _ in batches])
+    rows = [extractor.features(reverse_transform(images.to(device))).cpu() for images, _ in batches]
+    return gathered_rows(rows, "features of a data set")
 
 
 @dataclass(frozen=True)
@@ -227,7 +234,13 @@ def classifier_reference(splits: DataSplits, folder: Path, device, *, flip: bool
     def compute() -> dict:
         print(f"training the classifier that samples are judged by, on {len(images)} images")
         training = {"flip": flip, "epochs": CLASSIFIER_EPOCHS, "num_workers": num_workers}
-        model = train_classifier(images, num_classes, device, **training)
+        model = SmallClassifier(num_classes, images[0][0].shape[-1])
+        model.load_state_dict(
+            from_main(
+                lambda: train_classifier(images, num_classes, device, **training).cpu().state_dict(), "the classifier"
+            )
+        )
+        model.to(device).eval()
         return {
             "model": model.state_dict(),
             "accuracy": accuracy(model, splits.test, device, num_workers),
@@ -257,14 +270,23 @@ def inception_reference(splits: DataSplits, weights: str, folder: Path, device, 
 def cached(path: Path, compute: Callable[[], dict]) -> dict:
     """The content of `path`; where there is none, or a damaged one, that of `compute()`, which is then kept there.
 
-    A folder that can't be written to costs the next call the same work, and not this one its result.
+    A folder that can't be written to costs the next call the same work, and not this one its result. Of several
+    processes the first one reads and writes, all of them compute.
     """
-    if path.is_file():
+
+    def read() -> dict | None:
         try:
-            return read_checkpoint(path)
+            return read_checkpoint(path) if path.is_file() else None
         except InputError as error:
             print(f"{error}; computing it anew")
+            return None
+
+    content = from_main(read, "what an earlier call computed")
+    if content is not None:
+        return content
     content = compute()
+    if not is_main():
+        return content
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_checkpoint(path, **content)

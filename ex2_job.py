@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ex2_data import InputError
+from ex2_distributed import is_main, local_rank, world_size
 
 # The end of a SLURM job, Ctrl-C, and SLURM's warning before the end; Windows lacks the last.
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
@@ -84,9 +85,12 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         InputError: another process works in the folder.
     """
+    if not is_main():  # of several processes the first one holds it for all
+        yield
+        return
     path = folder / LOCK_NAME
     mine = {"pid": os.getpid(), "host": socket.gethostname(), "started": process_start(os.getpid())}
-    mine["job"] = os.environ.get("SLURM_JOB_ID")
+    mine["job"] = os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID", "none")
     while True:
         try:
             with open(path, "x") as file:
@@ -123,7 +127,7 @@ def check_abandoned(path: Path, mine: dict) -> None:
         started = process_start(holder["pid"])
         gone = not process_runs(holder["pid"]) or (started is not None and started != holder.get("started"))
     else:
-        gone = age > ABANDONED or (mine["job"] is not None and holder.get("job") == mine["job"])
+        gone = age > ABANDONED or (mine["job"] != "none" and holder.get("job") == mine["job"])
     if not gone:
         raise InputError(
             f"process {holder['pid']} on {holder.get('host')} works in {path.parent}: wait for it, or choose another "
@@ -165,7 +169,7 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 def pick_device(cuda: bool | None, num_threads: int | None = None) -> torch.device:
-    """The visible GPU with the most free memory where there is one, else the CPU.
+    """The visible GPU with the most free memory where there is one, else the CPU; several processes have one each.
 
     Args:
         cuda: insist on the GPU (True) or stay off it (False).  num_threads: of the CPU; None leaves it to torch.
@@ -179,12 +183,28 @@ def pick_device(cuda: bool | None, num_threads: int | None = None) -> torch.devi
         raise InputError("--cuda: torch finds no CUDA GPU here; drop the flag to run on the CPU")
     if cuda is False or not torch.cuda.is_available():
         return torch.device("cpu")
+    if world_size() > 1:
+        return own_gpu(local_rank())
     free = [torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())]
     device = torch.device("cuda", free.index(max(free)))
     torch.cuda.set_device(device)
     if len(free) > 1:
         print(f"{device} of {len(free)}, the one with the most free memory ({max(free) / 1e9:.1f} GB)")
     return device
+
+
+def own_gpu(number: int) -> torch.device:
+    """The GPU of process `number` of this machine.
+
+    Raises:
+        InputError: it has fewer GPUs than processes.
+    """
+    if number >= torch.cuda.device_count():
+        raise InputError(
+            f"process {number} of this machine finds no GPU of its own ({torch.cuda.device_count()} visible): start "
+            "torchrun with --nproc_per_node=gpu, or give --no_cuda"
+        )
+    return torch.device("cuda", number)
 
 
 class FittingModel:

@@ -5,6 +5,8 @@ python ex2_main.py test --checkpoint results/DDPM         losses, bits per dimen
 python ex2_main.py sample --checkpoint results/DDPM       images of chosen classes (2.2 b, 2.4)
 python ex2_main.py compare --vary schedule=linear,cosine  a run for every combination, side by side (2.2, 2.3, 2.4)
 python ex2_main.py report                                 everything under results/ as one page
+
+Several GPUs: torchrun --standalone --nproc_per_node=gpu ex2_main.py ... runs the same commands in several processes.
 """
 
 from __future__ import annotations
@@ -29,13 +31,23 @@ import ex2_viz as viz
 from ex2_checkpoint import load_checkpoint, write_atomically
 from ex2_compare import grid_of_runs, is_judged, parse_vary, write_comparison, write_study
 from ex2_data import DataSplits, InputError, make_loader
-from ex2_diffusion import Diffusion, check_images, evenly_spaced, sample_in_batches
+from ex2_diffusion import Diffusion, check_images, evenly_spaced
+from ex2_distributed import (
+    ProcessesError,
+    connected,
+    from_main,
+    is_main,
+    name_of_process,
+    rank,
+    shared_samples,
+    world_size,
+)
 from ex2_evaluation import build_judge, evaluate, judge_samples, write_report
 from ex2_metrics import loss_over_timesteps
 from ex2_model import Unet
 from ex2_pictures import GUIDANCE_SCALES, draw_process, draw_samples
 from ex2_report import write_page
-from ex2_training import LossMeter, RunError, RunLog, TrainingState
+from ex2_training import LossMeter, RunError, RunLog, TrainingState, draw_for
 
 MAX_SAMPLES = 100_000  # of one `sample`: they are held in memory until they are written
 
@@ -47,20 +59,21 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 2 for input that can't be used, 1 for a fault while running."""
     try:
         args = cfg.parse_args(sys.argv[1:] if argv is None else argv)
-        with job.handled_by(job.interrupt):
+        timeout = args.given.get("timeout_minutes", cfg.Config.timeout_minutes)
+        with job.handled_by(job.interrupt), connected(args.given.get("cuda"), timeout):
             COMMANDS[args.command](args)
     except InputError as error:
         # From a worker process that reads images the message comes with the worker's traceback before it.
         message = str(error).splitlines()[-1].replace("ex2_data.InputError: ", "")
-        print(f"error: {message}", file=sys.stderr)
+        print(f"{name_of_process()}error: {message}", file=sys.stderr)
         return 2
-    except (RunError, OSError, FloatingPointError) as error:
+    except (RunError, ProcessesError, OSError, FloatingPointError) as error:
         full = getattr(error, "errno", None) in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
         advice = "; free some space: the same command goes on from what is saved" if full else ""
-        print(f"error: {error}{advice}", file=sys.stderr)
+        print(f"{name_of_process()}error: {error}{advice}", file=sys.stderr)
         return 1
     except torch.cuda.OutOfMemoryError:  # a RuntimeError, so it comes first
-        print("error: the GPU's memory is full: lower --batch_size or --dim", file=sys.stderr)
+        print(f"{name_of_process()}error: the GPU's memory is full: lower --batch_size or --dim", file=sys.stderr)
         return 1
     except RuntimeError as error:
         if "allocate memory" not in str(error):
@@ -81,8 +94,9 @@ def run_train(args) -> None:
         diffusor = cfg.build_diffusion(config, device)
         model = job.FittingModel(fit(config, splits, diffusor, device))
         write_report(evaluate(model, splits, diffusor, config), config)
-        draw_process(model, splits, diffusor, config)
-        draw_samples(model, splits.class_names, diffusor, config)
+        if is_main():
+            draw_process(model, splits, diffusor, config)
+            draw_samples(model, splits.class_names, diffusor, config)
     print(f"done: see {config.run_dir}/")
 
 
@@ -98,7 +112,8 @@ def run_compare(args) -> None:
     with job.locked(base.run_dir):
         splits = cfg.load_data(base)
         runs = grid_of_runs(base, varied, len(splits.class_names))
-        write_study(base.run_dir, varied, runs)
+        if is_main():
+            write_study(base.run_dir, varied, runs)
         judge = None
         if args.eval_samples > 0:
             judge = build_judge(splits, device, base, features_dir(base.run_dir), args.eval_samples)
@@ -109,7 +124,8 @@ def run_compare(args) -> None:
                 train_and_judge(config, splits, judge, args.eval_samples, device)
             except RunError as error:
                 failed[name] = str(error)
-        write_comparison(runs, varied, failed, base.run_dir, device)
+        if is_main():
+            write_comparison(runs, varied, failed, base.run_dir, device)
     if failed:
         raise RunError("; ".join(f"{name}: {reason}" for name, reason in failed.items()))
     print(f"done: see {base.run_dir}/")
@@ -120,7 +136,7 @@ def train_and_judge(config: cfg.Config, splits: DataSplits, judge, count: int, d
     make_run_dir(config.run_dir)
     diffusor = cfg.build_diffusion(config, device)
     model = job.FittingModel(fit(config, splits, diffusor, device))
-    if not is_judged(config, judge, count):
+    if not from_main(lambda: is_judged(config, judge, count), "the figures of an earlier call"):
         test_and_judge(judge, model, splits, diffusor, config, count, scales=[], weights="ema")
 
 
@@ -171,7 +187,7 @@ def run_sample(args) -> None:
     chosen = choose_classes(args.classes, names, config)
     by_scale = [dataclasses.replace(config, guidance_scale=w) for w in args.scales or [config.guidance_scale]]
     count = 1 if config.dry_run else args.n_images
-    out = config.run_dir if args.out else next_free(config.run_dir / "samples")
+    out = config.run_dir if args.out else from_main(lambda: next_free(config.run_dir / "samples"), "the folder")
     make_run_dir(out)
     diffusor = cfg.build_diffusion(config, device)
     model = job.FittingModel(cfg.restore_model(checkpoint, config, device, args.weights))
@@ -181,7 +197,7 @@ def run_sample(args) -> None:
     for scaled in by_scale:
         folder = out if len(by_scale) == 1 else out / f"w={scaled.guidance_scale:g}"
         rows.append(sample_and_save_images(count, diffusor, model, device, folder, **common, **scaled.sampling))
-    if len(by_scale) > 1:
+    if len(by_scale) > 1 and is_main():
         shown = [names[c] for c in classes or ()]
         viz.save_guidance_grid(rows, args.scales, out / "guidance_grid.png", shown)
         scales = " ".join(f"{w:g}" for w in args.scales)
@@ -191,7 +207,7 @@ def run_sample(args) -> None:
 
 def open_checkpoint(args):
     """(checkpoint, config, device) for `test` and `sample`, with the flags given now, and --out as run_dir."""
-    checkpoint = load_checkpoint(args.checkpoint)
+    checkpoint = from_main(lambda: load_checkpoint(args.checkpoint), "the checkpoint")
     out = Path(args.out or run_dir_of(args.checkpoint)).resolve()
     if not out.name:
         raise InputError(f"--out: {out} is no folder for pictures")
@@ -223,7 +239,9 @@ def next_free(folder: Path) -> Path:
 
 
 def make_run_dir(path: Path) -> None:
-    """Creates the folder and sees that it can be written to."""
+    """Creates the folder and sees that it can be written to; of several processes the first one does."""
+    if not is_main():
+        return
     try:
         path.mkdir(parents=True, exist_ok=True)
         (path / ".writable").write_bytes(b"")
@@ -264,7 +282,8 @@ def choose_scales(args, config: cfg.Config) -> list[float]:
 def run_report(args) -> None:
     """`report`: everything under a results folder as one page, in the order of the sheet."""
     folder = Path(args.results_dir)
-    write_page(folder)
+    if is_main():
+        write_page(folder)
     print(f"done: see {folder / 'index.html'} and {folder / 'report.md'}")
 
 
@@ -279,20 +298,20 @@ def fit(config: cfg.Config, splits: DataSplits, diffusor: Diffusion, device) -> 
     """
     torch.manual_seed(config.seed)
     model = cfg.build_model(config, len(splits.class_names)).to(device)
-    torch.manual_seed(config.seed)  # again, so that models of any size are trained with the same noise
     settings = {"flip": config.flip, "seed": config.seed, "num_workers": config.num_workers}
-    loader = make_loader(splits.train, config.batch_size, device, train=True, **settings)
+    part = (rank(), world_size())
+    loader = make_loader(splits.train, config.batch_size, device, train=True, part=part, **settings)
     val_loader = make_loader(splits.val, config.batch_size * 2, device, num_workers=config.num_workers)
     epochs, steps_per_epoch = (1, 1) if config.dry_run else (config.epochs, len(loader))
     state = TrainingState(model, config, splits.class_names, epochs * steps_per_epoch, steps_per_epoch, device)
     state.resume()
-    log = RunLog(config.run_dir / "log.csv", state.epochs_done, state.step)
-    settings_text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
-    write_atomically(config.run_dir / "config.json", settings_text.encode())
+    log = open_log(state)
     if state.epochs_done < epochs:
         announce(config, splits, model, diffusor, loader, state.total_steps - state.step)
-        job.check_space(config.run_dir, state.needed_space() if config.save_model else 0)
+        if config.save_model and is_main():
+            job.check_space(config.run_dir, state.needed_space())
         state.save()  # a disk that is full shows now, and not after an epoch
+        state.connect()
 
     while state.epochs_done < epochs:
         epoch_loss = train_epoch(state, loader, diffusor, log)
@@ -306,17 +325,29 @@ def fit(config: cfg.Config, splits: DataSplits, diffusor: Diffusion, device) -> 
             raise RunError(
                 f"the weights are not finite after epoch {state.epochs_done + 1}; the last checkpoint is untouched"
             )
-        log.write(step=state.step, epoch=state.epochs_done, epoch_loss=epoch_loss, val_loss=val_loss)
+        if log is not None:
+            log.write(step=state.step, epoch=state.epochs_done, epoch_loss=epoch_loss, val_loss=val_loss)
         state.epochs_done += 1
-        state.meter = LossMeter(state.epochs_done)
+        state.meter = LossMeter(state.epochs_done, shared=True)
         print(f"epoch {state.epochs_done}/{epochs}: train {epoch_loss:.4f}, val {val_loss:.4f} ({config.loss_type})")
         state.save()
-        viz.plot_training(log.rows(), config.run_dir / "training.png")
+        if log is not None:
+            viz.plot_training(log.rows(), config.run_dir / "training.png")
     state.drop_previous()
     return state.ema.module.eval()
 
 
-def train_epoch(state: TrainingState, loader, diffusor: Diffusion, log: RunLog) -> float:
+def open_log(state: TrainingState) -> RunLog | None:
+    """The run's log.csv, with config.json beside it; None for all processes but the first, which alone writes."""
+    if not is_main():
+        return None
+    config = state.config
+    settings_text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+    write_atomically(config.run_dir / "config.json", settings_text.encode())
+    return RunLog(config.run_dir / "log.csv", state.epochs_done, state.step)
+
+
+def train_epoch(state: TrainingState, loader, diffusor: Diffusion, log: RunLog | None) -> float:
     """What is left of the current epoch; returns its loss. A signal waits for the end of the step, which is saved."""
     config = state.config
     loader.set_epoch(state.epochs_done, state.first_batch)
@@ -324,13 +355,14 @@ def train_epoch(state: TrainingState, loader, diffusor: Diffusion, log: RunLog) 
 
         def after_step() -> None:
             state.step += 1
-            if waiting:
+            last = state.first_batch == state.steps_per_epoch
+            if number := state.stop_vote(waiting[0] if waiting else 0, at_once=last):
                 state.save()
-                raise job.Interrupted(waiting[0])
+                raise job.Interrupted(number)
             state.save_if_due()
 
         return train(
-            state.model,
+            state.network,
             loader,
             state.optimizer,
             diffusor,
@@ -342,6 +374,7 @@ def train_epoch(state: TrainingState, loader, diffusor: Diffusion, log: RunLog) 
             log=log,
             meter=state.meter,
             first_batch=state.first_batch,
+            draw=lambda images: state.draw(images, diffusor.timesteps, loader.plan),
             after_step=after_step,
             loss_type=config.loss_type,
             grad_clip=config.grad_clip,
@@ -363,6 +396,7 @@ def train(
     log=None,
     meter=None,
     first_batch=0,
+    draw=None,
     after_step=None,
     loss_type="l2",
     grad_clip=1.0,
@@ -375,6 +409,7 @@ def train(
         args: has `log_interval` and `dry_run` (one batch only).
         scheduler, ema: stepped once per optimiser step.  log: a `RunLog`.
         meter, first_batch: the `LossMeter` and the number of batches that an interrupted epoch has behind it.
+        draw: images -> `Draw`, the times and noise of a step; None draws them from torch's global generator.
         after_step: called without arguments after every optimiser step, and may end the epoch by an exception.
         grad_clip: largest norm of the gradient.  amp: bfloat16 autocast.
 
@@ -382,7 +417,8 @@ def train(
         RunError: the loss is no longer finite.
     """
     device = torch.device(device)
-    conditional = getattr(model, "class_free_guidance", False)
+    unet = getattr(model, "module", model)  # where several processes share gradients, DDP holds it
+    conditional = getattr(unet, "class_free_guidance", False)
     model.train()
     meter = LossMeter(epoch) if meter is None else meter
     whole = {"total": len(trainloader), "initial": first_batch}
@@ -391,9 +427,11 @@ def train(
         images, labels = images.to(device), labels.to(device)
         if step == first_batch:
             check_images(images.cpu())
-        t = torch.randint(0, diffusor.timesteps, (len(images),), device=device)
+        drawn = draw(images) if draw else draw_for(images, diffusor.timesteps)
+        classes = labels if conditional else None
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            loss = diffusor.p_losses(model, images, t, loss_type=loss_type, classes=labels if conditional else None)
+            loss = diffusor.p_losses(model, images, drawn.t, drawn.noise, loss_type=loss_type, classes=classes)
+        loss = loss * drawn.weight
         lr = optimizer.param_groups[0]["lr"]
         optimizer.zero_grad()
         loss.backward()
@@ -403,7 +441,7 @@ def train(
             scheduler.step()
         if ema is not None:
             ema.update_parameters(model)
-        meter.add(loss.detach(), norm, len(images), lr)
+        meter.add(loss.detach(), norm, drawn.batch_size, lr)
         last = args.dry_run or step + 1 == len(trainloader)
         if last or len(meter.window) == args.log_interval:
             train_loss, grad_norm = meter.close_window()
@@ -510,18 +548,21 @@ def sample_and_save_images(
 ) -> torch.Tensor:
     """Samples images and saves them one by one and as `grid.png`; returns them, (n_images, C, H, W) on the CPU.
 
+    Each process samples its share; the first one saves.
+
     Args:
         classes: a label per image, for a conditional model.  class_names: their names, for file names and the grid.
         sampling: `guidance_scale`, `sampler`, `steps` and `eta` as in `Diffusion.sample`.
     """
     store_path = Path(store_path)
-    store_path.mkdir(parents=True, exist_ok=True)
     training = model.training
     model.to(device).eval()
     classes = None if classes is None else torch.as_tensor(classes)
-    batches = sample_in_batches(diffusor, model, n_images, batch_size, seed, classes=classes, **sampling)
-    images = torch.cat(list(batches))
+    images = shared_samples(diffusor, model, n_images, batch_size, seed, classes=classes, **sampling)
     model.train(training)
+    if not is_main():
+        return images
+    store_path.mkdir(parents=True, exist_ok=True)
     labels = [] if classes is None else [class_names[c] if class_names else str(c) for c in classes.tolist()]
     suffixes = [re.sub(r"[^\w.-]+", "_", f"_{label}") for label in labels] or [""] * n_images
     viz.save_images(images, [store_path / f"{i:04d}{suffix}.png" for i, suffix in enumerate(suffixes)])

@@ -18,6 +18,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 from tqdm import tqdm
 
 from ex2_diffusion import Diffusion, check_images, image_generators, randn
+from ex2_distributed import gathered_rows, share_of, total_of
 from ex2_shapes import SHAPES, draw_shapes
 
 NOISE_SEED = 20_201_216  # of every evaluation, so that figures of different runs are comparable
@@ -32,7 +33,7 @@ def evaluation_batches(
 ) -> Iterator[tuple[Tensor, Tensor, list[torch.Generator]]]:
     """Batches of the first `max_images` images of `loader`: (images, labels, one random generator per image).
 
-    Image i has the same generator in every run and at any batch size.
+    Image i has the same generator in every run and at any batch size. Each process has its share of every batch.
     """
     seen = 0
     for images, labels in tqdm(loader, "evaluating", leave=False, disable=None):
@@ -40,7 +41,10 @@ def evaluation_batches(
             images, labels = images[: max_images - seen], labels[: max_images - seen]
         images, labels = images.to(device), labels.to(device)
         check_images(images)
-        yield images, labels, image_generators(NOISE_SEED, seen, len(images))
+        mine = share_of(len(images))
+        if mine:
+            generators = image_generators(NOISE_SEED, seen + mine.start, len(mine))
+            yield images[mine.start : mine.stop], labels[mine.start : mine.stop], generators
         seen += len(images)
         if seen == max_images:
             return
@@ -79,7 +83,7 @@ def loss_over_timesteps(
     """
     names = ("l1", "l2", "x_zero_l1", "x_zero_l2")
     totals = {name: torch.zeros(len(times), dtype=torch.float64) for name in names}
-    seen = 0
+    seen = torch.zeros((), dtype=torch.long)
     for images, labels, generators in evaluation_batches(loader, diffusor.device, max_images):
         classes = labels_for(model, labels, unconditional)
         noise = randn(images.shape, images.device, generators)
@@ -92,7 +96,8 @@ def loss_over_timesteps(
                 totals[prefix + "l1"][k] += F.l1_loss(estimate, truth).item() * len(images)
                 totals[prefix + "l2"][k] += F.mse_loss(estimate, truth).item() * len(images)
         seen += len(images)
-    means = {name: (total / seen).tolist() for name, total in totals.items()}
+    seen = int(total_of(seen, "images of the losses"))
+    means = {name: (total_of(total, "losses") / seen).tolist() for name, total in totals.items()}
     return {"t": list(times), "log_snr": diffusor.log_snr[list(times)].tolist(), **means, "images": seen}
 
 
@@ -213,7 +218,7 @@ def bits_per_dim(model, loader: Iterable, diffusor: Diffusion, draws: int, max_i
         priors.append(prior_term(diffusor, images))
 
     sizes = torch.tensor([1.0, *map(len, strata)], dtype=torch.float64)
-    prior = torch.cat(priors) / math.log(2)  # (N,)
+    prior = gathered_rows(priors, "prior term of the bound") / math.log(2)  # (N,)
     report = {
         "images": len(prior),
         "calls": 1 + len(strata),
@@ -221,7 +226,7 @@ def bits_per_dim(model, loader: Iterable, diffusor: Diffusion, draws: int, max_i
         "prior": prior.mean().item(),
     }
     for name in VARIANCES:
-        bits = torch.cat(terms[name]) / math.log(2)  # (N, 1 + strata)
+        bits = gathered_rows(terms[name], "terms of the bound") / math.log(2)  # (N, 1 + strata)
         totals = prior + bits @ sizes
         report[name] = {
             "total": totals.mean().item(),

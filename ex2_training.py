@@ -8,15 +8,29 @@ import io
 import time
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ex2_checkpoint import CHECKPOINT_NAME, PREVIOUS, load_checkpoint, save_checkpoint, write_atomically
 from ex2_config import TRAINING_GROUPS, Config, config_of
-from ex2_data import InputError
+from ex2_data import EpochPlan, InputError
+from ex2_distributed import (
+    StopVote,
+    from_main,
+    is_main,
+    is_restart,
+    mean_over_processes,
+    rank,
+    share_of,
+    world_size,
+)
 
 LOG_COLUMNS = ("step", "epoch", "seconds", "lr", "grad_norm", "train_loss", "epoch_loss", "val_loss")
 
@@ -25,27 +39,73 @@ class RunError(RuntimeError):
     """A run that can't go on, for a reason that is not the command line's; the message is one line."""
 
 
+class Draw(NamedTuple):
+    """What an optimiser step draws."""
+
+    t: Tensor  # (B,) times, of the B images of the batch that this process has
+    noise: Tensor  # like the images
+    batch_size: int  # images of the step, over all processes
+    weight: float  # of these images' mean loss, so that the mean over processes is the mean over the batch
+
+
+def draw_for(images: Tensor, timesteps: int) -> Draw:
+    """Times and noise for a whole batch, from torch's global generator."""
+    t = torch.randint(0, timesteps, (len(images),), device=images.device)
+    return Draw(t, torch.randn_like(images), len(images), 1.0)
+
+
 class TrainingState:
     """Everything that training changes: weights, their average, the optimiser's moments and the learning rate.
 
+    Several processes hold it all, and change it alike; the first one alone saves it.
+
     Args:
         total_steps: optimiser steps of the whole training.  steps_per_epoch: of one epoch.
+
+    Attributes:
+        model: the U-Net, whose weights are saved.  network: what is called in training: the U-Net, or what shares its
+            gradients with the other processes.
     """
 
     def __init__(self, model, config: Config, class_names, total_steps: int, steps_per_epoch: int, device):
-        self.model = model
+        self.model = self.network = model
         self.config = config
         self.class_names = list(class_names)
         self.total_steps = total_steps
         self.steps_per_epoch = steps_per_epoch
         self.device = torch.device(device)
+        self.generator = torch.Generator(self.device)  # of the times and noise, see `draw`
+        self.stop_vote = StopVote()
         self.ema = build_ema(model, config.ema_decay)
         self.optimizer = AdamW(model.parameters(), lr=config.lr)
         self.scheduler = build_scheduler(self.optimizer, config.warmup_steps, total_steps)
         self.epochs_done = 0  # epochs that are over, their validation included
         self.step = 0  # optimiser steps that are done
-        self.meter = LossMeter(0)  # of the epoch that is going on
+        self.meter = LossMeter(0, shared=True)  # of the epoch that is going on
         self.saved_at = time.monotonic()
+
+    def connect(self) -> None:
+        """From now on the processes train on the mean of their gradients (DDP); weights start as the first one's."""
+        if world_size() > 1:
+            devices = [self.device] if self.device.type == "cuda" else None
+            self.network = DistributedDataParallel(self.model, devices, gradient_as_bucket_view=True)
+
+    def draw(self, images: Tensor, timesteps: int, plan: EpochPlan) -> Draw:
+        """Times and noise of the next step, for those of its images that this process has.
+
+        They depend on the seed and the step alone, and are drawn for the whole batch, of which each process takes its
+        rows: so a resumed run computes what an uninterrupted one does, and several processes what one does, to
+        rounding. What the network draws itself, as which labels to drop, differs by process.
+        """
+        shared, *own = np.random.SeedSequence((self.config.seed, self.step)).generate_state(1 + world_size()).tolist()
+        self.generator.manual_seed(shared)
+        torch.manual_seed(own[rank()])
+        total = plan.images_in(self.first_batch)
+        mine = share_of(total)
+        rows = slice(mine.start, mine.stop) if mine else slice(0, 1)
+        t = torch.randint(0, timesteps, (total,), generator=self.generator, device=self.device)[rows]
+        noise = torch.randn(total, *images.shape[1:], generator=self.generator, device=self.device)[rows]
+        return Draw(t, noise, total, len(mine) * world_size() / total)
 
     @property
     def first_batch(self) -> int:
@@ -58,12 +118,9 @@ class TrainingState:
         Raises:
             RunError: a loss since the last row of the log is not finite; the last checkpoint is untouched.
         """
-        if not self.config.save_model:
+        if not self.config.save_model or not is_main():
             return
         self.meter.check_finite()
-        random = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            random["cuda"] = torch.cuda.get_rng_state(self.device)
         save_checkpoint(
             self.config.run_dir / CHECKPOINT_NAME,
             config=dataclasses.asdict(self.config),
@@ -76,7 +133,7 @@ class TrainingState:
             epoch=self.epochs_done,
             step=self.step,
             meter=self.meter.state_dict(),
-            random=random,
+            processes=world_size(),
         )
         self.saved_at = time.monotonic()
 
@@ -88,7 +145,7 @@ class TrainingState:
     def drop_previous(self) -> None:
         """Removes the checkpoint before the newest, which a finished run needs no more: pools have small quotas."""
         path = self.config.run_dir / CHECKPOINT_NAME
-        if path.is_file():
+        if is_main() and path.is_file():
             path.with_name(path.name + PREVIOUS).unlink(missing_ok=True)
 
     def needed_space(self) -> int:
@@ -103,12 +160,9 @@ class TrainingState:
             InputError: it was trained with other settings or on other classes, or `resume` insists and there is none.
         """
         config = self.config
-        there = any(config.run_dir.glob(f"{CHECKPOINT_NAME}*"))
-        if config.resume and not there:
-            raise InputError(f"--resume: no checkpoint in {config.run_dir}; drop the flag to start a new run")
-        if config.dry_run or config.resume is False or not there:
+        saved = from_main(self.find_checkpoint, "the checkpoint")
+        if saved is None:
             return
-        saved = load_checkpoint(config.run_dir)
         changed = changed_settings(config_of(saved, {}), config)
         if changed and not config.allow_changes:
             raise InputError(
@@ -122,7 +176,7 @@ class TrainingState:
             )
         self.load_weights(saved)
         self.epochs_done, self.step = saved["epoch"], saved["step"]
-        self.meter = LossMeter(self.epochs_done)
+        self.meter = LossMeter(self.epochs_done, shared=True)
         if changed:
             print(f"{config.run_dir}: going on with other settings ({changed}), from the start of the epoch")
             self.step = self.epochs_done * self.steps_per_epoch
@@ -135,13 +189,22 @@ class TrainingState:
             self.meter.load_state_dict(saved["meter"])
         if not 0 <= self.first_batch <= self.steps_per_epoch:
             raise InputError(f"{config.run_dir} holds a run on other images: choose another --run_name")
-        torch.set_rng_state(saved["random"]["cpu"])
-        if self.device.type == "cuda" and "cuda" in saved["random"]:
-            torch.cuda.set_rng_state(saved["random"]["cuda"], self.device)
+        if saved["processes"] != world_size():
+            there, now = saved["processes"], world_size()
+            print(f"{there} processes there, {now} now: a step still takes {config.batch_size} images in all")
         print(
             f"{config.run_dir}: {self.step} of {self.total_steps} steps ({self.epochs_done} of {config.epochs} epochs) "
             "are done, going on from there"
         )
+
+    def find_checkpoint(self) -> dict | None:
+        """What the run is to go on from; None to start anew. A run that lost a process always goes on."""
+        config = self.config
+        there = any(config.run_dir.glob(f"{CHECKPOINT_NAME}*"))
+        if config.resume and not there:
+            raise InputError(f"--resume: no checkpoint in {config.run_dir}; drop the flag to start a new run")
+        anew = config.resume is False and not is_restart()
+        return None if config.dry_run or anew or not there else load_checkpoint(config.run_dir)
 
     def load_weights(self, saved: dict) -> None:
         """Weights, their average and the optimiser's moments of a checkpoint.
@@ -194,15 +257,19 @@ def build_ema(model, decay: float) -> AveragedModel:
 
 
 class LossMeter:
-    """Loss of one epoch as mean over images; reads the device once per window, not once per step."""
+    """Loss of one epoch as mean over images; reads the device once per window, not once per step.
 
-    def __init__(self, epoch: int):
-        self.epoch = epoch
+    Args:
+        shared: the losses are means over all processes, which add theirs at the same time.
+    """
+
+    def __init__(self, epoch: int, *, shared: bool = False):
+        self.epoch, self.shared = epoch, shared
         self.window: list[tuple] = []  # (loss, gradient norm, images, lr) of the steps since the last row of the log
         self.steps, self.images, self.total = 0, 0, 0.0
 
     def add(self, loss, grad_norm, images: int, lr: float) -> None:
-        self.window.append((loss, grad_norm, images, lr))
+        self.window.append((mean_over_processes(loss) if self.shared else loss, grad_norm, images, lr))
 
     def read_window(self) -> tuple:
         """(losses, gradient norms, images, learning rates) of the window, one entry per step.

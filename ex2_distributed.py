@@ -1,0 +1,257 @@
+"""Several processes that train one model, started by torchrun: who they are, what each takes, how they agree.
+
+Every process runs the same program. Work on images is shared out (`share_of`) and its results are put together again
+(`gathered`, `total_of`), so every process has the same figures; files are the first process's business (`is_main`).
+In a program that torchrun didn't start there is one process, and all of this does nothing.
+"""
+
+from __future__ import annotations
+
+import datetime
+import io
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import Callable, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ex2_diffusion import sample_in_batches
+
+T = TypeVar("T")
+_timeout = datetime.timedelta(minutes=30)  # how long a process waits for the others
+_cpu_group = None  # gloo, for figures and files, also where the gradients go by nccl
+
+
+class ProcessesError(RuntimeError):
+    """The processes of a run lost each other; the message is one line."""
+
+
+# ---------------------------------------------------------------------------- who we are
+
+
+def world_size() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if _cpu_group is not None else 1
+
+
+def rank() -> int:
+    """The number of this process, 0 .. world_size() - 1."""
+    return dist.get_rank() if _cpu_group is not None else 0
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes files and talks."""
+    return rank() == 0
+
+
+def local_rank() -> int | None:
+    """The number of this process on its machine; None where torchrun didn't start it."""
+    return int(os.environ["LOCAL_RANK"]) if started_by_torchrun() else None
+
+
+def started_by_torchrun() -> bool:
+    return {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys()
+
+
+def is_restart() -> bool:
+    """Whether torchrun started this process anew after another one died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+class NoTerminal(io.TextIOBase):
+    """Standard error as a plain stream, on which tqdm draws no bars: those of several processes would mix."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        return self.stream.write(text)
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+
+def name_of_process() -> str:
+    """For messages: "" for the first or only process, else its number; works before and after they met."""
+    number = int(os.environ["RANK"]) if started_by_torchrun() else 0
+    return f"process {number}: " if number else ""
+
+
+@contextmanager
+def connected(cuda: bool | None, timeout_minutes: float) -> Iterator[None]:
+    """Meets the other processes that torchrun started, if it did; all but the first are silent but for errors.
+
+    Args:
+        cuda: False stays off the GPUs.  timeout_minutes: how long to wait for a process before it counts as lost.
+
+    Raises:
+        ProcessesError: they can't meet.
+    """
+    if not started_by_torchrun() or int(os.environ["WORLD_SIZE"]) == 1:
+        yield
+        return
+    global _cpu_group, _timeout
+    _timeout = datetime.timedelta(minutes=timeout_minutes)
+    gpu = cuda is not False and torch.cuda.is_available()
+    if gpu and local_rank() < torch.cuda.device_count():  # pick_device says so if it isn't
+        torch.cuda.set_device(local_rank())
+    try:
+        dist.init_process_group("nccl" if gpu else "gloo", timeout=_timeout)
+        _cpu_group = dist.new_group(backend="gloo", timeout=_timeout)
+    except (RuntimeError, ValueError, OSError) as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise ProcessesError(f"the processes can't meet at {where}: {str(error).splitlines()[0]}") from error
+    try:
+        with open(os.devnull, "w") as nowhere:
+            out, err = (sys.stdout, sys.stderr) if is_main() else (nowhere, NoTerminal(sys.stderr))
+            with redirect_stdout(out), redirect_stderr(err), faults_named():
+                yield
+        dist.destroy_process_group()
+    finally:
+        _cpu_group = None
+
+
+@contextmanager
+def faults_named() -> Iterator[None]:
+    """Turns what torch raises when another process is gone into a ProcessesError of one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        if world_size() == 1 or not is_lost_connection(error):
+            raise
+        raise ProcessesError(f"another process is gone ({str(error).splitlines()[0]})") from error
+
+
+def is_lost_connection(error: RuntimeError) -> bool:
+    """Whether torch raised the error because a process didn't answer; there is no class for it in gloo."""
+    words = ("gloo", "Connection", "connection", "NCCL", "timed out", "Timed out")
+    return isinstance(error, getattr(dist, "DistBackendError", ())) or any(word in str(error) for word in words)
+
+
+# ---------------------------------------------------------------------------- sharing and agreeing
+
+
+def share_of(count: int, part: tuple[int, int] | None = None) -> range:
+    """Which of `count` things in a row are this process's; the shares differ by one at most.
+
+    Args:
+        part: (rank, world size), if not those of this process.
+    """
+    index, parts = part or (rank(), world_size())
+    return range(count * index // parts, count * (index + 1) // parts)
+
+
+def meet(what: str) -> None:
+    """Waits for all processes.
+
+    Raises:
+        ProcessesError: some are not there in time; names them.
+    """
+    if world_size() == 1:
+        return
+    try:
+        dist.monitored_barrier(_cpu_group, _timeout, wait_all_ranks=True)
+    except RuntimeError as error:
+        minutes = _timeout.total_seconds() / 60
+        reason = str(error).splitlines()[0]
+        raise ProcessesError(
+            f"process {rank()} of {world_size()} waited up to {minutes:g} min for the others at '{what}': {reason}"
+        ) from error
+
+
+def gathered(own, what: str) -> list:
+    """What every process has as `own`, in their order, on every process."""
+    if world_size() == 1:
+        return [own]
+    meet(what)
+    parts = [None] * world_size()
+    dist.all_gather_object(parts, own, group=_cpu_group)
+    return parts
+
+
+def gathered_rows(own: list[Tensor], what: str) -> Tensor:
+    """The rows of all tensors of all processes one below the other, those of the first process first."""
+    parts = [rows for part in gathered(own, what) for rows in part]
+    return torch.cat(parts) if parts else torch.empty(0)
+
+
+def total_of(own: Tensor, what: str) -> Tensor:
+    """The sum of all processes' tensors on the CPU; the same bits on every process."""
+    return torch.stack(gathered(own, what)).sum(0)
+
+
+def from_main(make: Callable[[], T], what: str) -> T:
+    """What `make()` returns on the first process, on every process; only that one calls it."""
+    if world_size() == 1:
+        return make()
+    holder = [make() if is_main() else None]
+    meet(what)
+    dist.broadcast_object_list(holder, src=0, group=_cpu_group)
+    return holder[0]
+
+
+def in_turns(make: Callable[[], T], what: str) -> T:
+    """What `make()` returns, called by the first process, then by the first one of each machine, then by the others.
+
+    So that the first one downloads, and the others find what it downloaded, whether or not machines share a disk.
+    """
+    turn = 0 if is_main() else 1 if local_rank() == 0 else 2
+    for now in range(3):
+        if now == turn:
+            made = make()
+        meet(what)
+    return made
+
+
+def mean_over_processes(value: Tensor) -> Tensor:
+    """The mean of all processes' values, on their device; nothing waits for a GPU."""
+    if world_size() == 1:
+        return value
+    value = value.clone()
+    dist.all_reduce(value)
+    return value / world_size()
+
+
+class StopVote:
+    """Whether a signal reached any process, so that all stop after the same step.
+
+    A vote is counted at the next one, so that no step waits for the network.
+    """
+
+    def __init__(self):
+        self.going_on = None  # (its work handle, the tensor that will hold the largest signal number)
+
+    def __call__(self, signal_number: int, *, at_once: bool = False) -> int:
+        """The signal number to stop for, 0 for none.
+
+        Args:
+            signal_number: that reached this process; 0 for none.  at_once: count this vote now.
+        """
+        if world_size() == 1:
+            return signal_number
+        before = self.count()
+        votes = torch.tensor([signal_number])
+        self.going_on = (dist.all_reduce(votes, dist.ReduceOp.MAX, _cpu_group, async_op=True), votes)
+        return max(before, self.count()) if at_once else before
+
+    def count(self) -> int:
+        if self.going_on is None:
+            return 0
+        work, votes = self.going_on
+        work.wait()
+        self.going_on = None
+        return int(votes)
+
+
+def shared_samples(diffusor, model, count: int, batch_size: int, seed: int, *, classes=None, **sampling) -> Tensor:
+    """`count` images (N, C, H, W) on the CPU, each process sampling its share; arguments as in `sample_in_batches`."""
+    mine = share_of(count)
+    own_classes = None if classes is None else classes[mine.start : mine.stop]
+    batches = sample_in_batches(
+        diffusor, model, len(mine), batch_size, seed, classes=own_classes, first=mine.start, **sampling
+    )
+    return gathered_rows(list(batches), "samples")
