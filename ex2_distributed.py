@@ -100,7 +100,11 @@ def connected(cuda: bool | None, timeout_minutes: float) -> Iterator[None]:
     if gpu and local_rank() < torch.cuda.device_count():  # pick_device says so if it isn't
         torch.cuda.set_device(local_rank())
     try:
-        dist.init_process_group("nccl" if gpu else "gloo", timeout=_timeout)
+        store, number, count = next(dist.rendezvous("env://", timeout=_timeout))
+        # Torchrun's store outlives the processes: under its own name a restart doesn't find where the dead ones were.
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)} of {count}", store)
+        backend = "nccl" if gpu else "gloo"
+        dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=_timeout)
         _cpu_group = dist.new_group(backend="gloo", timeout=_timeout)
     except (RuntimeError, ValueError, OSError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
