@@ -45,6 +45,7 @@ class Config:
         None, "run", "insist on a checkpoint to go on from, or start anew (default: go on where there is one)"
     )
     allow_changes: bool = setting(False, "run", "go on from a checkpoint of other settings")
+    compile: bool = setting(False, "run", "compile the network for training: waits first, then runs faster")
     num_threads: Optional[int] = setting(None, "run", "CPU threads (default: torch's choice)", type=int, minimum=1)
     timeout_minutes: float = setting(
         30.0, "run", "of several processes (torchrun): how long one may keep the others waiting", type=float, above=0
@@ -76,6 +77,10 @@ class Config:
     p_uncond: float = setting(0.1, "model", "share of labels dropped in training", type=float, minimum=0, maximum=1)
     null_token: str = setting("learned", "model", "what stands for no class", type=str, choices=NULL_TOKENS)
 
+    dropout: float = setting(
+        0.0, "model", "share of activations dropped in training", type=float, minimum=0, maximum=0.9
+    )
+
     epochs: int = setting(5, "training", "passes over the training images", type=int, minimum=1)
     batch_size: int = setting(64, "training", "images per optimiser step", type=int, minimum=1, maximum=10**6)
     lr: float = setting(1e-3, "training", "peak learning rate of AdamW", type=float, above=0)
@@ -84,19 +89,50 @@ class Config:
     )
     loss_type: str = setting("l2", "training", "error of the predicted noise", type=str, choices=("l1", "l2"))
     grad_clip: float = setting(1.0, "training", "largest gradient norm", type=float, above=0)
-    ema_decay: float = setting(0.999, "training", "of the averaged weights", type=float, minimum=0, maximum=1)
-    amp: bool = setting(False, "training", "compute in bfloat16 where torch deems it safe")
+    ema_images: float = setting(
+        50_000.0, "training", "images seen in which the averaged weights forget half", type=float, above=0
+    )
+    min_snr: Optional[float] = setting(
+        None,
+        "training",
+        "gamma of min-SNR loss weights, for example 5 (default: all times weigh alike)",
+        type=float,
+        above=0,
+    )
+    max_minutes: Optional[float] = setting(
+        None,
+        "training",
+        "minutes after which training ends at the latest, annealed (default: none)",
+        type=float,
+        above=0,
+    )
+    amp: str = setting(
+        "auto",
+        "training",
+        "bfloat16 where torch deems it safe; auto: on GPUs that have it",
+        type=str,
+        choices=("auto", "on", "off"),
+    )
 
     eval_images: int = setting(512, "evaluation", "images of val and test that are evaluated", type=int, minimum=1)
     eval_timesteps: int = setting(
         10, "evaluation", "times at which the loss is taken, and the bound", type=int, minimum=1
     )
 
-    sampler: str = setting("ddpm", "sampling", "ancestral (Eq. 8) or DDIM", type=str, choices=SAMPLERS)
+    sampler: str = setting("ddpm", "sampling", "ancestral (Eq. 8) or one for few steps", type=str, choices=SAMPLERS)
     sample_steps: Optional[int] = setting(
-        None, "sampling", "network calls per image (default: all T)", type=int, minimum=1
+        None, "sampling", "times visited per image, a network call each, heun two (default: all T)", type=int, minimum=1
     )
     eta: float = setting(0.0, "sampling", "DDIM's share of fresh noise", type=float, minimum=0, maximum=1)
+    guidance_interval: tuple = setting(
+        (0.0, 1.0),
+        "sampling",
+        "shares of T between which samples are guided",
+        type=float,
+        nargs=2,
+        minimum=0,
+        maximum=1,
+    )
     guidance_scale: Optional[float] = setting(
         None,
         "sampling",
@@ -112,12 +148,16 @@ class Config:
             object.__setattr__(self, "image_size", 128 if self.dataset == "butterflies" else 32)
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.name == "dim_mults":
+            if "nargs" in f.metadata:
                 object.__setattr__(self, f.name, tuple(value))
-                if not value:
-                    raise InputError("--dim_mults needs at least one level")
-            for item in value if f.name == "dim_mults" else (value,):
+            for item in value if "nargs" in f.metadata else (value,):
                 check_setting(f, item)
+        if not self.dim_mults:
+            raise InputError("--dim_mults needs at least one level")
+        if len(self.guidance_interval) != 2 or self.guidance_interval[0] > self.guidance_interval[1]:
+            raise InputError(
+                f"--guidance_interval takes two shares of T, the smaller first, got {self.guidance_interval}"
+            )
         if self.sample_steps is not None and self.sample_steps > self.timesteps:
             raise InputError(f"--sample_steps must be at most --timesteps ({self.timesteps}), got {self.sample_steps}")
         if self.eta > 0 and self.sampler != "ddim":
@@ -157,7 +197,7 @@ class Config:
                 raise InputError("--guidance_scale needs a model that also learnt without labels (--p_uncond above 0)")
             return
         for f in fields(self):
-            if f.name in ("p_uncond", "null_token") and getattr(self, f.name) != f.default:
+            if f.name in ("p_uncond", "null_token", "guidance_interval") and getattr(self, f.name) != f.default:
                 raise InputError(f"--{f.name} is for class-conditional models: give --class_free_guidance with it")
         if self.guidance_scale:
             raise InputError("--guidance_scale needs a class-conditional model: train with --class_free_guidance")
@@ -181,6 +221,7 @@ class Config:
             "sampler": self.sampler,
             "steps": min(2, self.timesteps) if self.dry_run else self.sample_steps,
             "eta": self.eta,
+            "guidance_interval": self.guidance_interval,
         }
 
 
@@ -232,7 +273,7 @@ PRESETS = {
         epochs=50,
         batch_size=128,
         lr=5e-4,
-        ema_decay=0.9995,
+        ema_images=200_000.0,
         sampler="ddim",
         eta=1.0,
         sample_steps=100,
@@ -248,7 +289,7 @@ PRESETS = {
         batch_size=128,
         lr=2e-4,
         warmup_steps=1000,
-        ema_decay=0.9999,
+        ema_images=1_000_000.0,
         sampler="ddim",
         eta=1.0,
         sample_steps=250,
@@ -265,7 +306,7 @@ PRESETS = {
         epochs=500,
         batch_size=16,
         lr=2e-4,
-        ema_decay=0.9995,
+        ema_images=20_000.0,
         eval_images=64,
         sampler="ddim",
         eta=1.0,
@@ -283,6 +324,7 @@ RUN_FLAGS_OF_TRAIN = (
     "results_dir",
     "save_model",
     "save_minutes",
+    "compile",
     "resume",
     "allow_changes",
     "log_interval",
@@ -447,6 +489,7 @@ def build_model(config: Config, num_classes: int) -> Unet:
             p_uncond=config.p_uncond,
             num_classes=num_classes,
             null_token=config.null_token,
+            dropout=config.dropout,
         )
     except ValueError as error:
         raise InputError(str(error)) from error

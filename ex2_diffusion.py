@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-SAMPLERS = ("ddpm", "ddim")
+SAMPLERS = ("ddpm", "ddim", "dpmpp_2m", "heun")
+LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}
 
 
 # ---------------------------------------------------------------------------- 2.3: beta schedules
@@ -212,6 +213,7 @@ class Diffusion:
                 stacklevel=2,
             )
         self._alphas_bar_exact = tuple(alphas_bar.tolist())  # float64, for `respaced`
+        self._log_snr_exact = tuple(torch.log(alphas_bar / (1 - alphas_bar)).tolist())
         self.betas = betas
         self.alphas_bar = alphas_bar
         self.alphas_bar_prev = alphas_bar_prev
@@ -226,6 +228,8 @@ class Diffusion:
         self.posterior_mean_x_zero = alphas_bar_prev.sqrt() * betas / (1 - alphas_bar)
         self.posterior_mean_x_t = alphas.sqrt() * (1 - alphas_bar_prev) / (1 - alphas_bar)
         self.posterior_variance = betas * (1 - alphas_bar_prev) / (1 - alphas_bar)
+        # x_t = cos(angle) x_zero + sin(angle) eps
+        self.angles = torch.atan2((1 - alphas_bar).sqrt(), alphas_bar.sqrt())
         # How much of x_t is image: the scale on which different schedules can be compared
         self.log_snr = torch.log(alphas_bar / (1 - alphas_bar))
 
@@ -282,27 +286,36 @@ class Diffusion:
 
     # ------------------------------------------------------------------------ training
 
-    def p_losses(self, denoise_model, x_zero, t, noise=None, loss_type="l1", classes=None) -> Tensor:
+    def p_losses(self, denoise_model, x_zero, t, noise=None, loss_type="l1", classes=None, min_snr=None) -> Tensor:
         """The simplified loss, Eq. 9: how well the model predicts the noise in x_t. A scalar. 2.2 d.
 
         Args:
             denoise_model: (x_t, t) -> eps, or (x_t, t, classes) -> eps where classes are given.
             x_zero: (B, C, H, W) images in [-1, 1].  t: (B,) times.  noise: the target; None draws it from N(0, I).
             loss_type: "l1" (mean absolute) or "l2" (mean squared).  classes: (B,) labels for a conditional model.
+            min_snr: gamma of `min_snr_weights`; None weighs all times alike, as Eq. 9 does.
 
         Raises:
             ValueError: images not in [-1, 1] (see `check_images`), or an unknown loss.
         """
+        if loss_type not in LOSSES:
+            raise ValueError(f"loss_type must be 'l1' or 'l2', got {loss_type!r}")
         check_images(x_zero)
         if noise is None:
             noise = torch.randn_like(x_zero)
         x_t = self.q_sample(x_zero, t, noise)
         eps = denoise_model(x_t, t) if classes is None else denoise_model(x_t, t, classes)
-        if loss_type == "l1":
-            return F.l1_loss(eps, noise)
-        if loss_type == "l2":
-            return F.mse_loss(eps, noise)
-        raise ValueError(f"loss_type must be 'l1' or 'l2', got {loss_type!r}")
+        if min_snr is None:
+            return LOSSES[loss_type](eps, noise)
+        errors = LOSSES[loss_type](eps, noise, reduction="none").flatten(1).mean(1)  # (B,)
+        return (self.min_snr_weights(t, min_snr) * errors).mean()
+
+    def min_snr_weights(self, t: Tensor, gamma: float) -> Tensor:
+        """min(SNR, gamma) / SNR, (B,): less weight for the times with little noise, whose eps is hard to tell.
+
+        Hang et al. 2023, https://arxiv.org/abs/2303.09556, section 3.4, for the prediction of eps.
+        """
+        return (gamma * torch.exp(-self.log_snr.gather(-1, t))).clamp(max=1)
 
     # ------------------------------------------------------------------------ reverse process
 
@@ -321,6 +334,44 @@ class Diffusion:
         variance = eta**2 * extract(self.posterior_variance, t, x.shape)
         direction = (1 - alphas_bar_prev - variance).clamp(min=0).sqrt()
         return alphas_bar_prev.sqrt() * self.predict_x_zero(x, t, eps) + direction * eps + variance.sqrt() * z
+
+    def ode_step(self, x: Tensor, t: Tensor, x_zero: Tensor) -> Tensor:
+        """x_{t-1} from x_t on the probability-flow ODE, exact if the image estimate stayed `x_zero` on the way.
+
+        x_{t-1} = (sigma_{t-1} / sigma_t) x_t + (alpha_{t-1} - alpha_t sigma_{t-1} / sigma_t) x_zero with alpha_t =
+        sqrt(alphas_bar_t) and sigma_t = sqrt(1 - alphas_bar_t): the first-order step of DPM-Solver++ (Lu et al. 2022,
+        https://arxiv.org/abs/2211.01095, Eq. 9), which is DDIM with eta = 0. A better guess of the estimate's mean on
+        the way makes it second order, see `extrapolated`.
+        """
+        alphas_bar_prev = extract(self.alphas_bar_prev, t, x.shape)
+        sigma, alpha = (extract(a, t, x.shape) for a in (self.sqrt_one_minus_alphas_bar, self.sqrt_alphas_bar))
+        shrink = (1 - alphas_bar_prev).sqrt() / sigma
+        return shrink * x + (alphas_bar_prev.sqrt() - alpha * shrink) * x_zero
+
+    def extrapolated(self, index: int, x_zero: Tensor, x_zero_before: Tensor) -> Tensor:
+        """The image estimate halfway to the next time, from those at times `index` and `index` + 1; Lu et al., Alg. 2.
+
+        Time is measured in log(alpha / sigma), which is half of `log_snr`.
+        """
+        before, now, after = (self._log_snr_exact[index + k] for k in (1, 0, -1))
+        return x_zero + (after - now) / (2 * (now - before)) * (x_zero - x_zero_before)
+
+    def velocity(self, t: Tensor, eps: Tensor, x_zero: Tensor) -> Tensor:
+        """dx/dangle of the probability-flow ODE, where x = cos(angle) x_zero + sin(angle) eps; (B, C, H, W).
+
+        Salimans and Ho 2022, https://arxiv.org/abs/2202.00512, appendix D: cos(angle)^2 is alphas_bar.
+        """
+        cos, sin = (extract(a, t, eps.shape) for a in (self.sqrt_alphas_bar, self.sqrt_one_minus_alphas_bar))
+        return cos * eps - sin * x_zero
+
+    def heun_step(self, x: Tensor, t: Tensor, velocity: Tensor, velocity_after: Tensor) -> Tensor:
+        """x_{t-1} from x_t by the mean of the velocities at both ends; Karras et al. 2022, Alg. 1, over the angle.
+
+        https://arxiv.org/abs/2206.00364. They step over sigma / alpha = tan(angle), which is 20,000 where cosine
+        schedules start: there every digit would be lost.
+        """
+        turn = extract(self.angles, t - 1, x.shape) - extract(self.angles, t, x.shape)
+        return x + turn * (velocity + velocity_after) / 2
 
     def clamp_eps(self, x: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """The noise that belongs to x_t once the x_zero estimate is clamped to [-1, 1]; x_t itself is never clamped.
@@ -382,6 +433,7 @@ class Diffusion:
         eta: float = 0.0,
         generator: Generators = None,
         clamp: bool = True,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Algorithm 2 of Ho et al. 2020, step by step: yields (t, x_t, x_zero estimate), last (-1, sample, sample).
 
@@ -401,24 +453,48 @@ class Diffusion:
             null_class = getattr(model, "null_class", None)
             if null_class is not None and not ((classes >= 0) & (classes <= null_class)).all():
                 raise ValueError(f"classes must lie within 0 .. {null_class - 1}, got {classes.tolist()}")
+        first, last = guidance_interval
+        if not 0 <= first <= last <= 1:
+            raise ValueError(f"guidance_interval must be two shares of T, 0 <= first <= last <= 1; got {first}, {last}")
 
         process = self.respaced(steps)
-        x = randn((batch_size, channels, image_size, image_size), self.device, generator)  # x_T
-        for index in reversed(range(process.timesteps)):
+
+        def predict(x: Tensor, index: int) -> tuple[Tensor, Tensor, Tensor]:
+            """(times (B,), eps, x_zero estimate) of x at number `index` of the times visited."""
+            time = process.model_times[index]
             t = torch.full((batch_size,), index, device=self.device, dtype=torch.long)
-            model_t = torch.full_like(t, process.model_times[index])
-            eps = guided_eps(model, x, model_t, classes, guidance_scale)
+            guided = classes is None or first * self.timesteps <= time + 1 <= last * self.timesteps
+            scale = guidance_scale if guided else 0.0
+            eps = guided_eps(model, x, torch.full_like(t, time), classes, scale)
             if not eps.isfinite().all():
                 raise FloatingPointError(
-                    f"sampling diverged: the predicted noise is not finite at t = {process.model_times[index]}; "
+                    f"sampling diverged: the predicted noise is not finite at t = {time}; "
                     "lower --guidance_scale, or test the weights (--weights raw, an earlier checkpoint)"
                 )
             if clamp:
                 eps = process.clamp_eps(x, t, eps)
-            yield process.model_times[index], x, process.predict_x_zero(x, t, eps)
-            noisy = index > 0 and (sampler == "ddpm" or eta > 0)
-            z = randn(x.shape, x.device, generator) if noisy else torch.zeros_like(x)
-            x = process.ddpm_step(x, t, eps, z) if sampler == "ddpm" else process.ddim_step(x, t, eps, z, eta)
+            return t, eps, process.predict_x_zero(x, t, eps)
+
+        x = randn((batch_size, channels, image_size, image_size), self.device, generator)  # x_T
+        x_zero_before = None
+        for index in reversed(range(process.timesteps)):
+            t, eps, x_zero = predict(x, index)
+            yield process.model_times[index], x, x_zero
+            if sampler in ("ddpm", "ddim"):
+                noisy = index > 0 and (sampler == "ddpm" or eta > 0)
+                z = randn(x.shape, x.device, generator) if noisy else torch.zeros_like(x)
+                x = process.ddpm_step(x, t, eps, z) if sampler == "ddpm" else process.ddim_step(x, t, eps, z, eta)
+            elif index == 0:  # there log(alpha / sigma) ends in infinity: no step but the first-order one is defined
+                x = process.ode_step(x, t, x_zero)
+            elif sampler == "dpmpp_2m":
+                first_step = x_zero_before is None
+                mean = x_zero if first_step else process.extrapolated(index, x_zero, x_zero_before)
+                x_zero_before = x_zero
+                x = process.ode_step(x, t, mean)
+            else:
+                slope = process.velocity(t, eps, x_zero)
+                slope_after = process.velocity(*predict(process.ode_step(x, t, x_zero), index - 1))
+                x = process.heun_step(x, t, slope, slope_after)
         yield -1, x, x
 
     def sample(
@@ -435,16 +511,21 @@ class Diffusion:
         eta: float = 0.0,
         generator: Generators = None,
         clamp: bool = True,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
     ) -> Tensor:
         """Draws images from noise, Algorithm 2 of Ho et al. 2020. 2.2 b. Returns (B, C, H, W), about in [-1, 1].
 
         Args:
             model: predicts eps; see `guided_eps`, also for `classes` (B,) and `guidance_scale`.
             image_size: pixels; any size that the model accepts.
-            sampler: "ddpm" (ancestral, Eq. 8) or "ddim"; `eta` is DDIM's share of fresh noise, 0 .. 1.
-            steps: how many of the T times to visit, T-1 and 0 among them; None visits all.
+            sampler: "ddpm" (ancestral, Eq. 8), "ddim", "dpmpp_2m" (DPM-Solver++(2M)) or "heun". `eta` is DDIM's share
+                of fresh noise, 0 .. 1; the last two solve an ODE to second order, without fresh noise.
+            steps: how many of the T times to visit, T-1 and 0 among them; None visits all. Each is one network call,
+                for Heun two, but for the last.
             generator: noise from one generator, or from one per image (`image_generators`); None is torch's global one.
             clamp: clamp every x_zero estimate to [-1, 1] (`clamp_eps`); without it cosine schedules blow up.
+            guidance_interval: shares of T between which samples are guided, elsewhere w is 0 (Kynkäänniemi et al. 2024,
+                https://arxiv.org/abs/2404.07724).
 
         Raises:
             ValueError: unknown sampler, or eta, steps, classes or guidance out of range.
@@ -462,6 +543,7 @@ class Diffusion:
             eta=eta,
             generator=generator,
             clamp=clamp,
+            guidance_interval=guidance_interval,
         )
         for _, x, _ in tqdm(trajectory, "sampling", (steps or self.timesteps) + 1, leave=False, disable=None):  # noqa: B007
             pass

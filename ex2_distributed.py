@@ -220,35 +220,38 @@ def mean_over_processes(value: Tensor) -> Tensor:
     return value / world_size()
 
 
-class StopVote:
-    """Whether a signal reached any process, so that all stop after the same step.
+class Agreement:
+    """The largest of what the processes report after every step: a signal that reached one, and the time spent.
 
-    A vote is counted at the next one, so that no step waits for the network.
+    So all stop after the same step, and have the same learning rate. What is reported counts from the next step on, so
+    that none waits for the network.
     """
 
     def __init__(self):
-        self.going_on = None  # (its work handle, the tensor that will hold the largest signal number)
+        self.agreed = (0, 0.0)
+        self.going_on = None  # (work handle, the tensor that will hold the maxima)
 
-    def __call__(self, signal_number: int, *, at_once: bool = False) -> int:
-        """The signal number to stop for, 0 for none.
+    def __call__(self, signal_number: int, seconds: float, *, at_once: bool = False) -> tuple[int, float]:
+        """(signal number to stop for, 0 for none; seconds spent), the same on every process.
 
         Args:
-            signal_number: that reached this process; 0 for none.  at_once: count this vote now.
+            signal_number: that reached this process; 0 for none.  at_once: let this report count now.
         """
         if world_size() == 1:
-            return signal_number
-        before = self.count()
-        votes = torch.tensor([signal_number])
-        self.going_on = (dist.all_reduce(votes, dist.ReduceOp.MAX, _cpu_group, async_op=True), votes)
-        return max(before, self.count()) if at_once else before
+            return signal_number, seconds
+        self.count()
+        report = torch.tensor([signal_number, seconds], dtype=torch.float64)
+        self.going_on = (dist.all_reduce(report, dist.ReduceOp.MAX, _cpu_group, async_op=True), report)
+        if at_once:
+            self.count()
+        return self.agreed
 
-    def count(self) -> int:
-        if self.going_on is None:
-            return 0
-        work, votes = self.going_on
-        work.wait()
-        self.going_on = None
-        return int(votes)
+    def count(self) -> None:
+        if self.going_on is not None:
+            work, maxima = self.going_on
+            work.wait()
+            self.going_on = None
+            self.agreed = (int(maxima[0]), float(maxima[1]))
 
 
 def shared_samples(diffusor, model, count: int, batch_size: int, seed: int, *, classes=None, **sampling) -> Tensor:

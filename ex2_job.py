@@ -183,6 +183,8 @@ def pick_device(cuda: bool | None, num_threads: int | None = None) -> torch.devi
         raise InputError("--cuda: torch finds no CUDA GPU here; drop the flag to run on the CPU")
     if cuda is False or not torch.cuda.is_available():
         return torch.device("cpu")
+    torch.set_float32_matmul_precision("high")  # TensorFloat-32
+    torch.backends.cudnn.benchmark = True  # batches are of one size
     if world_size() > 1:
         return own_gpu(local_rank())
     free = [torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())]
@@ -191,6 +193,20 @@ def pick_device(cuda: bool | None, num_threads: int | None = None) -> torch.devi
     if len(free) > 1:
         print(f"{device} of {len(free)}, the one with the most free memory ({max(free) / 1e9:.1f} GB)")
     return device
+
+
+def computes_in_bfloat16(amp: str, device: torch.device) -> bool:
+    """Whether training runs under autocast: "on", or "auto" on a GPU that has bfloat16 units (compute capability 8).
+
+    Raises:
+        InputError: it is asked of a GPU that can't.
+    """
+    if device.type != "cuda":
+        return amp == "on"
+    able = torch.cuda.get_device_capability(device) >= (8, 0)
+    if amp == "on" and not able:
+        raise InputError("--amp on: this GPU can't compute in bfloat16; give --amp auto")
+    return able and amp != "off"
 
 
 def own_gpu(number: int) -> torch.device:

@@ -144,8 +144,7 @@ def prepare_training(args):
     """(config, device) for `train` and `compare`, with a run folder that can be written to."""
     config = dataclasses.replace(cfg.PRESETS[args.preset] if args.preset else cfg.Config(), **args.given)
     device = job.pick_device(config.cuda, config.num_threads)
-    if config.amp and device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise InputError("--amp: this GPU can't compute in bfloat16; train without it")
+    job.computes_in_bfloat16(config.amp, device)  # refuses what this GPU can't
     make_run_dir(config.run_dir)
     return config, device
 
@@ -306,14 +305,14 @@ def fit(config: cfg.Config, splits: DataSplits, diffusor: Diffusion, device) -> 
     state = TrainingState(model, config, splits.class_names, epochs * steps_per_epoch, steps_per_epoch, device)
     state.resume()
     log = open_log(state)
-    if state.epochs_done < epochs:
+    if not state.finished:
         announce(config, splits, model, diffusor, loader, state.total_steps - state.step)
         if config.save_model and is_main():
             job.check_space(config.run_dir, state.needed_space())
         state.save()  # a disk that is full shows now, and not after an epoch
-        state.connect()
+        state.start()
 
-    while state.epochs_done < epochs:
+    while not state.finished:
         epoch_loss = train_epoch(state, loader, diffusor, log)
         try:
             val = test(state.ema.module, val_loader, diffusor, device, config)
@@ -327,9 +326,10 @@ def fit(config: cfg.Config, splits: DataSplits, diffusor: Diffusion, device) -> 
             )
         if log is not None:
             log.write(step=state.step, epoch=state.epochs_done, epoch_loss=epoch_loss, val_loss=val_loss)
-        state.epochs_done += 1
-        state.meter = LossMeter(state.epochs_done, shared=True)
-        print(f"epoch {state.epochs_done}/{epochs}: train {epoch_loss:.4f}, val {val_loss:.4f} ({config.loss_type})")
+        print(
+            f"epoch {state.epochs_done + 1}/{epochs}: train {epoch_loss:.4f}, val {val_loss:.4f} ({config.loss_type})"
+        )
+        state.end_epoch()
         state.save()
         if log is not None:
             viz.plot_training(log.rows(), config.run_dir / "training.png")
@@ -344,7 +344,7 @@ def open_log(state: TrainingState) -> RunLog | None:
     config = state.config
     settings_text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
     write_atomically(config.run_dir / "config.json", settings_text.encode())
-    return RunLog(config.run_dir / "log.csv", state.epochs_done, state.step)
+    return RunLog(config.run_dir / "log.csv", state.epochs_done + (state.time_spent >= 1), state.step)
 
 
 def train_epoch(state: TrainingState, loader, diffusor: Diffusion, log: RunLog | None) -> float:
@@ -353,13 +353,12 @@ def train_epoch(state: TrainingState, loader, diffusor: Diffusion, log: RunLog |
     loader.set_epoch(state.epochs_done, state.first_batch)
     with job.signals_held() as waiting:
 
-        def after_step() -> None:
-            state.step += 1
-            last = state.first_batch == state.steps_per_epoch
-            if number := state.stop_vote(waiting[0] if waiting else 0, at_once=last):
+        def after_step() -> bool:
+            if number := state.count_step(waiting[0] if waiting else 0):
                 state.save()
                 raise job.Interrupted(number)
             state.save_if_due()
+            return state.finished
 
         return train(
             state.network,
@@ -378,7 +377,8 @@ def train_epoch(state: TrainingState, loader, diffusor: Diffusion, log: RunLog |
             after_step=after_step,
             loss_type=config.loss_type,
             grad_clip=config.grad_clip,
-            amp=config.amp,
+            min_snr=config.min_snr,
+            amp=job.computes_in_bfloat16(config.amp, state.device),
         )
 
 
@@ -400,6 +400,7 @@ def train(
     after_step=None,
     loss_type="l2",
     grad_clip=1.0,
+    min_snr=None,
     amp=False,
 ) -> float:
     """One epoch of Algorithm 1 of Ho et al. 2020; returns the mean loss over its images.
@@ -410,8 +411,9 @@ def train(
         scheduler, ema: stepped once per optimiser step.  log: a `RunLog`.
         meter, first_batch: the `LossMeter` and the number of batches that an interrupted epoch has behind it.
         draw: images -> `Draw`, the times and noise of a step; None draws them from torch's global generator.
-        after_step: called without arguments after every optimiser step, and may end the epoch by an exception.
-        grad_clip: largest norm of the gradient.  amp: bfloat16 autocast.
+        after_step: called without arguments after every optimiser step; the epoch ends early where it returns True.
+        loss_type, min_snr: as in `Diffusion.p_losses`.  grad_clip: largest norm of the gradient.  amp: autocast to
+            bfloat16.
 
     Raises:
         RunError: the loss is no longer finite.
@@ -423,6 +425,16 @@ def train(
     meter = LossMeter(epoch) if meter is None else meter
     whole = {"total": len(trainloader), "initial": first_batch}
     progress = tqdm(trainloader, f"epoch {epoch + 1}", disable=args.dry_run or None, **whole)
+
+    def close_window(step: int) -> None:
+        train_loss, grad_norm = meter.close_window()
+        progress.set_postfix(loss=f"{train_loss:.4f}")
+        if progress.disable and not args.dry_run:  # no terminal, as in a batch job: lines instead of a bar
+            print(f"epoch {epoch + 1}, step {step + 1}/{len(trainloader)}: loss {train_loss:.4f}")
+        if log is not None:
+            figures = {"lr": lr, "grad_norm": grad_norm, "train_loss": train_loss}
+            log.write(step=epoch * len(trainloader) + step + 1, epoch=epoch, **figures)
+
     for step, (images, labels) in enumerate(progress, first_batch):
         images, labels = images.to(device), labels.to(device)
         if step == first_batch:
@@ -430,7 +442,7 @@ def train(
         drawn = draw(images) if draw else draw_for(images, diffusor.timesteps)
         classes = labels if conditional else None
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            loss = diffusor.p_losses(model, images, drawn.t, drawn.noise, loss_type=loss_type, classes=classes)
+            loss = diffusor.p_losses(model, images, drawn.t, drawn.noise, loss_type, classes, min_snr)
         loss = loss * drawn.weight
         lr = optimizer.param_groups[0]["lr"]
         optimizer.zero_grad()
@@ -444,22 +456,12 @@ def train(
         meter.add(loss.detach(), norm, drawn.batch_size, lr)
         last = args.dry_run or step + 1 == len(trainloader)
         if last or len(meter.window) == args.log_interval:
-            train_loss, grad_norm = meter.close_window()
-            progress.set_postfix(loss=f"{train_loss:.4f}")
-            if progress.disable and not args.dry_run:  # no terminal, as in a batch job: lines instead of a bar
-                print(f"epoch {epoch + 1}, step {step + 1}/{len(trainloader)}: loss {train_loss:.4f}")
-            if log is not None:
-                log.write(
-                    step=epoch * len(trainloader) + step + 1,
-                    epoch=epoch,
-                    lr=lr,
-                    grad_norm=grad_norm,
-                    train_loss=train_loss,
-                )
-        if after_step is not None:
-            after_step()
-        if last:
+            close_window(step)
+        ended = after_step is not None and after_step()
+        if last or ended:
             break
+    if meter.window:
+        close_window(step)
     return meter.mean
 
 
@@ -494,9 +496,14 @@ def announce(config: cfg.Config, splits: DataSplits, model, diffusor: Diffusion,
         return
     loader.set_epoch(0)
     seconds = seconds_per_step(config, model, diffusor, loader)
+    minutes = steps * seconds / 60
+    limit = (
+        f", of which --max_minutes {config.max_minutes:g} leaves room for a part"
+        if 0 < (config.max_minutes or 0) < minutes
+        else ""
+    )
     print(
-        f"{steps} optimiser steps of {config.batch_size} images: "
-        f"about {steps * seconds / 60:.1f} min at {seconds:.3f} s each"
+        f"{steps} optimiser steps of {config.batch_size} images: about {minutes:.1f} min at {seconds:.3f} s each{limit}"
     )
 
 
@@ -527,7 +534,17 @@ def try_step(config: cfg.Config, model, diffusor: Diffusion, batch) -> None:
     """One optimiser step on a copy of the model."""
     quiet, device = dataclasses.replace(config, dry_run=True), diffusor.device
     copy = TrainingState(deepcopy(model), config, (), total_steps=10, steps_per_epoch=10, device=device)
-    train(copy.model, [batch], copy.optimizer, diffusor, 0, device, quiet, ema=copy.ema, amp=config.amp)
+    train(
+        copy.model,
+        [batch],
+        copy.optimizer,
+        diffusor,
+        0,
+        device,
+        quiet,
+        ema=copy.ema,
+        amp=job.computes_in_bfloat16(config.amp, device),
+    )
 
 
 # ---------------------------------------------------------------------------- sampling

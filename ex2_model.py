@@ -50,11 +50,23 @@ class WeightStandardizedConv2d(nn.Conv2d):
     Qiao et al. 2019 (https://arxiv.org/abs/1903.10520).
     """
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.kept: tuple | None = None  # (state of the weights, their standardised form), while nothing trains
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.training or torch.is_grad_enabled():
+            return self._conv_forward(x, self.standardized(), self.bias)
+        state = (self.weight._version, self.weight.data_ptr())
+        if self.kept is None or self.kept[0] != state:
+            self.kept = (state, self.standardized())
+        return self._conv_forward(x, self.kept[1], self.bias)
+
+    def standardized(self) -> Tensor:
         # By the weights' type and not by x's, so that a model trained under autocast is evaluated as the same function.
         eps = 1e-5 if self.weight.dtype == torch.float32 else 1e-3
         var, mean = torch.var_mean(self.weight, dim=(1, 2, 3), keepdim=True, correction=0)
-        return self._conv_forward(x, (self.weight - mean) * (var + eps).rsqrt(), self.bias)
+        return (self.weight - mean) * (var + eps).rsqrt()
 
 
 class Block(nn.Module):
@@ -77,8 +89,9 @@ class Block(nn.Module):
 class ResnetBlock(nn.Module):
     """Two `Block`s with a shortcut; the first is conditioned on the embedding of time and class."""
 
-    def __init__(self, dim: int, dim_out: int, *, emb_dim: int, groups: int):
+    def __init__(self, dim: int, dim_out: int, *, emb_dim: int, groups: int, dropout: float = 0.0):
         super().__init__()
+        self.dropout = nn.Dropout(dropout)
         self.mlp = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, dim_out * 2))
         self.block1 = Block(dim, dim_out, groups)
         self.block2 = Block(dim_out, dim_out, groups)
@@ -87,7 +100,7 @@ class ResnetBlock(nn.Module):
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         scale_shift = self.mlp(emb)[:, :, None, None].chunk(2, dim=1)  # 2 x (B, dim_out, 1, 1)
         h = self.block1(x, scale_shift)
-        return self.block2(h) + self.res_conv(x)
+        return self.block2(self.dropout(h)) + self.res_conv(x)
 
 
 class Attention(nn.Module):
@@ -194,6 +207,7 @@ class Unet(nn.Module):
         class_free_guidance: make a class-conditional model (2.4 a) of `num_classes` classes, whose labels are replaced
             by the null class with probability `p_uncond` (None is 0.1) per sample, in training mode only.
         null_token: what stands for "no class": "learned" (a trainable vector) or "zero".
+        dropout: share of activations that are dropped between the two convolutions of a block, in training mode only.
 
     Attributes:
         null_class: the label that means "no class", one past the last class; None for an unconditional model.
@@ -214,6 +228,7 @@ class Unet(nn.Module):
         p_uncond=None,
         num_classes=None,
         null_token="learned",
+        dropout=0.0,
     ):
         super().__init__()
         init_dim = dim if init_dim is None else init_dim
@@ -228,7 +243,7 @@ class Unet(nn.Module):
         emb_dim = dim * 4
 
         def block(dim_in: int, dim_out: int) -> ResnetBlock:
-            return ResnetBlock(dim_in, dim_out, emb_dim=emb_dim, groups=resnet_block_groups)
+            return ResnetBlock(dim_in, dim_out, emb_dim=emb_dim, groups=resnet_block_groups, dropout=dropout)
 
         self.channels = channels
         self.out_dim = channels if out_dim is None else out_dim

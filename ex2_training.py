@@ -5,24 +5,25 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import math
 import time
 import warnings
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
+from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ex2_checkpoint import CHECKPOINT_NAME, PREVIOUS, load_checkpoint, save_checkpoint, write_atomically
 from ex2_config import TRAINING_GROUPS, Config, config_of
 from ex2_data import EpochPlan, InputError
 from ex2_distributed import (
-    StopVote,
+    Agreement,
     from_main,
     is_main,
     is_restart,
@@ -32,6 +33,7 @@ from ex2_distributed import (
     world_size,
 )
 
+EMA_RAMP = 0.1  # of the images seen is what the averaged weights at most take to forget half
 LOG_COLUMNS = ("step", "epoch", "seconds", "lr", "grad_norm", "train_loss", "epoch_loss", "val_loss")
 
 
@@ -75,20 +77,48 @@ class TrainingState:
         self.steps_per_epoch = steps_per_epoch
         self.device = torch.device(device)
         self.generator = torch.Generator(self.device)  # of the times and noise, see `draw`
-        self.stop_vote = StopVote()
-        self.ema = build_ema(model, config.ema_decay)
-        self.optimizer = AdamW(model.parameters(), lr=config.lr)
-        self.scheduler = build_scheduler(self.optimizer, config.warmup_steps, total_steps)
+        self.agreement = Agreement()
+        self.ema = build_ema(model, config.ema_images, config.batch_size)
+        self.optimizer = build_optimizer(model, config.lr)
+        self.scheduler = build_scheduler(self.optimizer, config.warmup_steps, total_steps, lambda: self.time_spent)
+        self.seconds = 0.0  # of training, over all processes and calls of the program, as of the last step
+        self.started = time.monotonic() - self.seconds
         self.epochs_done = 0  # epochs that are over, their validation included
         self.step = 0  # optimiser steps that are done
         self.meter = LossMeter(0, shared=True)  # of the epoch that is going on
         self.saved_at = time.monotonic()
 
-    def connect(self) -> None:
-        """From now on the processes train on the mean of their gradients (DDP); weights start as the first one's."""
+    def start(self) -> None:
+        """Readies `network`, by which processes train on the mean of their gradients (DDP), and starts the clock."""
+        self.started = time.monotonic() - self.seconds
         if world_size() > 1:
             devices = [self.device] if self.device.type == "cuda" else None
             self.network = DistributedDataParallel(self.model, devices, gradient_as_bucket_view=True)
+        if self.config.compile:
+            self.network = torch.compile(self.network, dynamic=False)
+
+    def count_step(self, signal_number: int) -> int:
+        """Counts an optimiser step and its time; returns the signal number, of any process, to stop for, 0 for none."""
+        self.step += 1
+        last = self.first_batch == self.steps_per_epoch
+        number, self.seconds = self.agreement(signal_number, time.monotonic() - self.started, at_once=last)
+        return number
+
+    @property
+    def time_spent(self) -> float:
+        """Share of `max_minutes` that training has taken; 0 without such a limit."""
+        return self.seconds / 60 / self.config.max_minutes if self.config.max_minutes else 0.0
+
+    @property
+    def finished(self) -> bool:
+        """Whether every epoch is done, or the time is up."""
+        return self.step >= self.total_steps and self.first_batch == 0 or self.time_spent >= 1
+
+    def end_epoch(self) -> None:
+        """Counts an epoch, its validation included; where the time is up it stays the last one, as far as it came."""
+        if self.first_batch == self.steps_per_epoch:
+            self.epochs_done += 1
+            self.meter = LossMeter(self.epochs_done, shared=True)
 
     def draw(self, images: Tensor, timesteps: int, plan: EpochPlan) -> Draw:
         """Times and noise of the next step, for those of its images that this process has.
@@ -132,6 +162,7 @@ class TrainingState:
             scheduler=self.scheduler.state_dict(),
             epoch=self.epochs_done,
             step=self.step,
+            seconds=self.seconds,
             meter=self.meter.state_dict(),
             processes=world_size(),
         )
@@ -175,7 +206,7 @@ class TrainingState:
                 f"{', '.join(self.class_names)} now): choose another --run_name"
             )
         self.load_weights(saved)
-        self.epochs_done, self.step = saved["epoch"], saved["step"]
+        self.epochs_done, self.step, self.seconds = saved["epoch"], saved["step"], saved["seconds"]
         self.meter = LossMeter(self.epochs_done, shared=True)
         if changed:
             print(f"{config.run_dir}: going on with other settings ({changed}), from the start of the epoch")
@@ -220,7 +251,10 @@ class TrainingState:
                 f"the weights in {self.config.run_dir} don't fit the model's settings: choose another --run_name"
             ) from error
         self.ema.n_averaged.fill_(saved["ema_updates"])
+        fused = self.optimizer.defaults["fused"]
         self.optimizer.load_state_dict(saved["optimizer"])
+        for group in self.optimizer.param_groups:
+            group["fused"] = fused  # this machine's, and not that of the one which saved it
 
 
 def changed_settings(before: Config, now: Config) -> str:
@@ -230,26 +264,44 @@ def changed_settings(before: Config, now: Config) -> str:
     return ", ".join(f"--{name} {getattr(before, name)} there, {getattr(now, name)} now" for name in changed)
 
 
-def build_scheduler(optimizer, warmup_steps: int, total_steps: int):
-    """Linear warm-up, then cosine decay to zero; counts optimiser steps."""
+def build_optimizer(model, lr: float) -> AdamW:
+    """AdamW, in one pass over all weights where torch has that for their device: hundreds of small ones take time."""
+    try:
+        return AdamW(model.parameters(), lr=lr, fused=True)
+    except RuntimeError:  # of a CPU before torch 2.4
+        return AdamW(model.parameters(), lr=lr)
+
+
+def build_scheduler(
+    optimizer, warmup_steps: int, total_steps: int, time_spent: Callable[[], float] = lambda: 0.0
+) -> LambdaLR:
+    """Linear warm-up over optimiser steps, then cosine decay to zero at the last step, or earlier, when the time is up.
+
+    Args:
+        time_spent: share of the time that training may take.
+    """
     warmup = min(warmup_steps, total_steps // 10)
-    decay = CosineAnnealingLR(optimizer, T_max=max(1, total_steps - warmup))
-    if warmup == 0:
-        return decay
-    rise = LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=warmup)
-    return SequentialLR(optimizer, [rise, decay], milestones=[warmup])
+
+    def factor(step: int) -> float:
+        rise = min(1.0, (step + 1) / (warmup + 1))
+        done = max((step - warmup) / max(1, total_steps - warmup), time_spent())
+        return rise * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, done))))
+
+    return LambdaLR(optimizer, factor)
 
 
-def build_ema(model, decay: float) -> AveragedModel:
-    """An exponential moving average of the weights, with decay min(decay, (1 + n) / (10 + n)) after n updates.
+def build_ema(model, ema_images: float, batch_size: int) -> AveragedModel:
+    """An exponential moving average of the weights: forgets half in `ema_images` images, or in a tenth of those seen.
 
-    The ramp matters for short runs: with a constant 0.9999 the average of 750 steps would be 93% initial noise. The
-    first update copies the initial weights, so that n counts the optimiser steps.
+    The ramp matters for short runs: with a constant decay of 0.9999 the average of 750 steps would be 93% initial
+    weights. It is that of EDM (Karras et al. 2022, https://arxiv.org/abs/2206.00364), at twice its length. The first
+    update copies the initial weights, so that n counts the optimiser steps.
     """
 
     def ramped_average(averages, weights, _):
         n = int(ema.n_averaged)  # lives on the CPU, unlike the copy that torch hands over: no wait for the device
-        get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(averages, weights, n)
+        half_life = min(ema_images, EMA_RAMP * n * batch_size)
+        get_ema_multi_avg_fn(0.5 ** (batch_size / half_life))(averages, weights, n)
 
     ema = AveragedModel(model, multi_avg_fn=ramped_average)
     ema.update_parameters(model)
@@ -284,7 +336,7 @@ class LossMeter:
             bad = int(finite.int().argmin())
             raise RunError(
                 f"the loss or its gradient is not finite in step {self.steps + bad + 1} of epoch {self.epoch + 1} "
-                f"(learning rate {rates[bad]:.2g}): lower --lr or --grad_clip, or use --no_amp, and choose a new "
+                f"(learning rate {rates[bad]:.2g}): lower --lr or --grad_clip, or give --amp off, and choose a new "
                 "--run_name; the last checkpoint is untouched"
             )
         return losses, norms, counts, rates

@@ -57,18 +57,18 @@ def workers_of(agent: int) -> list[int]:
 def train(results: Path, processes: int, kill_after: float | None = None, victim: int = 0) -> float:
     """Runs the program, kills it or one of its processes after some seconds; returns how long it ran."""
     started = time.monotonic()
-    process = subprocess.Popen(
-        command(results, processes), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    with suppress(subprocess.TimeoutExpired):
-        process.communicate(timeout=kill_after)
-    if process.poll() is None:
-        workers = workers_of(process.pid) if processes > 1 else [process.pid]
-        for worker in workers[victim : victim + 1]:
-            os.kill(worker, signal.SIGKILL)
-    _, error = process.communicate()
-    if process.returncode != 0 and not (processes == 1 and kill_after is not None):
-        raise RuntimeError(f"exit code {process.returncode}: {error}")
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(command(results, processes), stdout=subprocess.DEVNULL, stderr=said)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=kill_after)
+        if process.poll() is None:
+            workers = workers_of(process.pid) if processes > 1 else [process.pid]
+            for worker in workers[victim : victim + 1]:
+                os.kill(worker, signal.SIGKILL)
+        process.wait()
+        if process.returncode != 0 and not (processes == 1 and kill_after is not None):
+            said.seek(0)
+            raise RuntimeError(f"exit code {process.returncode}: {said.read()}")
     return time.monotonic() - started
 
 

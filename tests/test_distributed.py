@@ -19,7 +19,7 @@ import ex2_distributed
 import ex2_main
 import ex2_training
 from ex2_data import EpochPlan
-from ex2_distributed import StopVote, gathered, share_of
+from ex2_distributed import Agreement, gathered, share_of
 from ex2_job import own_gpu
 from ex2_training import RunLog
 
@@ -159,8 +159,8 @@ def test_noise_of_a_step_is_shared_out_and_its_weights_make_the_mean_over_images
 
 
 def test_one_process_agrees_with_itself():
-    vote = StopVote()
-    assert [vote(0), vote(15), vote(0, at_once=True)] == [0, 15, 0]
+    agree = Agreement()
+    assert [agree(0, 1.0), agree(15, 2.5), agree(0, 3.0, at_once=True)] == [(0, 1.0), (15, 2.5), (0, 3.0)]
     assert gathered("all", "nothing") == ["all"]
 
 

@@ -247,12 +247,12 @@ def test_warm_up_takes_at_most_a_tenth_of_a_short_run():
 def test_average_follows_the_ramp_and_differs_from_the_weights():
     layer = torch.nn.Linear(1, 1, bias=False)
     layer.weight.data.fill_(1.0)
-    ema = build_ema(layer, 0.9)
+    ema = build_ema(layer, ema_images=100, batch_size=8)
     expected = 1.0
     for n in range(1, 200):
         layer.weight.data.fill_(float(n % 7))
         ema.update_parameters(layer)
-        decay = min(0.9, (1 + n) / (10 + n))
+        decay = 0.5 ** (8 / min(100, 0.1 * 8 * n))  # half in 100 images, or in a tenth of the 8 n seen
         expected = decay * expected + (1 - decay) * (n % 7)
         assert ema.module.weight.item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
         if n == 1:
@@ -262,11 +262,11 @@ def test_average_follows_the_ramp_and_differs_from_the_weights():
 def test_short_runs_forget_the_initial_weights_even_with_a_long_average():
     layer = torch.nn.Linear(1, 1, bias=False)
     layer.weight.data.fill_(1.0)
-    ema = build_ema(layer, 0.9999)
+    ema = build_ema(layer, ema_images=1e6, batch_size=128)
     layer.weight.data.fill_(0.0)
     for _ in range(750):
         ema.update_parameters(layer)
-    assert ema.module.weight.item() < 1e-6  # with a constant 0.9999 it would be 0.93
+    assert ema.module.weight.item() < 1e-6  # with a constant half-life of a million images it would be 0.94
 
 
 def test_test_and_samples_use_the_average(tmp_path, diffusor):
@@ -453,5 +453,6 @@ def test_step_time_is_measured_without_changing_anything(tmp_path, diffusor, mod
 def test_configs_of_a_checkpoint_can_be_changed_for_sampling(tmp_path):
     config = tiny_config(tmp_path)
     changed = cfg.config_of({"config": dataclasses.asdict(config)}, {"sampler": "ddim", "sample_steps": 5})
-    assert changed.sampling == {"guidance_scale": 1.0, "sampler": "ddim", "steps": 5, "eta": 0.0}
+    wanted = {"guidance_scale": 1.0, "sampler": "ddim", "steps": 5, "eta": 0.0, "guidance_interval": (0.0, 1.0)}
+    assert changed.sampling == wanted
     assert changed.dim_mults == (1, 2)
