@@ -113,6 +113,7 @@ def is_judged(config: Config, judge, count: int) -> bool:
         "own_scale": config.sampling["guidance_scale"],
         "sampler": config.sampler,
         "eta": config.eta,
+        "guidance_interval": list(config.guidance_interval),
         "steps": config.sampling["steps"] or config.timesteps,
     }
     return samples is not None and all(samples.get(name) == value for name, value in wanted.items())

@@ -258,6 +258,7 @@ def judge_samples(
         "own_scale": own_scale,
         "sampler": config.sampling["sampler"],
         "eta": config.sampling["eta"],
+        "guidance_interval": list(config.guidance_interval),
         "steps": config.sampling["steps"] or config.timesteps,
         "by_scale": by_scale,
         "test_images": compare(judge.reference, real),

@@ -80,9 +80,9 @@ class TrainingState:
         self.agreement = Agreement()
         self.ema = build_ema(model, config.ema_images, config.batch_size)
         self.optimizer = build_optimizer(model, config.lr)
+        self.seconds = 0.0  # that training has taken as of the last step, in all calls of the program
+        self.started = time.monotonic()
         self.scheduler = build_scheduler(self.optimizer, config.warmup_steps, total_steps, lambda: self.time_spent)
-        self.seconds = 0.0  # of training, over all processes and calls of the program, as of the last step
-        self.started = time.monotonic() - self.seconds
         self.epochs_done = 0  # epochs that are over, their validation included
         self.step = 0  # optimiser steps that are done
         self.meter = LossMeter(0, shared=True)  # of the epoch that is going on

@@ -380,3 +380,26 @@ def test_no_float64_reaches_the_device(linear):
 def test_module_exports_the_handed_out_names():
     for name in ("linear_beta_schedule", "cosine_beta_schedule", "sigmoid_beta_schedule", "extract", "Diffusion"):
         assert hasattr(ex2_diffusion, name)
+
+
+# ------------------------------------------------------------------ min-SNR
+
+
+def test_min_snr_weights_are_one_where_noise_prevails_and_gamma_over_snr_elsewhere(linear):
+    t = torch.arange(1000)
+    snr = linear.alphas_bar / (1 - linear.alphas_bar)
+    expected = torch.minimum(snr, torch.tensor(5.0)) / snr
+    torch.testing.assert_close(linear.min_snr_weights(t, 5.0), expected, rtol=1e-3, atol=0)
+    assert (linear.min_snr_weights(t, 5.0)[snr < 5] == 1).all()
+
+
+def test_min_snr_loss_is_the_mean_of_weighted_errors_and_eq_9_for_a_large_gamma(linear):
+    g = torch.Generator().manual_seed(0)
+    x_zero, noise = torch.rand(6, 3, 4, 4, generator=g) * 2 - 1, torch.randn(6, 3, 4, 4, generator=g)
+    t = torch.tensor([0, 10, 100, 300, 600, 999])
+    for loss_type, error in (("l2", noise.square()), ("l1", noise.abs())):
+        weighted = linear.p_losses(lambda x, t: torch.zeros_like(x), x_zero, t, noise, loss_type, min_snr=2.0)
+        assert weighted.item() == pytest.approx((linear.min_snr_weights(t, 2.0) * error.mean((1, 2, 3))).mean().item())
+        free = linear.p_losses(lambda x, t: torch.zeros_like(x), x_zero, t, noise, loss_type, min_snr=1e9)
+        assert free.item() == pytest.approx(error.mean().item())
+        assert weighted < free

@@ -496,3 +496,23 @@ def test_number_of_threads():
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    "amp, capability, expected",
+    [("auto", (8, 0), True), ("auto", (7, 5), False), ("off", (9, 0), False), ("on", (9, 0), True)],
+)
+def test_bfloat16_is_used_on_gpus_that_have_it(monkeypatch, amp, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert ex2_job.computes_in_bfloat16(amp, torch.device("cuda")) is expected
+
+
+def test_bfloat16_is_refused_where_it_is_asked_of_a_gpu_without_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(InputError, match="--amp on"):
+        ex2_job.computes_in_bfloat16("on", torch.device("cuda"))
+    assert [ex2_job.computes_in_bfloat16(amp, torch.device("cpu")) for amp in ("auto", "on", "off")] == [
+        False,
+        True,
+        False,
+    ]

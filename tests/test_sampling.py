@@ -7,7 +7,16 @@ import weakref
 import pytest
 import torch
 
-from ex2_diffusion import SCHEDULES, Diffusion, guided_eps, image_generators, sample_in_batches, thin_trajectory
+from ex2_diffusion import (
+    SAMPLERS,
+    SCHEDULES,
+    Diffusion,
+    extract,
+    guided_eps,
+    image_generators,
+    sample_in_batches,
+    thin_trajectory,
+)
 from ex2_model import Unet
 
 
@@ -25,7 +34,7 @@ def short():
 # ------------------------------------------------------------------ which steps are taken
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp_2m"])
 def test_every_time_is_visited_once_from_t_minus_1_to_0(linear, gaussian, sampler):
     model = gaussian(linear)
     linear.sample(model, 4, batch_size=2, sampler=sampler)
@@ -44,6 +53,71 @@ def test_fewer_steps_keep_both_ends_and_the_signal_of_every_kept_time(linear, ga
     torch.testing.assert_close(spaced.alphas_bar, linear.alphas_bar[times[::-1]], rtol=1e-6, atol=0)
 
 
+def test_heun_calls_the_model_at_both_ends_of_every_step_but_the_last(linear, gaussian):
+    model = gaussian(linear)
+    visited = [t for t, _, _ in linear.sample_trajectory(model, 4, 2, sampler="heun", steps=4)]
+    assert visited == [999, 666, 333, 0, -1]
+    assert [t for t, _ in model.calls] == [999, 666, 666, 333, 333, 0, 0]
+
+
+# ------------------------------------------------------------------ solvers of the probability-flow ODE
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_first_order_dpm_solver_is_ddim(schedule):
+    process = Diffusion(1000, SCHEDULES[schedule], 4, "cpu").respaced(20)
+    g = torch.Generator().manual_seed(0)
+    x, x_zero = torch.randn(20, 3, 4, 4, generator=g), torch.rand(20, 3, 4, 4, generator=g) * 2 - 1
+    t = torch.arange(20)
+    ddim = process.ddim_step(x, t, process.predict_eps(x, t, x_zero), torch.zeros_like(x))
+    torch.testing.assert_close(process.ode_step(x, t, x_zero), ddim, atol=2e-5, rtol=1e-4)
+
+
+def exact_solution(process, x, s, mu):
+    """x at t = 0 on the probability-flow ODE of N(mu, s^2), from x at the last time: its z-score stays."""
+    alphas_bar = [process._alphas_bar_exact[k] for k in (0, -1)]
+    means = [math.sqrt(a) * mu for a in alphas_bar]
+    deviations = [math.sqrt(a * s**2 + 1 - a) for a in alphas_bar]
+    return means[0] + deviations[0] / deviations[1] * (x - means[1])
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("sampler, order", [("ddim", 1), ("dpmpp_2m", 2), ("heun", 2)])
+def test_solvers_converge_with_their_order(gaussian, schedule, sampler, order):
+    """Twice the steps, 2^order times less error; 2^12 + 1 times, so that halves of steps are whole times."""
+    diffusor = Diffusion(2**12 + 1, SCHEDULES[schedule], 4, "cpu")
+    model = gaussian(diffusor, s=0.5, mu=0.3)
+    errors = []
+    for steps in (65, 129):
+        g = torch.Generator().manual_seed(0)
+        path = list(diffusor.sample_trajectory(model, 4, 8, sampler=sampler, steps=steps, clamp=False, generator=g))
+        assert [t for t, _, _ in path[:1] + path[-2:]] == [2**12, 0, -1]
+        errors.append((path[-2][1] - exact_solution(diffusor, path[0][1], 0.5, 0.3)).abs().max().item())
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.15)
+    assert errors[1] < {"ddim": 0.06, "dpmpp_2m": 0.04, "heun": 0.003}[sampler]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("steps", [1, 2, 3, 10])
+def test_a_model_that_knows_the_image_leads_to_it_in_any_number_of_steps(cosine, sampler, steps):
+    image = torch.linspace(-1, 1, 48).reshape(1, 3, 4, 4)
+
+    def knows(x, t):
+        abar = extract(cosine.alphas_bar, t, x.shape)
+        return (x - abar.sqrt() * image) / (1 - abar).sqrt()
+
+    x = cosine.sample(knows, 4, 2, sampler=sampler, steps=steps, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(x, image.expand(2, -1, -1, -1), atol=0.03 if sampler == "ddpm" else 2e-3, rtol=0)
+
+
+def test_heun_needs_fewer_network_calls_than_ddim_for_the_same_error(cosine, gaussian):
+    errors = {}
+    for sampler, steps in (("ddim", 25), ("heun", 13)):  # 25 calls each
+        path = list(cosine.sample_trajectory(gaussian(cosine, s=0.5), 4, 8, sampler=sampler, steps=steps, clamp=False))
+        errors[sampler] = (path[-2][1] - exact_solution(cosine, path[0][1], 0.5, 0.0)).abs().max().item()
+    assert errors["heun"] < errors["ddim"] / 3
+
+
 @pytest.mark.parametrize("steps", [0, -3, 1001])
 def test_impossible_step_counts_are_refused(linear, gaussian, steps):
     with pytest.raises(ValueError, match=f"1 .. 1000.*got {steps}"):
@@ -59,7 +133,10 @@ def test_unknown_sampler_eta_and_class_counts_are_refused(linear, gaussian):
 # ------------------------------------------------------------------ what comes out
 
 
-@pytest.mark.parametrize("sampler, eta, expected", [("ddpm", 0.0, 0.50075), ("ddim", 1.0, 0.49611), ("ddim", 0.0, 0.5)])
+@pytest.mark.parametrize(
+    "sampler, eta, expected",
+    [("ddpm", 0, 0.50075), ("ddim", 1, 0.49611), ("ddim", 0, 0.5), ("dpmpp_2m", 0, 0.5), ("heun", 0, 0.5)],
+)
 def test_samples_have_the_deviation_of_the_data(linear, gaussian, sampler, eta, expected):
     x = linear.sample(
         gaussian(linear, s=0.5),
@@ -85,7 +162,7 @@ def test_sample_is_repeated_p_sample(short, gaussian):
     torch.testing.assert_close(sampled, x)
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_the_last_step_returns_the_image_estimate(short, gaussian, sampler):
     *_, before, (t, sample, again) = short.sample_trajectory(gaussian(short), 8, 2, sampler=sampler)
     assert t == -1 and sample is again
@@ -243,3 +320,31 @@ def test_standard_deviation_of_one_ancestral_batch_is_finite_for_every_schedule(
         diffusor = Diffusion(100, schedule, 8, "cpu")
         x = diffusor.sample(gaussian(diffusor, s=0.4), 8, batch_size=64)
         assert math.isclose(x.std().item(), 0.4, abs_tol=0.03), name
+
+
+# ------------------------------------------------------------------ guidance interval
+
+
+def test_guidance_is_confined_to_its_interval(linear, gaussian):
+    """Outside it one prediction for the class is made, inside it two; its ends count as inside."""
+    model = gaussian(linear, s=0.5, class_means=[0.5, -0.5])
+    linear.sample(model, 4, 3, classes=[0, 1, 0], guidance_scale=2, steps=10, guidance_interval=(0.334, 0.667))
+    assert [n for _, n in model.calls] == [3, 3, 3, 6, 6, 6, 6, 3, 3, 3]
+    assert [t for t, n in model.calls if n == 6] == [666, 555, 444, 333]
+
+
+def test_the_whole_interval_is_guidance_everywhere_and_an_empty_one_none(linear, gaussian):
+    model = gaussian(linear, s=0.5, class_means=[0.5, -0.5])
+
+    def samples(w, **interval):
+        g = torch.Generator().manual_seed(0)
+        return linear.sample(model, 4, 2, classes=[0, 1], guidance_scale=w, steps=5, generator=g, **interval)
+
+    assert torch.equal(samples(2), samples(2, guidance_interval=(0, 1)))
+    assert torch.equal(samples(2, guidance_interval=(0.3, 0.3)), samples(0))
+
+
+@pytest.mark.parametrize("interval", [(0.5, 0.2), (-0.1, 1), (0, 1.1)])
+def test_impossible_intervals_are_refused(linear, gaussian, interval):
+    with pytest.raises(ValueError, match="guidance_interval"):
+        linear.sample(gaussian(linear), 4, guidance_interval=interval)

@@ -1,6 +1,8 @@
 """Train and test loop, averaged weights, checkpoints and resuming (2.1, 2.2 e)."""
 
 import dataclasses
+import functools
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -9,10 +11,11 @@ import torch
 import ex2_checkpoint as ckpt
 import ex2_config as cfg
 import ex2_main
+import ex2_training
 from ex2_data import ImageSet, InputError, make_loader
 from ex2_diffusion import SCHEDULES, Diffusion, evenly_spaced
 from ex2_metrics import loss_over_timesteps
-from ex2_model import Unet
+from ex2_model import Unet, WeightStandardizedConv2d
 from ex2_training import LossMeter, RunError, RunLog, build_ema, build_scheduler
 
 CPU = torch.device("cpu")
@@ -278,6 +281,100 @@ def test_test_and_samples_use_the_average(tmp_path, diffusor):
         assert torch.equal(value, restored.state_dict()[name])
     assert any(not torch.equal(saved["ema"][k], saved["model"][k]) for k in saved["model"])
     assert not averaged.training
+
+
+# ------------------------------------------------------------------ speed and budget
+
+
+def test_learning_rate_is_zero_when_the_time_is_up():
+    spent = [0.0]
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    scheduler = build_scheduler(optimizer, warmup_steps=0, total_steps=1000, time_spent=lambda: spent[0])
+    rates = []
+    for spent[0] in (0.0, 0.25, 0.5, 1.0, 1.5):
+        optimizer.step()
+        scheduler.step()
+        rates.append(optimizer.param_groups[0]["lr"])
+    expected = [0.1 * 0.5 * (1 + math.cos(math.pi * share)) for share in (0.001, 0.25, 0.5, 1, 1)]
+    assert rates == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_run_whose_time_is_up_ends_annealed_and_is_not_gone_on_with(tmp_path, diffusor, monkeypatch, capsys):
+    """A step of a slow clock takes a second, validation and saving nothing."""
+    clock = [0.0]
+    monkeypatch.setattr(ex2_training.time, "monotonic", lambda: clock[0])
+    real_train = ex2_main.train
+
+    def slow_train(*args, draw, **options):
+        def slow_draw(images):
+            clock[0] += 1.0
+            return draw(images)
+
+        return real_train(*args, draw=slow_draw, **options)
+
+    monkeypatch.setattr(ex2_main, "train", slow_train)
+    config = tiny_config(tmp_path, epochs=9, max_minutes=5 / 60, log_interval=1)
+    ex2_main.fit(config, tiny_splits(), diffusor, CPU)
+    saved = ckpt.load_checkpoint(config.run_dir)
+    assert (saved["step"], saved["epoch"], saved["seconds"]) == (5, 1, 5.0)  # epochs of 3 steps: in the middle of one
+    assert saved["scheduler"]["_last_lr"] == [pytest.approx(0.5e-3 * (1 + math.cos(0.8 * math.pi)), rel=1e-6)]
+    rows = RunLog.read(config.run_dir / "log.csv")
+    rates = [float(row["lr"]) for row in rows if row["lr"]]
+    assert rates == sorted(rates, reverse=True) and len(rates) == 5
+    assert [(row["step"], row["epoch"]) for row in rows if row["val_loss"]] == [("3", "0"), ("5", "1")]
+
+    ex2_main.fit(config, tiny_splits(), diffusor, CPU)
+    assert ckpt.load_checkpoint(config.run_dir)["step"] == 5
+    assert RunLog.read(config.run_dir / "log.csv") == rows
+
+
+def test_compiled_training_is_training_and_its_checkpoint_has_no_prefix(tmp_path, diffusor, monkeypatch):
+    """By a backend that needs no C++ compiler."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    saved = {}
+    for name in ("eager", "compiled"):
+        config = tiny_config(tmp_path, epochs=1, run_name=name, compile=name == "compiled", p_uncond=0.0)
+        ex2_main.fit(config, tiny_splits(), diffusor, CPU)
+        saved[name] = ckpt.load_checkpoint(config.run_dir)
+    assert saved["eager"]["model"].keys() == saved["compiled"]["model"].keys()
+    for name, weight in saved["eager"]["model"].items():
+        torch.testing.assert_close(saved["compiled"]["model"][name], weight, rtol=0, atol=1e-4)
+
+
+def test_a_way_to_optimise_is_this_machines_and_not_that_of_the_one_which_saved(tmp_path, diffusor):
+    config = tiny_config(tmp_path, epochs=1)
+    ex2_main.fit(config, tiny_splits(), diffusor, CPU)
+    saved = ckpt.load_checkpoint(config.run_dir)
+    for group in saved["optimizer"]["param_groups"]:
+        group["fused"] = "of another machine"
+    state = ex2_training.TrainingState(cfg.build_model(config, 3), config, "abc", 3, 3, CPU)
+    state.load_weights(saved)
+    assert state.optimizer.param_groups[0]["fused"] == state.optimizer.defaults["fused"] != "of another machine"
+
+
+def test_dropout_is_for_training_alone_and_adds_no_weights():
+    torch.manual_seed(0)
+    with_dropout, without = (Unet(dim=8, dim_mults=(1, 2), dropout=share) for share in (0.5, 0.0))
+    without.load_state_dict(with_dropout.state_dict(), strict=True)
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([1, 5])
+    assert not torch.equal(with_dropout.train()(x, t), without.train()(x, t))
+    assert torch.equal(with_dropout.eval()(x, t), without.eval()(x, t))
+
+
+@torch.no_grad()
+def test_weights_that_are_kept_standardised_follow_every_change():
+    """In eval mode without gradients, where they are computed once."""
+    torch.manual_seed(0)
+    layer, other = WeightStandardizedConv2d(3, 4, 3).eval(), WeightStandardizedConv2d(3, 4, 3)
+    x = torch.randn(1, 3, 8, 8)
+    before = layer(x)
+    assert layer.kept is not None and torch.equal(layer(x), before)
+    layer.load_state_dict(other.state_dict())
+    assert torch.equal(layer(x), other(x))
+    layer.weight.mul_(torch.linspace(0.5, 2, 27).reshape(3, 3, 3))
+    other.weight.copy_(layer.weight)
+    assert torch.equal(layer(x), other.train()(x))
+    assert "kept" not in " ".join(layer.state_dict())
 
 
 # ------------------------------------------------------------------ 2.2 e: test
