@@ -75,7 +75,7 @@ def train(results: Path, processes: int, kill_after: float | None = None, victim
 def outcome(results: Path) -> tuple:
     """What a run ended with: the digest of its checkpoint but for the folder, and its log but for the clock."""
     content = ckpt.load_checkpoint(results / "DDPM")
-    content.pop("config")
+    del content["config"], content["seconds"]
     with open(results / "DDPM" / "log.csv", newline="") as file:
         log = [[cell for name, cell in row.items() if name != "seconds"] for row in csv.DictReader(file)]
     return ckpt.digest_of(content), log

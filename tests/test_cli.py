@@ -243,7 +243,7 @@ def test_program_runs_from_anywhere_and_reports_errors_on_one_line(tmp_path):
         ("--timesteps 50 --sample_steps 51", "--sample_steps must be at most --timesteps"),
         ("--schedule quadratic", "linear, cosine, sigmoid; got 'quadratic'"),
         ("--dataset mnist", "cifar10, shapes, folder, butterflies; got 'mnist'"),
-        ("--sampler euler", "ddpm, ddim; got 'euler'"),
+        ("--sampler euler", "ddpm, ddim, dpmpp_2m, heun; got 'euler'"),
         ("--loss_type l3", "l1, l2; got 'l3'"),
         ("--dim 10", "10 channels into 4 groups"),
         ("--dim_mults 1 0", "--dim_mults must be at least 1"),
@@ -425,7 +425,7 @@ def test_the_test_set_is_used_after_training_only(tmp_path, monkeypatch):
         ex2_main, "make_loader", lambda dataset, *a, **o: used.append(len(dataset)) or real(dataset, *a, **o)
     )
     monkeypatch.setattr(ex2_main, "evaluate", lambda *args: used.append("evaluation"))
-    monkeypatch.setattr(ex2_main, "draw_process", lambda *args: None)
-    monkeypatch.setattr(ex2_main, "draw_samples", lambda *args: None)
+    for name in ("write_report", "draw_process", "draw_samples"):
+        monkeypatch.setattr(ex2_main, name, lambda *args: None)
     assert ex2_main.main([*TINY, "--results_dir", str(tmp_path), "--dry_run"]) == 0
     assert used == [900, 100, "evaluation"]

@@ -305,15 +305,15 @@ def test_a_run_whose_time_is_up_ends_annealed_and_is_not_gone_on_with(tmp_path, 
     monkeypatch.setattr(ex2_training.time, "monotonic", lambda: clock[0])
     real_train = ex2_main.train
 
-    def slow_train(*args, draw, **options):
-        def slow_draw(images):
+    def slow_train(*args, after_step=None, **options):
+        def slow_after_step():
             clock[0] += 1.0
-            return draw(images)
+            return after_step()
 
-        return real_train(*args, draw=slow_draw, **options)
+        return real_train(*args, after_step=after_step and slow_after_step, **options)
 
     monkeypatch.setattr(ex2_main, "train", slow_train)
-    config = tiny_config(tmp_path, epochs=9, max_minutes=5 / 60, log_interval=1)
+    config = tiny_config(tmp_path, epochs=9, max_minutes=5 / 60, log_interval=1, warmup_steps=0)
     ex2_main.fit(config, tiny_splits(), diffusor, CPU)
     saved = ckpt.load_checkpoint(config.run_dir)
     assert (saved["step"], saved["epoch"], saved["seconds"]) == (5, 1, 5.0)  # epochs of 3 steps: in the middle of one

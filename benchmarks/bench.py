@@ -1,0 +1,279 @@
+"""How fast is it, and what do samples cost? Training steps and network calls, and quality against network calls.
+
+    python benchmarks/bench.py                                speed, on the GPU where there is one, else the CPU
+    python benchmarks/bench.py --skeleton DIR                 ... beside a solution of the handed-out skeleton in DIR
+    python benchmarks/bench.py --checkpoint results/quick     ... and what samples of that run are worth, by sampler
+
+Everything that is compared is timed in turns, round by round, so that a busy moment hits all alike; medians are shown,
+and written with minimum and maximum as JSON (`--out`). Shares are of the matrix product's speed on the same machine, in
+float32 on a CPU and in bfloat16 on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import json
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import ex2_config as cfg  # noqa: E402
+import ex2_job as job  # noqa: E402
+from ex2_checkpoint import load_checkpoint  # noqa: E402
+from ex2_compare import as_markdown  # noqa: E402
+from ex2_data import ImageSet, make_loader, reverse_transform  # noqa: E402
+from ex2_diffusion import sample_in_batches  # noqa: E402
+from ex2_evaluation import build_judge, compare, describe, real_batches  # noqa: E402
+from ex2_main import train  # noqa: E402
+from ex2_model import Unet  # noqa: E402
+from ex2_training import TrainingState  # noqa: E402
+
+SAMPLER_ROWS = (  # name, settings, times visited; None is every time
+    ("ddpm (Eq. 8)", {"sampler": "ddpm"}, (None, 100, 25)),
+    ("ddim, eta = 1", {"sampler": "ddim", "eta": 1.0}, (None, 100, 50, 25, 13)),
+    ("ddim, eta = 0", {"sampler": "ddim", "eta": 0.0}, (50, 25, 13)),
+    ("dpmpp_2m", {"sampler": "dpmpp_2m"}, (25, 13)),
+    ("heun", {"sampler": "heun"}, (25, 13, 7)),
+)
+
+
+# ---------------------------------------------------------------------------- timing
+
+
+def wait_for(device: torch.device) -> None:
+    """Until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def in_turns(variants: dict[str, Callable[[], object]], device, rounds: int) -> dict[str, list[float]]:
+    """Seconds of every call of every variant, one of each per round; a first round isn't counted."""
+    seconds = {name: [] for name in variants}
+    for number in range(rounds + 1):
+        for name, run in variants.items():
+            wait_for(device)
+            start = time.perf_counter()
+            run()
+            wait_for(device)
+            if number > 0:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def matrix_peak(device: torch.device) -> float:
+    """Operations per second of large matrix products, the best of several."""
+    kind = torch.bfloat16 if device.type == "cuda" else torch.float32
+    size = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(size, size, device=device, dtype=kind)
+    return 2 * size**3 / min(in_turns({"": lambda: a @ a}, device, 8)[""])
+
+
+# ---------------------------------------------------------------------------- training
+
+
+def noise_images(config: cfg.Config) -> ImageSet:
+    """As many images as a batch has: what they show costs no time."""
+    shape = (config.batch_size, 3, config.image_size, config.image_size)
+    return ImageSet(torch.randint(0, 256, shape, dtype=torch.uint8), torch.arange(config.batch_size) % 10)
+
+
+def our_step(config: cfg.Config, device: torch.device) -> Callable[[], object]:
+    """An optimiser step of this package's loop: loader, noise, loss, clipping, AdamW, averaged weights."""
+    torch.manual_seed(0)
+    model = cfg.build_model(config, 10).to(device)
+    loader = make_loader(noise_images(config), config.batch_size, device, train=True)
+    state = TrainingState(model, config, "", total_steps=10**6, steps_per_epoch=1, device=device)
+    state.start()
+    diffusor = cfg.build_diffusion(config, device)
+    quiet = dataclasses.replace(config, dry_run=True)  # one batch, and no line about it
+    options = {"amp": job.computes_in_bfloat16(config.amp, device), "grad_clip": config.grad_clip}
+    options.update(scheduler=state.scheduler, ema=state.ema)
+    return lambda: train(state.network, loader, state.optimizer, diffusor, 0, device, quiet, **options)
+
+
+def skeleton_step(config: cfg.Config, device: torch.device, folder: str) -> Callable[[], object]:
+    """An optimiser step as the handed-out loop makes it, with the U-Net and the process of the solution in `folder`."""
+    sys.path.insert(0, folder)
+    model_file, process_file = importlib.import_module("ex02_model"), importlib.import_module("ex02_diffusion")
+    torch.manual_seed(0)
+    model = model_file.Unet(config.dim, dim_mults=config.dim_mults, channels=3).to(device)
+    schedule = cfg.SCHEDULES[config.schedule]
+    diffusor = process_file.Diffusion(config.timesteps, lambda t: schedule(t).float(), config.image_size, device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr)
+    data = noise_images(config)
+    images = data.images.float() / 127.5 - 1
+
+    def step() -> float:
+        batch = images.to(device)
+        optimizer.zero_grad()
+        t = torch.randint(0, config.timesteps, (len(batch),), device=device).long()
+        loss = diffusor.p_losses(model, batch, t, loss_type="l2")
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def operations_per_image(config: cfg.Config) -> int:
+    """Of a training step, counted by torch; two per multiplication."""
+    model = cfg.build_model(config, 10)
+    x, t = torch.randn(1, 3, config.image_size, config.image_size), torch.zeros(1, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        model(x, t).sum().backward()
+    return counter.get_total_flops()
+
+
+def bench_training(config: cfg.Config, device, args, peak: float) -> list[dict]:
+    """Images per second of the ways to train; the last column is against the first row of them."""
+    ways = {"eager, float32": {"amp": "off"}, "compiled, float32": {"amp": "off", "compile": True}}
+    if device.type == "cuda":
+        ways.update({"eager, bfloat16": {"amp": "on"}, "compiled, bfloat16": {"amp": "on", "compile": True}})
+    if not args.compile:
+        ways = {name: changes for name, changes in ways.items() if "compile" not in changes}
+    steps = {"skeleton": skeleton_step(config, device, args.skeleton)} if args.skeleton else {}
+    steps.update({name: our_step(dataclasses.replace(config, **changes), device) for name, changes in ways.items()})
+    seconds = in_turns(steps, device, args.rounds)
+    memory = {name: memory_of(step, device) for name, step in steps.items()}
+    per_image, first = operations_per_image(config), next(iter(steps))
+    rows = []
+    for name, times in seconds.items():
+        rate = config.batch_size / statistics.median(times)
+        gain = statistics.median([a / b for a, b in zip(seconds[first], times)])
+        row = {"training": name, "images/s": rate, "slowest": config.batch_size / max(times)}
+        row.update({"fastest": config.batch_size / min(times), "share of peak": rate * per_image / peak})
+        rows.append({**row, "peak memory, MB": memory[name], f"against {first}": gain})
+    return rows
+
+
+def memory_of(run: Callable[[], object], device) -> float | None:
+    """Most memory of the GPU during a call, MB; None on a CPU, where only that of the whole process is known."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    return torch.cuda.max_memory_allocated(device) / 1e6
+
+
+# ---------------------------------------------------------------------------- sampling
+
+
+@torch.no_grad()
+def bench_calls(config: cfg.Config, device, args, peak: float) -> list[dict]:
+    """Network calls without gradients: plain ones, and guided ones, whose batch is twice as large."""
+    model: Unet = cfg.build_model(dataclasses.replace(config, class_free_guidance=True), 10).to(device).eval()
+    x = torch.randn(2 * config.batch_size, 3, config.image_size, config.image_size, device=device)
+    t, classes = torch.zeros(len(x), dtype=torch.long, device=device), torch.arange(len(x), device=device) % 10
+    half = config.batch_size
+    calls = {"plain": lambda: model(x[:half], t[:half], classes[:half]), "guided": lambda: model(x, t, classes)}
+    per_image, rows = operations_per_image(config) / 3, []
+    for name, times in in_turns(calls, device, args.rounds).items():
+        rate = half / statistics.median(times)
+        share = rate * per_image * (2 if name == "guided" else 1) / peak
+        row = {"network call": name, "images/s": rate, "slowest": half / max(times), "fastest": half / min(times)}
+        rows.append({**row, "share of peak": share})
+    return rows
+
+
+def bench_samplers(args, device) -> list[dict]:
+    """Quality of a run's samples by sampler and number of times visited, in the judge's features; best is smallest."""
+    checkpoint = load_checkpoint(args.checkpoint)
+    config = cfg.config_of(checkpoint, {"cuda": None, "data_dir": args.data_dir} if args.data_dir else {"cuda": None})
+    splits, diffusor = cfg.load_data(config), cfg.build_diffusion(config, device)
+    model = cfg.restore_model(checkpoint, config, device)
+    judge = build_judge(splits, device, config, Path(args.checkpoint).resolve().parent / "features", args.samples)
+    labels = judge.reference.images.labels
+    labels = labels[torch.arange(args.samples) % len(labels)]
+    scale = {"guidance_scale": args.guidance_scale} if config.can_guide else {}
+    rows = []
+    for name, settings, visits in SAMPLER_ROWS:
+        for steps in visits:
+            calls, start = [], time.perf_counter()
+
+            def counting(*inputs, calls=calls):
+                calls.append(len(inputs[0]))
+                return model(*inputs)
+
+            counting.null_class = model.null_class
+            sampling = {**settings, **scale, "steps": steps, "classes": labels if config.class_free_guidance else None}
+            batches = sample_in_batches(
+                diffusor, counting, args.samples, config.sample_batch, config.seed + 1, **sampling
+            )
+            images = [reverse_transform(batch) for batch in batches]
+            seconds = time.perf_counter() - start
+            pairs = zip(images, labels.split(config.sample_batch))
+            figures = compare(judge.reference, describe(judge, pairs, device))
+            row = {"sampler": name, "times": steps or config.timesteps}
+            row["network calls"] = len(calls) / len(images)
+            row.update({key: figures.get(key) for key in ("frechet_distance", "recall", "class_accuracy")})
+            rows.append({**row, "images/s": args.samples / seconds})
+            print(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items()))
+    real = describe(judge, real_batches(splits.test, args.samples), device)
+    figures = compare(judge.reference, real)
+    rows.append(
+        {**dict.fromkeys(rows[0]), "sampler": "test images", **{k: figures[k] for k in figures if k in rows[0]}}
+    )
+    return rows
+
+
+# ---------------------------------------------------------------------------- the command
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dim", type=int, default=32, help="base width of the U-Net (default: 32)")
+    parser.add_argument("--dim_mults", type=int, nargs="+", default=[1, 2, 4], help="of its levels (default: 1 2 4)")
+    parser.add_argument("--image_size", type=int, default=32, help="pixels (default: 32)")
+    parser.add_argument("--batch_size", type=int, default=64, help="images per step (default: 64)")
+    parser.add_argument("--rounds", type=int, default=7, help="times each variant is timed (default: 7)")
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=True, help="time compiled steps too"
+    )
+    parser.add_argument("--no_cuda", action="store_true", help="stay off the GPU")
+    parser.add_argument("--skeleton", metavar="DIR", help="folder with another solution's ex02_model.py to time beside")
+    parser.add_argument("--checkpoint", help="a run's folder, for quality against network calls")
+    parser.add_argument("--data_dir", help="where that run's data lies now")
+    parser.add_argument("--samples", type=int, default=500, help="that are judged per sampler (default: 500)")
+    parser.add_argument("--guidance_scale", type=float, default=0.0, help="at which they are drawn (default: 0)")
+    parser.add_argument("--out", default="results/bench.json", help="the figures (default: results/bench.json)")
+    args = parser.parse_args()
+    config = cfg.Config(
+        dim=args.dim, dim_mults=tuple(args.dim_mults), image_size=args.image_size, batch_size=args.batch_size
+    )
+    device = job.pick_device(False if args.no_cuda else None)
+    peak = matrix_peak(device)
+    machine = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    )
+    report = {
+        "machine": f"{machine}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "matrix peak, GFLOP/s": peak / 1e9,
+        "settings": f"dim {args.dim}, mults {args.dim_mults}, {args.image_size} pixels, batch {args.batch_size}",
+        "training": bench_training(config, device, args, peak),
+        "network calls": bench_calls(config, device, args, peak),
+    }
+    if args.checkpoint:
+        report["samplers"] = bench_samplers(args, device)
+    report["peak memory of the process, MB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    for name, content in report.items():
+        print(f"\n{as_markdown(content)}" if isinstance(content, list) else f"{name}: {content}")
+    with suppress(FileExistsError):
+        Path(args.out).parent.mkdir(parents=True)
+    Path(args.out).write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
