@@ -170,7 +170,6 @@ def memory_of(run: Callable[[], object], device) -> float | None:
 # ---------------------------------------------------------------------------- sampling
 
 
-@torch.no_grad()
 def bench_calls(config: cfg.Config, device, args, peak: float) -> list[dict]:
     """Network calls without gradients: plain ones, and guided ones, whose batch is twice as large."""
     model: Unet = cfg.build_model(dataclasses.replace(config, class_free_guidance=True), 10).to(device).eval()
@@ -179,7 +178,9 @@ def bench_calls(config: cfg.Config, device, args, peak: float) -> list[dict]:
     half = config.batch_size
     calls = {"plain": lambda: model(x[:half], t[:half], classes[:half]), "guided": lambda: model(x, t, classes)}
     per_image, rows = operations_per_image(config) / 3, []
-    for name, times in in_turns(calls, device, args.rounds).items():
+    with torch.no_grad():
+        seconds = in_turns(calls, device, args.rounds)
+    for name, times in seconds.items():
         rate = half / statistics.median(times)
         share = rate * per_image * (2 if name == "guided" else 1) / peak
         row = {"network call": name, "images/s": rate, "slowest": half / max(times), "fastest": half / min(times)}
