@@ -284,6 +284,7 @@ PRESETS = {
         schedule="cosine",
         dim=128,
         dim_mults=(1, 2, 2, 2),
+        dropout=0.1,
         class_free_guidance=True,
         epochs=200,
         batch_size=128,
