@@ -23,6 +23,7 @@ from ex2_diffusion import sample_in_batches
 
 T = TypeVar("T")
 _timeout = datetime.timedelta(minutes=30)  # how long a process waits for the others
+PATIENCE = datetime.timedelta(days=1)
 _cpu_group = None  # gloo, for figures and files, also where the gradients go by nccl
 
 
@@ -114,6 +115,7 @@ def connected(cuda: bool | None, timeout_minutes: float) -> Iterator[None]:
             out, err = (sys.stdout, sys.stderr) if is_main() else (nowhere, NoTerminal(sys.stderr))
             with redirect_stdout(out), redirect_stderr(err), faults_named():
                 yield
+                meet("the end", PATIENCE)  # the first one is still drawing
         dist.destroy_process_group()
     finally:
         _cpu_group = None
@@ -125,7 +127,7 @@ def faults_named() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if world_size() == 1 or not is_lost_connection(error):
+        if isinstance(error, ProcessesError) or world_size() == 1 or not is_lost_connection(error):
             raise
         raise ProcessesError(f"another process is gone ({str(error).splitlines()[0]})") from error
 
@@ -149,8 +151,8 @@ def share_of(count: int, part: tuple[int, int] | None = None) -> range:
     return range(count * index // parts, count * (index + 1) // parts)
 
 
-def meet(what: str) -> None:
-    """Waits for all processes.
+def meet(what: str, timeout: datetime.timedelta | None = None) -> None:
+    """Waits for all processes, as long as `connected` was told if not for `timeout`.
 
     Raises:
         ProcessesError: some are not there in time; names them.
@@ -158,12 +160,13 @@ def meet(what: str) -> None:
     if world_size() == 1:
         return
     try:
-        dist.monitored_barrier(_cpu_group, _timeout, wait_all_ranks=True)
+        dist.monitored_barrier(_cpu_group, timeout or _timeout, wait_all_ranks=True)
     except RuntimeError as error:
-        minutes = _timeout.total_seconds() / 60
+        minutes = (timeout or _timeout).total_seconds() / 60
         reason = str(error).splitlines()[0]
         raise ProcessesError(
-            f"process {rank()} of {world_size()} waited up to {minutes:g} min for the others at '{what}': {reason}"
+            f"process {rank()} of {world_size()} waited for the others at '{what}', up to {minutes:g} min "
+            f"(--timeout_minutes): {reason}"
         ) from error
 
 

@@ -292,20 +292,19 @@ def describe(judge: Judge, batches: Iterable[tuple[Tensor, Tensor | None]], devi
 
 def real_batches(dataset, count: int, num_workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
     """This process's share of the first `count` images of a data set, as the judge takes them."""
-    dataset = dataset.subset(torch.tensor(share_of(min(count, len(dataset)))))
+    mine = share_of(min(count, len(dataset)))
+    dataset = dataset.subset(torch.arange(mine.start, mine.stop))
     for images, labels in make_loader(dataset, BATCH_SIZE, "cpu", num_workers=num_workers):
         yield reverse_transform(images), labels
 
 
 def noise_batches(count: int, shape: Sequence[int]) -> Iterator[tuple[Tensor, None]]:
     """This process's share of Gaussian noise, clamped to the range of images: what a sampler starts from."""
-    for part in torch.tensor(share_of(count)).split(BATCH_SIZE):
-        yield (
-            reverse_transform(
-                randn((len(part), *shape), torch.device("cpu"), image_generators(NOISE_SEED, int(part[0]), len(part)))
-            ),
-            None,
-        )
+    mine = share_of(count)
+    for first in range(mine.start, mine.stop, BATCH_SIZE):
+        size = min(BATCH_SIZE, mine.stop - first)
+        noise = randn((size, *shape), torch.device("cpu"), image_generators(NOISE_SEED, first, size))
+        yield reverse_transform(noise), None
 
 
 def sampled_batches(
@@ -362,14 +361,16 @@ def check_memorisation(judge: Judge, samples: Described, real: Described, device
     queries = torch.cat((samples.pixels, real.pixels))
     queries = torch.cat((queries, queries.flip(-1)))  # mirrored images are in the training set, too
     training = judge.reference.images
-    gallery = real_batches(training, len(training), judge.num_workers)
+    gallery = make_loader(training, BATCH_SIZE, "cpu", num_workers=judge.num_workers)  # all of them, in every process
     gallery = tqdm(gallery, "nearest training images", -(-len(training) // BATCH_SIZE), leave=False, disable=None)
     features = torch.cat(
         [judge.reference.extractor.features(part.to(device)).cpu() for part in queries.split(BATCH_SIZE)]
     )
     grey_levels = queries[0].numel() ** 0.5
     found = {
-        "pixels": nearest(queries.flatten(1).float(), (images.flatten(1).float() for images, _ in gallery)),
+        "pixels": nearest(
+            queries.flatten(1).float(), (reverse_transform(images).flatten(1).float() for images, _ in gallery)
+        ),
         "features": nearest(features, judge.reference.features.split(5000)),
     }
     rows, report = [to_model_range(samples.pixels[:MEMORY_SHOWN])], {"images": counts}

@@ -203,7 +203,8 @@ def accuracy(classifier: SmallClassifier, dataset, device, num_workers: int = 0)
 
 def own_share(dataset):
     """The images of a data set that this process looks at."""
-    return dataset.subset(torch.tensor(share_of(len(dataset)))) if world_size() > 1 else dataset
+    mine = share_of(len(dataset))
+    return dataset.subset(torch.arange(mine.start, mine.stop)) if world_size() > 1 else dataset
 
 
 def features_of(extractor, dataset, device, num_workers: int = 0) -> Tensor:

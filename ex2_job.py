@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ex2_data import InputError
-from ex2_distributed import is_main, local_rank, world_size
+from ex2_distributed import is_main, is_restart, local_rank, started_by_torchrun, world_size
 
 # The end of a SLURM job, Ctrl-C, and SLURM's warning before the end; Windows lacks the last.
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
@@ -63,11 +63,14 @@ def interrupt(number: int, frame) -> None:
 
 @contextmanager
 def signals_held() -> Iterator[list[int]]:
-    """Signals wait in the list that is yielded, so that a training step ends in order; a second one doesn't wait."""
+    """Signals wait in the list that is yielded, so that a training step ends in order; a second one doesn't wait.
+
+    Under torchrun it does: there a signal often comes twice, from its sender and from torchrun, which kills in the end.
+    """
     waiting: list[int] = []
 
     def hold(number: int, frame) -> None:
-        if waiting:
+        if waiting and not started_by_torchrun():
             raise Interrupted(number)
         waiting.append(number)
 
@@ -127,7 +130,9 @@ def check_abandoned(path: Path, mine: dict) -> None:
         started = process_start(holder["pid"])
         gone = not process_runs(holder["pid"]) or (started is not None and started != holder.get("started"))
     else:
-        gone = age > ABANDONED or (mine["job"] != "none" and holder.get("job") == mine["job"])
+        # A job that was put on another machine finds the lock of its first start; two steps of one job don't.
+        again = is_restart() or int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
+        gone = age > ABANDONED or (again and mine["job"] != "none" and holder.get("job") == mine["job"])
     if not gone:
         raise InputError(
             f"process {holder['pid']} on {holder.get('host')} works in {path.parent}: wait for it, or choose another "

@@ -123,6 +123,9 @@ def run_compare(args) -> None:
             try:
                 train_and_judge(config, splits, judge, args.eval_samples, device)
             except RunError as error:
+                # Of several processes the others may not know of it; and a signal, where saving failed, ends all.
+                if world_size() > 1 or isinstance(error.__context__, job.Interrupted):
+                    raise
                 failed[name] = str(error)
         if is_main():
             write_comparison(runs, varied, failed, base.run_dir, device)
@@ -313,11 +316,12 @@ def fit(config: cfg.Config, splits: DataSplits, diffusor: Diffusion, device) -> 
         state.start()
 
     while not state.finished:
-        epoch_loss = train_epoch(state, loader, diffusor, log)
         try:
+            epoch_loss = train_epoch(state, loader, diffusor, log)
             val = test(state.ema.module, val_loader, diffusor, device, config)
         except job.Interrupted:
-            state.save()
+            with job.signals_held():
+                state.save()
             raise
         val_loss = sum(val[config.loss_type]) / len(val["t"])
         if not math.isfinite(val_loss):
@@ -348,19 +352,22 @@ def open_log(state: TrainingState) -> RunLog | None:
 
 
 def train_epoch(state: TrainingState, loader, diffusor: Diffusion, log: RunLog | None) -> float:
-    """What is left of the current epoch; returns its loss. A signal waits for the end of the step, which is saved."""
+    """What is left of the current epoch; returns its loss. A signal waits for the end of the step.
+
+    Raises:
+        Interrupted: one came, to this or another process; the state is that after a whole step.
+    """
     config = state.config
     loader.set_epoch(state.epochs_done, state.first_batch)
     with job.signals_held() as waiting:
 
         def after_step() -> bool:
             if number := state.count_step(waiting[0] if waiting else 0):
-                state.save()
                 raise job.Interrupted(number)
             state.save_if_due()
             return state.finished
 
-        return train(
+        loss = train(
             state.network,
             loader,
             state.optimizer,
@@ -380,6 +387,9 @@ def train_epoch(state: TrainingState, loader, diffusor: Diffusion, log: RunLog |
             min_snr=config.min_snr,
             amp=job.computes_in_bfloat16(config.amp, state.device),
         )
+    if waiting:  # it came after the last step's count
+        raise job.Interrupted(waiting[0])
+    return loss
 
 
 def train(
@@ -526,8 +536,9 @@ def seconds_per_step(config: cfg.Config, model, diffusor: Diffusion, loader) -> 
             return sorted(times)[len(times) // 2]
         images, labels = batches[0]
         fits = job.batch_that_fits(lambda n: try_step(config, model, diffusor, (images[:n], labels[:n])), len(images))
-    advice = f"--batch_size {fits} fits" if fits else "not even one image does"
-    raise RunError(f"--batch_size {len(images)} doesn't fit the GPU's free memory; {advice}, as would a lower --dim")
+    advice = f"--batch_size {fits * world_size()} fits" if fits else "not even one image does"
+    size = len(images) * world_size()
+    raise RunError(f"--batch_size {size} doesn't fit the GPU's free memory; {advice}, as would a lower --dim")
 
 
 def try_step(config: cfg.Config, model, diffusor: Diffusion, batch) -> None:

@@ -54,6 +54,10 @@ class WeightStandardizedConv2d(nn.Conv2d):
         super().__init__(*args, **kwargs)
         self.kept: tuple | None = None  # (state of the weights, their standardised form), while nothing trains
 
+    def train(self, mode: bool = True) -> WeightStandardizedConv2d:
+        self.kept = None  # an optimiser that works on all weights in one pass changes them without a new version
+        return super().train(mode)
+
     def forward(self, x: Tensor) -> Tensor:
         if self.training or torch.is_grad_enabled():
             return self._conv_forward(x, self.standardized(), self.bias)

@@ -91,6 +91,7 @@ class TrainingState:
     def start(self) -> None:
         """Readies `network`, by which processes train on the mean of their gradients (DDP), and starts the clock."""
         self.started = time.monotonic() - self.seconds
+        self.agreement.agreed = (0, self.seconds)
         if world_size() > 1:
             devices = [self.device] if self.device.type == "cuda" else None
             self.network = DistributedDataParallel(self.model, devices, gradient_as_bucket_view=True)
@@ -251,10 +252,9 @@ class TrainingState:
                 f"the weights in {self.config.run_dir} don't fit the model's settings: choose another --run_name"
             ) from error
         self.ema.n_averaged.fill_(saved["ema_updates"])
-        fused = self.optimizer.defaults["fused"]
+        for group in saved["optimizer"]["param_groups"]:
+            group["fused"] = self.optimizer.defaults["fused"]  # this machine's, and not that of the one which saved it
         self.optimizer.load_state_dict(saved["optimizer"])
-        for group in self.optimizer.param_groups:
-            group["fused"] = fused  # this machine's, and not that of the one which saved it
 
 
 def changed_settings(before: Config, now: Config) -> str:

@@ -138,7 +138,8 @@ def operations_per_image(config: cfg.Config) -> int:
 
 def bench_training(config: cfg.Config, device, args, peak: float) -> list[dict]:
     """Images per second of the ways to train; the last column is against the first row of them."""
-    ways = {"eager, float32": {"amp": "off"}, "compiled, float32": {"amp": "off", "compile": True}}
+    single = "TensorFloat-32" if device.type == "cuda" else "float32"
+    ways = {f"eager, {single}": {"amp": "off"}, f"compiled, {single}": {"amp": "off", "compile": True}}
     if device.type == "cuda":
         ways.update({"eager, bfloat16": {"amp": "on"}, "compiled, bfloat16": {"amp": "on", "compile": True}})
     if not args.compile:
@@ -153,18 +154,20 @@ def bench_training(config: cfg.Config, device, args, peak: float) -> list[dict]:
         rate = config.batch_size / statistics.median(times)
         gain = statistics.median([a / b for a, b in zip(seconds[first], times)])
         row = {"training": name, "images/s": rate, "slowest": config.batch_size / max(times)}
-        row.update({"fastest": config.batch_size / min(times), "share of peak": rate * per_image / peak})
-        rows.append({**row, "peak memory, MB": memory[name], f"against {first}": gain})
+        share = None if name == "skeleton" else rate * per_image / peak  # it may take other operations
+        row.update({"fastest": config.batch_size / min(times), "share of peak": share})
+        rows.append({**row, "memory of a step, MB": memory[name], f"against {first}": gain})
     return rows
 
 
 def memory_of(run: Callable[[], object], device) -> float | None:
-    """Most memory of the GPU during a call, MB; None on a CPU, where only that of the whole process is known."""
+    """What a call takes of the GPU's memory beside the weights, MB; None on a CPU, where that can't be told."""
     if device.type != "cuda":
         return None
     torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
     run()
-    return torch.cuda.max_memory_allocated(device) / 1e6
+    return (torch.cuda.max_memory_allocated(device) - before) / 1e6
 
 
 # ---------------------------------------------------------------------------- sampling

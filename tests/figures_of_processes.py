@@ -40,7 +40,7 @@ def new_state(folder, **changes):
     model = cfg.build_model(config, 3)
     loader = make_loader(random_set(IMAGES, 0), 8, "cpu", train=True, flip=True, part=(rank(), world_size()))
     state = TrainingState(model, config, "abc", total_steps=30, steps_per_epoch=len(loader), device="cpu")
-    state.connect()
+    state.start()
     return state, cfg.build_diffusion(config, "cpu"), loader
 
 
@@ -90,7 +90,8 @@ def evaluation(folder) -> dict:
     config = dataclasses.replace(state.config, dry_run=True)
     config.run_dir.mkdir(parents=True, exist_ok=True)
     judge = build_judge(splits, "cpu", config, folder, 16)
-    row = judge_samples(judge, model, splits, diffusor, config, count=16, scales=[])["by_scale"][0]
+    judged = judge_samples(judge, model, splits, diffusor, config, count=16, scales=[])
+    row, copied = judged["by_scale"][0], judged["memorisation"]
     classifier = train_classifier(splits.train, 3, "cpu", flip=False, epochs=1)
     return {
         "l2": torch.tensor(losses["l2"]),
@@ -99,6 +100,9 @@ def evaluation(folder) -> dict:
         "bound": torch.tensor([bound["beta"]["total"], *bound["beta_tilde"]["terms"]]),
         "samples": samples,
         "kid, precision, recall, accuracy": torch.tensor([row[k] for k in ("kid", "precision", "recall")]),
+        "nearest training images": torch.tensor(
+            [*copied["pixels"]["median"].values(), copied["pixels"]["share_nearer"]]
+        ),
         "features": features_of(classifier, splits.test, "cpu"),
         "accuracy of the classifier": torch.tensor(accuracy(classifier, splits.test, "cpu")),
     }

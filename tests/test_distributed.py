@@ -195,7 +195,7 @@ def test_two_processes_compute_what_one_does(tmp_path):
     assert by_rank[0].keys() == by_rank[1].keys() == one.keys()
     for name, wanted in one.items():
         # Pixels of samples are rounded, so a figure of few samples can jump by one of 768 grey levels.
-        tolerance = 5e-3 if name.startswith("kid") else 1e-6 if "gradient" in name else 1e-5
+        tolerance = 5e-3 if name.startswith(("kid", "nearest")) else 1e-6 if "gradient" in name else 1e-5
         torch.testing.assert_close(by_rank[0][name], wanted, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
         assert torch.equal(by_rank[0][name], by_rank[1][name]), name
 
@@ -271,7 +271,7 @@ def test_a_process_that_does_not_answer_is_named(tmp_path):
     code, _, _ = finish(start_two(str(script)), timeout=60)
     assert code != 0
     said = Path(f"{script}.said").read_text()
-    assert "'features of images'" in said and "0.05 min" in said
+    assert "'features of images', up to 0.05 min" in said
     assert "anks 1 failed" in said, said
     assert time.monotonic() - started < 45
 

@@ -369,7 +369,10 @@ def test_locks_of_other_machines_count_while_they_are_kept_alive(tmp_path, monke
     lock_file(tmp_path, host="elsewhere", job="7")
     with pytest.raises(InputError, match="on elsewhere works in"), locked(tmp_path):
         pass
-    monkeypatch.setenv("SLURM_JOB_ID", "7")  # the same job, put on another machine
+    monkeypatch.setenv("SLURM_JOB_ID", "7")  # another step of the same job
+    with pytest.raises(InputError, match="on elsewhere works in"), locked(tmp_path):
+        pass
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # the same job, put on another machine
     with locked(tmp_path):
         pass
     monkeypatch.delenv("SLURM_JOB_ID")
@@ -516,3 +519,13 @@ def test_bfloat16_is_refused_where_it_is_asked_of_a_gpu_without_it(monkeypatch):
         True,
         False,
     ]
+
+
+def test_a_second_signal_waits_too_under_torchrun(monkeypatch):
+    """There it comes from the sender and from torchrun, within milliseconds."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")
+    with signals_held() as waiting:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert waiting == [signal.SIGTERM] * 2

@@ -56,7 +56,7 @@ def test_every_flag_that_is_named_exists():
         "eval_scales",
         "inception_weights",
     }
-    flags -= {"weights", "classes", "n_images", "out", "preset", "signal"}  # of commands, and of SLURM
+    flags -= {"weights", "classes", "n_images", "out", "preset", "signal", "max"}  # of commands, SLURM and torchrun
     names = {f.name for f in dataclasses.fields(cfg.Config)}
     assert {flag.replace("no_", "", 1) if flag.startswith("no_") else flag for flag in flags} <= names
 

@@ -377,6 +377,19 @@ def test_weights_that_are_kept_standardised_follow_every_change():
     assert "kept" not in " ".join(layer.state_dict())
 
 
+def test_weights_that_are_kept_standardised_follow_an_optimiser_that_changes_all_in_one_pass():
+    torch.manual_seed(0)
+    layer = WeightStandardizedConv2d(3, 4, 3)
+    optimizer, x = ex2_training.build_optimizer(layer, 0.5), torch.randn(1, 3, 8, 8)
+    with torch.no_grad():
+        before = layer.eval()(x)
+    layer.train()(x).square().sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        after = layer.eval()(x)
+        assert torch.equal(after, layer.train()(x)) and not torch.equal(after, before)
+
+
 # ------------------------------------------------------------------ 2.2 e: test
 
 
