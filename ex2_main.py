@@ -76,9 +76,15 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{name_of_process()}error: the GPU's memory is full: lower --batch_size or --dim", file=sys.stderr)
         return 1
     except RuntimeError as error:
-        if "allocate memory" not in str(error):
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            what = (
+                f"--compile: torch can't compile the network here ({str(error).strip().splitlines()[0]}); drop the flag"
+            )
+        elif "allocate memory" in str(error):
+            what = "the memory is full: lower --batch_size, --sample_batch or --dim"
+        else:
             raise
-        print("error: the memory is full: lower --batch_size, --sample_batch or --dim", file=sys.stderr)
+        print(f"{name_of_process()}error: {what}", file=sys.stderr)
         return 1
     except job.Interrupted as stop:
         print(f"{stop}; a training that was going on is saved: the same command goes on with it", file=sys.stderr)
@@ -524,38 +530,29 @@ def seconds_per_step(config: cfg.Config, model, diffusor: Diffusion, loader) -> 
         RunError: the batch doesn't fit the GPU's memory; says which would.
     """
     times, batches = [], [batch for _, batch in zip(range(5), loader)]
+    trial = TrainingState(deepcopy(model), config, (), total_steps=10, steps_per_epoch=10, device=diffusor.device)
     with torch.random.fork_rng(devices=[diffusor.device] if diffusor.device.type == "cuda" else []):
         try:
             for batch in batches:
                 start = time.perf_counter()
-                try_step(config, model, diffusor, batch)
+                try_step(trial, diffusor, batch)
                 times.append(time.perf_counter() - start)
         except torch.cuda.OutOfMemoryError:
             fits = None
         else:
             return sorted(times)[len(times) // 2]
         images, labels = batches[0]
-        fits = job.batch_that_fits(lambda n: try_step(config, model, diffusor, (images[:n], labels[:n])), len(images))
+        fits = job.batch_that_fits(lambda n: try_step(trial, diffusor, (images[:n], labels[:n])), len(images))
     advice = f"--batch_size {fits * world_size()} fits" if fits else "not even one image does"
     size = len(images) * world_size()
     raise RunError(f"--batch_size {size} doesn't fit the GPU's free memory; {advice}, as would a lower --dim")
 
 
-def try_step(config: cfg.Config, model, diffusor: Diffusion, batch) -> None:
-    """One optimiser step on a copy of the model."""
-    quiet, device = dataclasses.replace(config, dry_run=True), diffusor.device
-    copy = TrainingState(deepcopy(model), config, (), total_steps=10, steps_per_epoch=10, device=device)
-    train(
-        copy.model,
-        [batch],
-        copy.optimizer,
-        diffusor,
-        0,
-        device,
-        quiet,
-        ema=copy.ema,
-        amp=job.computes_in_bfloat16(config.amp, device),
-    )
+def try_step(trial: TrainingState, diffusor: Diffusion, batch) -> None:
+    """One optimiser step of a training that comes to nothing."""
+    quiet, device = dataclasses.replace(trial.config, dry_run=True), trial.device
+    amp = job.computes_in_bfloat16(trial.config.amp, device)
+    train(trial.model, [batch], trial.optimizer, diffusor, 0, device, quiet, ema=trial.ema, amp=amp)
 
 
 # ---------------------------------------------------------------------------- sampling

@@ -314,7 +314,7 @@ def test_two_torchruns_act_as_two_machines(command, tmp_path):
     for node in range(2):
         folder = tmp_path / str(node)
         meeting = ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=pair"]
-        program = [*command, "--dry_run", "--results_dir", str(folder)]
+        program = [*command, "--no_class_free_guidance", "--dry_run", "--results_dir", str(folder)]
         nodes.append(start(*TORCHRUN, "--nnodes=2", "--nproc_per_node=1", *meeting, *program))
     ends = [finish(node) for node in nodes]
     assert [code for code, _, _ in ends] == [0, 0], ends

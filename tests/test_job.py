@@ -471,12 +471,12 @@ def test_the_batch_that_fits_is_found_by_halving(no_cache, fits, found):
 def test_a_training_batch_that_does_not_fit_is_named_with_one_that_does(no_cache, monkeypatch, tmp_path):
     model = Hungry(30)
     monkeypatch.setattr(
-        ex2_main, "try_step", lambda config, m, diffusor, batch: model(batch[0], torch.zeros(len(batch[0])))
+        ex2_main, "try_step", lambda trial, diffusor, batch: model(batch[0], torch.zeros(len(batch[0])))
     )
     config = cfg.Config(dataset="shapes")
     loader = [(torch.zeros(100, 3, 8, 8), torch.zeros(100))] * 5
     with pytest.raises(RunError, match="--batch_size 100 doesn't fit .*--batch_size 25 fits"):
-        ex2_main.seconds_per_step(config, None, cfg.build_diffusion(config, "cpu"), loader)
+        ex2_main.seconds_per_step(config, cfg.build_model(config, 10), cfg.build_diffusion(config, "cpu"), loader)
 
 
 def test_the_freest_visible_gpu_is_taken(monkeypatch, capsys):
@@ -529,3 +529,15 @@ def test_a_second_signal_waits_too_under_torchrun(monkeypatch):
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGTERM)
     assert waiting == [signal.SIGTERM] * 2
+
+
+def test_a_network_that_cannot_be_compiled_is_one_line(tmp_path, monkeypatch, capsys):
+    class Fails(torch.nn.Module):
+        def forward(self, *inputs):
+            raise torch._dynamo.exc.TorchDynamoException("no working C++ compiler\nand a long story")
+
+    monkeypatch.setattr(torch, "compile", lambda network, **options: Fails())
+    assert ex2_main.main([*TINY, "--results_dir", str(tmp_path), "--compile"]) == 1
+    assert capsys.readouterr().err == (
+        "error: --compile: torch can't compile the network here (no working C++ compiler); drop the flag\n"
+    )
