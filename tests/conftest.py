@@ -1,7 +1,13 @@
+import os
+
 import pytest
 import torch
 
 from ex2_diffusion import SCHEDULES, Diffusion, extract
+
+# Models of tests are so small that threads would only wait for each other, and for those of tests beside them.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 
 
 class GaussianDenoiser:

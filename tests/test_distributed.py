@@ -99,6 +99,20 @@ def command(photographs):
 
 
 @pytest.fixture(scope="module")
+def training_only(command, tmp_path_factory):
+    """The same command without evaluation and pictures, which take longer than its training."""
+    script = tmp_path_factory.mktemp("script") / "training_only.py"
+    script.write_text(
+        "import sys, ex2_main\n"
+        "for name in ('announce', 'evaluate', 'write_report', 'draw_process', 'draw_samples'):\n"
+        "    setattr(ex2_main, name, lambda *args: None)\n"
+        "if __name__ == '__main__':\n"
+        "    sys.exit(ex2_main.main())\n"
+    )
+    return [str(script), *command[1:]]
+
+
+@pytest.fixture(scope="module")
 def by_two(command, tmp_path_factory):
     """(run folder, stdout) of a whole training by two processes that nothing interrupted."""
     results = tmp_path_factory.mktemp("by_two")
@@ -215,9 +229,11 @@ def test_two_processes_write_the_files_of_one_and_talk_once(by_two, command, tmp
 # ------------------------------------------------------------------ processes that end early
 
 
-def test_a_signal_to_one_process_ends_all_after_the_same_step_and_one_goes_on(command, tmp_path, capsys):
+def test_a_signal_to_one_process_ends_all_after_the_same_step_and_one_goes_on(
+    training_only, tmp_path, monkeypatch, capsys
+):
     """From two processes to one within an epoch: the weights are those of one process alone, to rounding."""
-    plain = [*command, "--p_uncond", "0", "--epochs", "9"]
+    plain = [*training_only, "--p_uncond", "0", "--epochs", "9"]
     agent = start_two(*plain, "--results_dir", str(tmp_path))
     wait_for(lambda: len(list((tmp_path / "DDPM").glob("ckpt.pt*"))) >= 2, agent)
     os.kill(workers_of(agent)[1], signal.SIGTERM)
@@ -228,6 +244,8 @@ def test_a_signal_to_one_process_ends_all_after_the_same_step_and_one_goes_on(co
     assert 0 < saved["step"] < 63
     assert not (tmp_path / "DDPM" / ".lock").exists()
 
+    for name in ("announce", "evaluate", "write_report", "draw_process", "draw_samples"):
+        monkeypatch.setattr(ex2_main, name, lambda *args: None)
     end = [*plain[1:], "--results_dir", str(tmp_path), "--num_threads", "1"]
     assert ex2_main.main(end) == 0
     said = capsys.readouterr().out
@@ -240,9 +258,9 @@ def test_a_signal_to_one_process_ends_all_after_the_same_step_and_one_goes_on(co
         torch.testing.assert_close(mixed[name], weight, rtol=0, atol=2e-3)
 
 
-def test_a_killed_process_is_started_again_and_the_run_ends_as_if_nothing_had_happened(by_two, command, tmp_path):
+def test_a_killed_process_is_started_again_and_the_run_ends_as_if_nothing_had_happened(by_two, training_only, tmp_path):
     agent = start(
-        *TORCHRUN, "--standalone", "--nproc_per_node=2", "--max-restarts=3", *command, "--no_resume",
+        *TORCHRUN, "--standalone", "--nproc_per_node=2", "--max-restarts=3", *training_only, "--no_resume",
         "--results_dir", str(tmp_path),
     )  # fmt: skip
     checkpoint = tmp_path / "DDPM" / "ckpt.pt.previous"  # so there is one whole checkpoint

@@ -331,9 +331,11 @@ def test_a_run_whose_time_is_up_ends_annealed_and_is_not_gone_on_with(tmp_path, 
 def test_compiled_training_is_training_and_its_checkpoint_has_no_prefix(tmp_path, diffusor, monkeypatch):
     """By a backend that needs no C++ compiler."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(ex2_main, "announce", lambda *args: None)
     saved = {}
     for name in ("eager", "compiled"):
-        config = tiny_config(tmp_path, epochs=1, run_name=name, compile=name == "compiled", p_uncond=0.0)
+        small = {"epochs": 1, "dim_mults": (1,), "p_uncond": 0.0}
+        config = tiny_config(tmp_path, run_name=name, compile=name == "compiled", **small)
         ex2_main.fit(config, tiny_splits(), diffusor, CPU)
         saved[name] = ckpt.load_checkpoint(config.run_dir)
     assert saved["eager"]["model"].keys() == saved["compiled"]["model"].keys()
