@@ -149,11 +149,20 @@ class EpochPlan:
     def __len__(self) -> int:
         return max(0, self.batches - self.first_batch)
 
+    def own_rows(self, batch: int) -> tuple[slice, float]:
+        """(this process's rows of batch number `batch`, weight of their mean loss).
+
+        With these weights the mean over processes is the mean over the batch; a row that stands in for none has 0.
+        """
+        total, parts = self.images_in(batch), self.part[1]
+        mine = share_of(total, self.part)
+        return slice(mine.start, mine.stop) if mine else slice(0, 1), len(mine) * parts / total
+
     def rows(self) -> Iterator[slice]:
         """The places in `order` of this process's images, batch by batch."""
         for batch in range(self.first_batch, self.batches):
-            start, mine = batch * self.batch_size, share_of(self.images_in(batch), self.part)
-            yield slice(start + mine.start, start + mine.stop) if mine else slice(start, start + 1)
+            start, (own, _) = batch * self.batch_size, self.own_rows(batch)
+            yield slice(start + own.start, start + own.stop)
 
     def __iter__(self) -> Iterator[list[tuple[int, bool]]]:
         for rows in self.rows():

@@ -65,31 +65,30 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         # From a worker process that reads images the message comes with the worker's traceback before it.
         message = str(error).splitlines()[-1].replace("ex2_data.InputError: ", "")
-        print(f"{name_of_process()}error: {message}", file=sys.stderr)
-        return 2
+        return failure(message, 2)
     except (RunError, ProcessesError, OSError, FloatingPointError) as error:
         full = getattr(error, "errno", None) in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
         advice = "; free some space: the same command goes on from what is saved" if full else ""
-        print(f"{name_of_process()}error: {error}{advice}", file=sys.stderr)
-        return 1
+        return failure(f"{error}{advice}")
     except torch.cuda.OutOfMemoryError:  # a RuntimeError, so it comes first
-        print(f"{name_of_process()}error: the GPU's memory is full: lower --batch_size or --dim", file=sys.stderr)
-        return 1
+        return failure("the GPU's memory is full: lower --batch_size or --dim")
     except RuntimeError as error:
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            what = (
-                f"--compile: torch can't compile the network here ({str(error).strip().splitlines()[0]}); drop the flag"
-            )
-        elif "allocate memory" in str(error):
-            what = "the memory is full: lower --batch_size, --sample_batch or --dim"
-        else:
-            raise
-        print(f"{name_of_process()}error: {what}", file=sys.stderr)
-        return 1
+            reason = str(error).strip().splitlines()[0]
+            return failure(f"--compile: torch can't compile the network here ({reason}); drop the flag")
+        if "allocate memory" in str(error):
+            return failure("the memory is full: lower --batch_size, --sample_batch or --dim")
+        raise
     except job.Interrupted as stop:
         print(f"{stop}; a training that was going on is saved: the same command goes on with it", file=sys.stderr)
         return 128 + stop.number
     return 0
+
+
+def failure(what: str, code: int = 1) -> int:
+    """Says in one line what ended the program; returns the exit code."""
+    print(f"{name_of_process()}error: {what}", file=sys.stderr)
+    return code
 
 
 def run_train(args) -> None:

@@ -29,7 +29,6 @@ from ex2_distributed import (
     is_restart,
     mean_over_processes,
     rank,
-    share_of,
     world_size,
 )
 
@@ -132,11 +131,10 @@ class TrainingState:
         self.generator.manual_seed(shared)
         torch.manual_seed(own[rank()])
         total = plan.images_in(self.first_batch)
-        mine = share_of(total)
-        rows = slice(mine.start, mine.stop) if mine else slice(0, 1)
+        rows, weight = plan.own_rows(self.first_batch)
         t = torch.randint(0, timesteps, (total,), generator=self.generator, device=self.device)[rows]
         noise = torch.randn(total, *images.shape[1:], generator=self.generator, device=self.device)[rows]
-        return Draw(t, noise, total, len(mine) * world_size() / total)
+        return Draw(t, noise, total, weight)
 
     @property
     def first_batch(self) -> int:

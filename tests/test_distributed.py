@@ -159,6 +159,7 @@ def test_noise_of_a_step_is_shared_out_and_its_weights_make_the_mean_over_images
         for module in (ex2_training, ex2_distributed):
             monkeypatch.setattr(module, "world_size", lambda: 3)
             monkeypatch.setattr(module, "rank", lambda rank=rank: rank)
+        loader.plan.part = (rank, 3)
         drawn.append(state.draw(torch.zeros(2, 3, 8, 8), diffusor.timesteps, loader.plan))
         dropped.append(torch.rand(4))
     assert torch.equal(torch.cat([part.noise for part in drawn]), whole.noise)
