@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 MAX_ATTENTION_POSITIONS = 32 * 32  # full attention costs positions^2: at 64x64 one image would need 256 MB a block
 NULL_TOKENS = ("learned", "zero")
+CACHED_ELEMENTS = 2**20  # of the queries of linear attention, 4 MB, that a CPU is given at a time; keys are as many
 
 
 class SinusoidalPositionEmbeddings(nn.Module):
@@ -69,8 +70,7 @@ class WeightStandardizedConv2d(nn.Conv2d):
     def standardized(self) -> Tensor:
         # By the weights' type and not by x's, so that a model trained under autocast is evaluated as the same function.
         eps = 1e-5 if self.weight.dtype == torch.float32 else 1e-3
-        var, mean = torch.var_mean(self.weight, dim=(1, 2, 3), keepdim=True, correction=0)
-        return (self.weight - mean) * (var + eps).rsqrt()
+        return F.layer_norm(self.weight, self.weight.shape[1:], eps=eps)
 
 
 class Block(nn.Module):
@@ -86,7 +86,7 @@ class Block(nn.Module):
         x = self.norm(self.proj(x))  # (B, dim_out, H, W)
         if scale_shift is not None:
             scale, shift = scale_shift
-            x = x * (scale + 1) + shift
+            x = torch.addcmul(shift, x, scale + 1)
         return self.act(x)
 
 
@@ -123,11 +123,11 @@ class Attention(nn.Module):
                 f"full attention over {height}x{width} positions would not fit; "
                 "give the U-Net more levels (dim_mults) or smaller images, so that its innermost level is at most 32x32"
             )
-        qkv = self.to_qkv(x).reshape(b, 3, self.heads, -1, height * width)
-        q, k, v = qkv.transpose(-1, -2).unbind(1)  # 3 x (B, heads, H*W, dim_head)
+        qkv = self.to_qkv(x).permute(0, 2, 3, 1).reshape(b, height * width, 3, self.heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B, heads, H*W, dim_head)
         out = F.scaled_dot_product_attention(q, k, v)
-        out = out.transpose(-1, -2).reshape(b, -1, height, width)  # (B, heads*dim_head, H, W)
-        return self.to_out(out)
+        out = out.transpose(1, 2).reshape(b, height, width, -1)
+        return self.to_out(out.permute(0, 3, 1, 2))  # of (B, heads*dim_head, H, W)
 
 
 class LinearAttention(nn.Module):
@@ -146,22 +146,28 @@ class LinearAttention(nn.Module):
         self.to_out = nn.Sequential(nn.Conv2d(heads * dim_head, dim, 1), nn.GroupNorm(1, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        b, c, height, width = x.shape
-        project, norm = self.to_out
-        x = x.flatten(2)  # (B, C, H*W)
-        w_q, w_k, w_v = self.to_qkv.weight.flatten(1).chunk(3)  # 3 x (heads*dim_head, C)
-        # A 1x1 convolution is a matrix product, and on a CPU twice as fast as one: at 32x32 these two cost most.
-        q = (w_q.expand(b, -1, -1) @ x).unflatten(1, (self.heads, -1)).softmax(dim=-2)
-        q = (q * self.scale).flatten(1, 2)  # (B, heads*dim_head, H*W)
-        k = (w_k.expand(b, -1, -1) @ x).softmax(dim=-1)  # (B, heads*dim_head, H*W)
+        _, _, height, width = x.shape
+        _, norm = self.to_out
+        pixels = x.permute(0, 2, 3, 1).flatten(1, 2)  # (B, H*W, C)
+        # Queries and keys are the largest tensors of all: a CPU waits for its memory unless they stay in its cache.
+        size = max(1, CACHED_ELEMENTS // (height * width * self.to_qkv.out_channels // 3))
+        parts = pixels.split(size) if x.device.type == "cpu" else [pixels]
+        out = torch.cat([self.attend(part) for part in parts])  # (B, H*W, C)
+        return norm(out.unflatten(1, (height, width)).permute(0, 3, 1, 2))
 
-        seen = (k @ x.transpose(1, 2)).unflatten(1, (self.heads, -1))  # (B, heads, dim_head, C)
+    def attend(self, x: Tensor) -> Tensor:
+        """(B, positions, C) -> (B, positions, C)."""
+        project, _ = self.to_out
+        w_q, w_k, w_v = self.to_qkv.weight.flatten(1).chunk(3)  # 3 x (heads*dim_head, C)
+        q = F.linear(x, w_q).unflatten(-1, (self.heads, -1)).softmax(dim=-1).flatten(2)  # (B, H*W, heads*dim_head)
+        k = (w_k.expand(len(x), -1, -1) @ x.transpose(1, 2)).softmax(dim=-1)  # (B, heads*dim_head, H*W)
+
+        seen = (k @ x).unflatten(1, (self.heads, -1))  # (B, heads, dim_head, C)
         w_v = w_v.unflatten(0, (self.heads, -1))  # (heads, dim_head, C)
         context = seen @ w_v.transpose(1, 2)  # (B, heads, dim_head, dim_head)
-        w_out = project.weight.flatten(1).unflatten(1, (self.heads, -1)).transpose(0, 1)  # (heads, C, dim_head)
-        mixing = (w_out @ context.transpose(-1, -2)).transpose(1, 2).flatten(2)  # (B, C, heads*dim_head)
-        out = mixing @ q + project.bias[:, None]
-        return norm(out.reshape(b, c, height, width))
+        w_out = project.weight.flatten(1).unflatten(1, (self.heads, -1)).permute(1, 2, 0)  # (heads, dim_head, C)
+        mixing = (context @ (w_out * self.scale)).flatten(1, 2)  # (B, heads*dim_head, C)
+        return torch.baddbmm(project.bias, q, mixing)
 
 
 class PreNorm(nn.Module):
@@ -338,6 +344,8 @@ class Unet(nn.Module):
         elif classes is not None:
             raise ValueError("this U-Net is unconditional and takes no classes (train with class_free_guidance)")
 
+        if x.device.type == "cpu":  # whose convolutions are faster so; on a GPU group norm would undo it every time
+            x = x.contiguous(memory_format=torch.channels_last)
         x = self.init_conv(x)  # (B, init_dim, H, W)
         first = x
         skips = []
@@ -357,4 +365,4 @@ class Unet(nn.Module):
         assert not skips, "every skip connection is used once"
 
         x = self.final_res_block(torch.cat((x, first), dim=1), emb)  # (B, dim, H, W)
-        return self.final_conv(x)
+        return self.final_conv(x).contiguous()

@@ -139,11 +139,10 @@ def operations_per_image(config: cfg.Config) -> int:
 def bench_training(config: cfg.Config, device, args, peak: float) -> list[dict]:
     """Images per second of the ways to train; the last column is against the first row of them."""
     single = "TensorFloat-32" if device.type == "cuda" else "float32"
-    ways = {f"eager, {single}": {"amp": "off"}, f"compiled, {single}": {"amp": "off", "compile": True}}
-    if device.type == "cuda":
-        ways.update({"eager, bfloat16": {"amp": "on"}, "compiled, bfloat16": {"amp": "on", "compile": True}})
-    if not args.compile:
-        ways = {name: changes for name, changes in ways.items() if "compile" not in changes}
+    kinds = {single: {"amp": "off"}, **({"bfloat16": {"amp": "on"}} if args.amp else {})}
+    ways = {f"eager, {kind}": changes for kind, changes in kinds.items()}
+    if args.compile:
+        ways.update({f"compiled, {kind}": {**changes, "compile": True} for kind, changes in kinds.items()})
     steps = {"skeleton": skeleton_step(config, device, args.skeleton)} if args.skeleton else {}
     steps.update({name: our_step(dataclasses.replace(config, **changes), device) for name, changes in ways.items()})
     seconds = in_turns(steps, device, args.rounds)
@@ -244,6 +243,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="times each variant is timed (default: 7)")
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=True, help="time compiled steps too"
+    )
+    parser.add_argument(
+        "--amp",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="time steps in bfloat16 too, which a CPU without instructions for it takes many times longer for",
     )
     parser.add_argument("--no_cuda", action="store_true", help="stay off the GPU")
     parser.add_argument("--skeleton", metavar="DIR", help="folder with another solution's ex02_model.py to time beside")
