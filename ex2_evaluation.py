@@ -20,7 +20,7 @@ from tqdm import tqdm
 import ex2_viz as viz
 from ex2_checkpoint import write_atomically
 from ex2_config import Config
-from ex2_data import DataSplits, InputError, make_loader, reverse_transform, to_model_range
+from ex2_data import DataSplits, InputError, reverse_transform, to_model_range
 from ex2_diffusion import Diffusion, evenly_spaced, image_generators, randn, sample_in_batches
 from ex2_distributed import gathered_rows, is_main, share_of, shared_samples
 from ex2_features import (
@@ -31,6 +31,7 @@ from ex2_features import (
     classifier_reference,
     inception_reference,
 )
+from ex2_loader import make_loader
 from ex2_metrics import (
     NOISE_SEED,
     VARIANCES,

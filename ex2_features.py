@@ -18,17 +18,9 @@ from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
 
 from ex2_checkpoint import digest_of, read_checkpoint, save_checkpoint
-from ex2_data import (
-    DataSplits,
-    ImageFiles,
-    ImageSet,
-    InputError,
-    make_loader,
-    reverse_transform,
-    to_model_range,
-    training_images,
-)
+from ex2_data import DataSplits, ImageFiles, ImageSet, InputError, reverse_transform, to_model_range, training_images
 from ex2_distributed import from_main, gathered_rows, is_main, share_of, world_size
+from ex2_loader import make_loader
 
 INCEPTION_WEIGHTS = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"

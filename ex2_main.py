@@ -30,7 +30,7 @@ import ex2_job as job
 import ex2_viz as viz
 from ex2_checkpoint import load_checkpoint, write_atomically
 from ex2_compare import grid_of_runs, is_judged, parse_vary, write_comparison, write_study
-from ex2_data import DataSplits, InputError, make_loader
+from ex2_data import DataSplits, InputError
 from ex2_diffusion import Diffusion, check_images, evenly_spaced
 from ex2_distributed import (
     ProcessesError,
@@ -43,6 +43,7 @@ from ex2_distributed import (
     world_size,
 )
 from ex2_evaluation import build_judge, evaluate, judge_samples, write_report
+from ex2_loader import make_loader
 from ex2_metrics import loss_over_timesteps
 from ex2_model import Unet
 from ex2_pictures import GUIDANCE_SCALES, draw_process, draw_samples

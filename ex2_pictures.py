@@ -8,7 +8,7 @@ import torch
 
 import ex2_viz as viz
 from ex2_config import Config
-from ex2_data import DataSplits, make_loader
+from ex2_data import DataSplits
 from ex2_diffusion import (
     SCHEDULES,
     Diffusion,
@@ -17,6 +17,7 @@ from ex2_diffusion import (
     sample_in_batches,
     thin_trajectory,
 )
+from ex2_loader import make_loader
 
 GUIDANCE_SCALES = (-1.0, 0.0, 1.0, 3.0)  # columns of the guidance grid
 GIF_FRAMES = 41

@@ -21,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ex2_checkpoint import CHECKPOINT_NAME, PREVIOUS, load_checkpoint, save_checkpoint, write_atomically
 from ex2_config import TRAINING_GROUPS, Config, config_of
-from ex2_data import EpochPlan, InputError
+from ex2_data import InputError
 from ex2_distributed import (
     Agreement,
     from_main,
@@ -31,6 +31,7 @@ from ex2_distributed import (
     rank,
     world_size,
 )
+from ex2_loader import EpochPlan
 
 EMA_RAMP = 0.1  # of the images seen is what the averaged weights at most take to forget half
 LOG_COLUMNS = ("step", "epoch", "seconds", "lr", "grad_norm", "train_loss", "epoch_loss", "val_loss")

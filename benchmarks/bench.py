@@ -33,16 +33,17 @@ import ex2_config as cfg  # noqa: E402
 import ex2_job as job  # noqa: E402
 from ex2_checkpoint import load_checkpoint  # noqa: E402
 from ex2_compare import as_markdown  # noqa: E402
-from ex2_data import ImageSet, make_loader, reverse_transform  # noqa: E402
+from ex2_data import ImageSet, reverse_transform  # noqa: E402
 from ex2_diffusion import sample_in_batches  # noqa: E402
 from ex2_evaluation import build_judge, compare, describe, real_batches  # noqa: E402
+from ex2_loader import make_loader
 from ex2_main import train  # noqa: E402
 from ex2_model import Unet  # noqa: E402
 from ex2_training import TrainingState  # noqa: E402
 
 SAMPLER_ROWS = (  # name, settings, times visited; None is every time
     ("ddpm (Eq. 8)", {"sampler": "ddpm"}, (None, 100, 25)),
-    ("ddim, eta = 1", {"sampler": "ddim", "eta": 1.0}, (None, 100, 50, 25, 13)),
+    ("ddim, eta = 1", {"sampler": "ddim", "eta": 1.0}, (100, 50, 25, 13)),
     ("ddim, eta = 0", {"sampler": "ddim", "eta": 0.0}, (50, 25, 13)),
     ("dpmpp_2m", {"sampler": "dpmpp_2m"}, (25, 13)),
     ("heun", {"sampler": "heun"}, (25, 13, 7)),

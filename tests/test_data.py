@@ -22,12 +22,12 @@ from ex2_data import (
     load_folder,
     load_shapes,
     load_splits,
-    make_loader,
     read_image,
     reverse_transform,
     split_off,
     to_model_range,
 )
+from ex2_loader import make_loader
 from ex2_metrics import ShapesOracle
 from ex2_shapes import SHAPES, draw_shapes
 

@@ -18,9 +18,9 @@ import ex2_checkpoint as ckpt
 import ex2_distributed
 import ex2_main
 import ex2_training
-from ex2_data import EpochPlan
 from ex2_distributed import Agreement, gathered, share_of
 from ex2_job import own_gpu
+from ex2_loader import EpochPlan
 from ex2_training import RunLog
 
 ROOT = Path(__file__).parent.parent

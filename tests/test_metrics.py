@@ -6,8 +6,9 @@ import pytest
 import torch
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from ex2_data import ImageSet, make_loader, to_model_range
+from ex2_data import ImageSet, to_model_range
 from ex2_diffusion import SCHEDULES, Diffusion
+from ex2_loader import make_loader
 from ex2_metrics import (
     bits_per_dim,
     continuous_log_likelihood,

@@ -12,8 +12,9 @@ import ex2_checkpoint as ckpt
 import ex2_config as cfg
 import ex2_main
 import ex2_training
-from ex2_data import ImageSet, InputError, make_loader
+from ex2_data import ImageSet, InputError
 from ex2_diffusion import SCHEDULES, Diffusion, evenly_spaced
+from ex2_loader import make_loader
 from ex2_metrics import loss_over_timesteps
 from ex2_model import Unet, WeightStandardizedConv2d
 from ex2_training import LossMeter, RunError, RunLog, build_ema, build_scheduler
