@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Optional
 
 from ex2_data import DATASETS, SQUARES, DataSplits, InputError, load_splits
-from ex2_diffusion import SAMPLERS, SCHEDULES, Diffusion
+from ex2_diffusion import SAMPLERS, SCHEDULES, WITH_ETA, Diffusion
 from ex2_distributed import in_turns
 from ex2_model import MAX_ATTENTION_POSITIONS, NULL_TOKENS, Unet
 
@@ -123,7 +123,7 @@ class Config:
     sample_steps: Optional[int] = setting(
         None, "sampling", "times visited per image, a network call each, heun two (default: all T)", type=int, minimum=1
     )
-    eta: float = setting(0.0, "sampling", "DDIM's share of fresh noise", type=float, minimum=0, maximum=1)
+    eta: float = setting(0.0, "sampling", "share of fresh noise of ddim and dpmpp_2m", type=float, minimum=0, maximum=1)
     guidance_interval: tuple = setting(
         (0.0, 1.0),
         "sampling",
@@ -160,8 +160,10 @@ class Config:
             )
         if self.sample_steps is not None and self.sample_steps > self.timesteps:
             raise InputError(f"--sample_steps must be at most --timesteps ({self.timesteps}), got {self.sample_steps}")
-        if self.eta > 0 and self.sampler != "ddim":
-            raise InputError(f"--eta {self.eta:g} is for DDIM alone: give --sampler ddim with it, or --eta 0")
+        if self.eta > 0 and self.sampler not in WITH_ETA:
+            raise InputError(
+                f"--eta {self.eta:g} is for {' and '.join(WITH_ETA)}: give such a --sampler with it, or --eta 0"
+            )
         self._check_class_settings()
         self._check_data_settings()
         if self.run_name in ("", ".", "..") or Path(self.run_name).name != self.run_name:

@@ -19,6 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 SAMPLERS = ("ddpm", "ddim", "dpmpp_2m", "heun")
+SPACING = 1.5  # exponent of the times that are visited; 1 is even, 2 quadratic
+WITH_ETA = ("ddim", "dpmpp_2m")  # samplers whose share of fresh noise can be chosen
 LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}
 
 
@@ -335,18 +337,20 @@ class Diffusion:
         direction = (1 - alphas_bar_prev - variance).clamp(min=0).sqrt()
         return alphas_bar_prev.sqrt() * self.predict_x_zero(x, t, eps) + direction * eps + variance.sqrt() * z
 
-    def ode_step(self, x: Tensor, t: Tensor, x_zero: Tensor) -> Tensor:
-        """x_{t-1} from x_t on the probability-flow ODE, exact if the image estimate stayed `x_zero` on the way.
+    def solver_step(self, x: Tensor, t: Tensor, x_zero: Tensor, z: Tensor | float = 0.0, eta: float = 0.0) -> Tensor:
+        """x_{t-1} from x_t, exact if the image estimate stayed `x_zero` on the way.
 
-        x_{t-1} = (sigma_{t-1} / sigma_t) x_t + (alpha_{t-1} - alpha_t sigma_{t-1} / sigma_t) x_zero with alpha_t =
-        sqrt(alphas_bar_t) and sigma_t = sqrt(1 - alphas_bar_t): the first-order step of DPM-Solver++ (Lu et al. 2022,
-        https://arxiv.org/abs/2211.01095, Eq. 9), which is DDIM with eta = 0. A better guess of the estimate's mean on
-        the way makes it second order, see `extrapolated`.
+        With alpha_t = sqrt(alphas_bar_t), sigma_t = sqrt(1 - alphas_bar_t), v = eta^2 times the posterior variance and
+        shrink = sqrt(sigma_{t-1}^2 - v) / sigma_t it is shrink x_t + (alpha_{t-1} - alpha_t shrink) x_zero + sqrt(v) z:
+        the first-order step of DPM-Solver++ on the probability-flow ODE (eta = 0) or the reverse SDE (eta = 1), which
+        is DDIM with that eta (Lu et al. 2022, https://arxiv.org/abs/2211.01095, Eq. 9). A better guess of the
+        estimate's mean on the way makes it second order, see `extrapolated`.
         """
         alphas_bar_prev = extract(self.alphas_bar_prev, t, x.shape)
+        variance = eta**2 * extract(self.posterior_variance, t, x.shape)
         sigma, alpha = (extract(a, t, x.shape) for a in (self.sqrt_one_minus_alphas_bar, self.sqrt_alphas_bar))
-        shrink = (1 - alphas_bar_prev).sqrt() / sigma
-        return shrink * x + (alphas_bar_prev.sqrt() - alpha * shrink) * x_zero
+        shrink = (1 - alphas_bar_prev - variance).clamp(min=0).sqrt() / sigma
+        return shrink * x + (alphas_bar_prev.sqrt() - alpha * shrink) * x_zero + variance.sqrt() * z
 
     def extrapolated(self, index: int, x_zero: Tensor, x_zero_before: Tensor) -> Tensor:
         """The image estimate halfway to the next time, from those at times `index` and `index` + 1; Lu et al., Alg. 2.
@@ -399,7 +403,7 @@ class Diffusion:
         return self.ddpm_step(x, t, eps, z)
 
     def respaced(self, steps: int | None) -> Diffusion:
-        """The same process on `steps` of its times, T-1 and 0 among them; None keeps all of them.
+        """The same process on `steps` of its times, those of `visited_times`; None keeps all of them.
 
         Its betas follow from alphas_bar at the times that are left (Nichol and Dhariwal 2021, Eq. 19); `model_times`
         holds the t that the model knows them by.
@@ -411,7 +415,7 @@ class Diffusion:
             return self
         if not 1 <= steps <= self.timesteps:
             raise ValueError(f"sampling steps must lie within 1 .. {self.timesteps} (the timesteps), got {steps}")
-        times = torch.linspace(self.timesteps - 1, 0, steps, dtype=torch.float64).round().long().flip(0)
+        times = visited_times(self.timesteps, steps)
         alphas_bar = torch.tensor(self._alphas_bar_exact, dtype=torch.float64)[times]
         betas = 1 - alphas_bar / F.pad(alphas_bar[:-1], (1, 0), value=1.0)
         thinned = Diffusion(steps, lambda _: betas, self.img_size, self.device)
@@ -442,9 +446,10 @@ class Diffusion:
         """
         if sampler not in SAMPLERS:
             raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
-        if not 0 <= eta <= 1 or (eta > 0 and sampler != "ddim"):
+        if not 0 <= eta <= 1 or (eta > 0 and sampler not in WITH_ETA):
             raise ValueError(
-                f"eta must lie within 0 .. 1, and be 0 for any sampler but ddim; got {eta:g} for {sampler}"
+                f"eta must lie within 0 .. 1, and be 0 for any sampler but {' and '.join(WITH_ETA)}; "
+                f"got {eta:g} for {sampler}"
             )
         if classes is not None:
             classes = torch.as_tensor(classes, device=self.device)
@@ -480,20 +485,22 @@ class Diffusion:
         for index in reversed(range(process.timesteps)):
             t, eps, x_zero = predict(x, index)
             yield process.model_times[index], x, x_zero
-            if sampler in ("ddpm", "ddim"):
-                noisy = index > 0 and (sampler == "ddpm" or eta > 0)
-                z = randn(x.shape, x.device, generator) if noisy else torch.zeros_like(x)
-                x = process.ddpm_step(x, t, eps, z) if sampler == "ddpm" else process.ddim_step(x, t, eps, z, eta)
+            noisy = index > 0 and (sampler == "ddpm" or eta > 0)
+            z = randn(x.shape, x.device, generator) if noisy else torch.zeros_like(x)
+            if sampler == "ddpm":
+                x = process.ddpm_step(x, t, eps, z)
+            elif sampler == "ddim":
+                x = process.ddim_step(x, t, eps, z, eta)
             elif index == 0:  # there log(alpha / sigma) ends in infinity: no step but the first-order one is defined
-                x = process.ode_step(x, t, x_zero)
+                x = process.solver_step(x, t, x_zero)
             elif sampler == "dpmpp_2m":
                 first_step = x_zero_before is None
                 mean = x_zero if first_step else process.extrapolated(index, x_zero, x_zero_before)
                 x_zero_before = x_zero
-                x = process.ode_step(x, t, mean)
+                x = process.solver_step(x, t, mean, z, eta)
             else:
                 slope = process.velocity(t, eps, x_zero)
-                slope_after = process.velocity(*predict(process.ode_step(x, t, x_zero), index - 1))
+                slope_after = process.velocity(*predict(process.solver_step(x, t, x_zero), index - 1))
                 x = process.heun_step(x, t, slope, slope_after)
         yield -1, x, x
 
@@ -518,8 +525,8 @@ class Diffusion:
         Args:
             model: predicts eps; see `guided_eps`, also for `classes` (B,) and `guidance_scale`.
             image_size: pixels; any size that the model accepts.
-            sampler: "ddpm" (ancestral, Eq. 8), "ddim", "dpmpp_2m" (DPM-Solver++(2M)) or "heun". `eta` is DDIM's share
-                of fresh noise, 0 .. 1; the last two solve an ODE to second order, without fresh noise.
+            sampler: "ddpm" (ancestral, Eq. 8), "ddim", "dpmpp_2m" (DPM-Solver++(2M)) or "heun", the last two of second
+                order. `eta` is the share of fresh noise in steps of ddim and dpmpp_2m, 0 (an ODE) .. 1 (ancestral).
             steps: how many of the T times to visit, T-1 and 0 among them; None visits all. Each is one network call,
                 for Heun two, but for the last.
             generator: noise from one generator, or from one per image (`image_generators`); None is torch's global one.
@@ -548,6 +555,17 @@ class Diffusion:
         for _, x, _ in tqdm(trajectory, "sampling", (steps or self.timesteps) + 1, leave=False, disable=None):  # noqa: B007
             pass
         return x
+
+
+def visited_times(timesteps: int, steps: int) -> Tensor:
+    """`steps` of the times 0 .. T-1 in rising order, both ends among them, and closer to each other near 0.
+
+    Between the even and the quadratic spacing of Song et al. 2021 (https://arxiv.org/abs/2010.02502, appendix D.2):
+    pictures get their details where there is little noise, and few steps are missed most there.
+    """
+    times = (timesteps - 1) * torch.linspace(0, 1, steps, dtype=torch.float64) ** SPACING
+    times[-1] = timesteps - 1  # of a single step, too
+    return torch.maximum(times.round().long(), torch.arange(steps))  # where they would coincide, one after the other
 
 
 def evenly_spaced(length: int, count: int) -> list[int]:

@@ -51,6 +51,7 @@ from ex2_report import write_page
 from ex2_training import LossMeter, RunError, RunLog, TrainingState, draw_for
 
 MAX_SAMPLES = 100_000  # of one `sample`: they are held in memory until they are written
+GRID_IMAGES = 100  # at most, the first ones: thousands would take gigabytes to draw, and nobody could look at them
 
 
 # ---------------------------------------------------------------------------- the commands
@@ -204,9 +205,10 @@ def run_sample(args) -> None:
     rows = []
     for scaled in by_scale:
         folder = out if len(by_scale) == 1 else out / f"w={scaled.guidance_scale:g}"
-        rows.append(sample_and_save_images(count, diffusor, model, device, folder, **common, **scaled.sampling))
+        images = sample_and_save_images(count, diffusor, model, device, folder, **common, **scaled.sampling)
+        rows.append(images[:GRID_IMAGES])
     if len(by_scale) > 1 and is_main():
-        shown = [names[c] for c in classes or ()]
+        shown = [names[c] for c in (classes or ())[:GRID_IMAGES]]
         viz.save_guidance_grid(rows, args.scales, out / "guidance_grid.png", shown)
         scales = " ".join(f"{w:g}" for w in args.scales)
         print(f"their figures: python ex2_main.py test --checkpoint {args.checkpoint} --eval_scales {scales}")
@@ -571,7 +573,7 @@ def sample_and_save_images(
     batch_size=100,
     **sampling,
 ) -> torch.Tensor:
-    """Samples images and saves them one by one and as `grid.png`; returns them, (n_images, C, H, W) on the CPU.
+    """Samples images and saves them one by one, the first ones as `grid.png` too; returns them, (n_images, C, H, W).
 
     Each process samples its share; the first one saves.
 
@@ -591,7 +593,7 @@ def sample_and_save_images(
     labels = [] if classes is None else [class_names[c] if class_names else str(c) for c in classes.tolist()]
     suffixes = [re.sub(r"[^\w.-]+", "_", f"_{label}") for label in labels] or [""] * n_images
     viz.save_images(images, [store_path / f"{i:04d}{suffix}.png" for i, suffix in enumerate(suffixes)])
-    viz.save_grid(images, store_path / "grid.png", labels=labels)
+    viz.save_grid(images[:GRID_IMAGES], store_path / "grid.png", labels=labels[:GRID_IMAGES])
     return images
 
 

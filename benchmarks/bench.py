@@ -43,10 +43,11 @@ from ex2_training import TrainingState  # noqa: E402
 
 SAMPLER_ROWS = (  # name, settings, times visited; None is every time
     ("ddpm (Eq. 8)", {"sampler": "ddpm"}, (None, 100, 25)),
-    ("ddim, eta = 1", {"sampler": "ddim", "eta": 1.0}, (100, 50, 25, 13)),
-    ("ddim, eta = 0", {"sampler": "ddim", "eta": 0.0}, (50, 25, 13)),
-    ("dpmpp_2m", {"sampler": "dpmpp_2m"}, (25, 13)),
-    ("heun", {"sampler": "heun"}, (25, 13, 7)),
+    ("ddim, eta = 1", {"sampler": "ddim", "eta": 1.0}, (100, 25)),
+    ("ddim, eta = 0", {"sampler": "ddim", "eta": 0.0}, (25,)),
+    ("dpmpp_2m, eta = 1", {"sampler": "dpmpp_2m", "eta": 1.0}, (25, 13)),
+    ("dpmpp_2m, eta = 0", {"sampler": "dpmpp_2m"}, (25, 13)),
+    ("heun", {"sampler": "heun"}, (13, 7)),
 )
 
 

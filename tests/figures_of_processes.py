@@ -14,10 +14,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import ex2_config as cfg  # noqa: E402
-from ex2_data import DataSplits, ImageSet, make_loader  # noqa: E402
+from ex2_data import DataSplits, ImageSet  # noqa: E402
 from ex2_distributed import connected, gathered, rank, shared_samples, world_size  # noqa: E402
 from ex2_evaluation import build_judge, judge_samples  # noqa: E402
 from ex2_features import accuracy, features_of, train_classifier  # noqa: E402
+from ex2_loader import make_loader  # noqa: E402
 from ex2_main import test, train  # noqa: E402
 from ex2_metrics import bits_per_dim  # noqa: E402
 from ex2_training import TrainingState  # noqa: E402

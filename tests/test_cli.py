@@ -194,6 +194,18 @@ def test_sample_and_save_images_with_the_skeletons_arguments(run, tmp_path):
     assert torch.equal(png, ex2_data.reverse_transform(images[0]))
 
 
+def test_grids_show_the_first_images_of_many(run, tmp_path, monkeypatch):
+    """All of 10,000 would take 9 GB."""
+    monkeypatch.setattr(ex2_main, "GRID_IMAGES", 2)
+    command = ["sample", "--checkpoint", str(run), "--guidance_scale", "0", "1", "--sample_steps", "1", "--n_images"]
+    for count in ("2", "5"):
+        assert ex2_main.main([*command, count, "--out", str(tmp_path / count)]) == 0
+    assert len(list((tmp_path / "5" / "w=0").glob("0*.png"))) == 5
+    for name in ("w=0/grid.png", "guidance_grid.png"):
+        two, five = (imageio.imread(tmp_path / count / name) for count in ("2", "5"))
+        np.testing.assert_array_equal(two, five)
+
+
 def test_class_names_become_file_names(run, tmp_path):
     saved = ckpt.load_checkpoint(run)
     config = cfg.config_of(saved, {})
@@ -233,7 +245,7 @@ def test_program_runs_from_anywhere_and_reports_errors_on_one_line(tmp_path):
         ("--lr nan", "--lr must be finite"),
         ("--p_uncond 1.2", "--p_uncond must be at most 1"),
         ("--eta -1", "--eta must be at least 0"),
-        ("--eta 0.5", "--eta 0.5 is for DDIM alone"),
+        ("--eta 0.5", "--eta 0.5 is for ddim and dpmpp_2m"),
         ("--class_free_guidance --p_uncond 0 --guidance_scale 1", "learnt without labels"),
         ("--seed 18446744073709551616", "--seed must be at most"),
         ("--p_uncond 0.2", "--p_uncond is for class-conditional models"),

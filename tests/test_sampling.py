@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 
+import ex2_diffusion
 from ex2_diffusion import (
     SAMPLERS,
     SCHEDULES,
@@ -16,6 +17,7 @@ from ex2_diffusion import (
     image_generators,
     sample_in_batches,
     thin_trajectory,
+    visited_times,
 )
 from ex2_model import Unet
 
@@ -53,24 +55,36 @@ def test_fewer_steps_keep_both_ends_and_the_signal_of_every_kept_time(linear, ga
     torch.testing.assert_close(spaced.alphas_bar, linear.alphas_bar[times[::-1]], rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("timesteps", [1, 2, 30, 1000])
+def test_visited_times_are_distinct_and_closer_near_zero_for_any_number_of_steps(timesteps):
+    for steps in range(1, timesteps + 1, 1 + timesteps // 50):
+        times = visited_times(timesteps, steps)
+        gaps = times.diff()
+        assert len(times) == steps and times[-1] == timesteps - 1 and (times[0] == 0 or steps == 1)
+        assert (gaps > 0).all() and (gaps.diff() >= -1).all()  # but for rounding they only widen
+    assert visited_times(1000, 5).tolist() == [0, 125, 353, 649, 999]  # 999 (k / 4)^1.5
+
+
 def test_heun_calls_the_model_at_both_ends_of_every_step_but_the_last(linear, gaussian):
     model = gaussian(linear)
     visited = [t for t, _, _ in linear.sample_trajectory(model, 4, 2, sampler="heun", steps=4)]
-    assert visited == [999, 666, 333, 0, -1]
-    assert [t for t, _ in model.calls] == [999, 666, 666, 333, 333, 0, 0]
+    assert visited == [999, 544, 192, 0, -1]
+    assert [t for t, _ in model.calls] == [999, 544, 544, 192, 192, 0, 0]
 
 
 # ------------------------------------------------------------------ solvers of the probability-flow ODE
 
 
+@pytest.mark.parametrize("eta", [0, 0.5, 1])
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_first_order_dpm_solver_is_ddim(schedule):
+def test_first_order_dpm_solver_is_ddim(schedule, eta):
     process = Diffusion(1000, SCHEDULES[schedule], 4, "cpu").respaced(20)
     g = torch.Generator().manual_seed(0)
     x, x_zero = torch.randn(20, 3, 4, 4, generator=g), torch.rand(20, 3, 4, 4, generator=g) * 2 - 1
     t = torch.arange(20)
-    ddim = process.ddim_step(x, t, process.predict_eps(x, t, x_zero), torch.zeros_like(x))
-    torch.testing.assert_close(process.ode_step(x, t, x_zero), ddim, atol=2e-5, rtol=1e-4)
+    z = torch.randn(x.shape, generator=g)
+    ddim = process.ddim_step(x, t, process.predict_eps(x, t, x_zero), z, eta)
+    torch.testing.assert_close(process.solver_step(x, t, x_zero, z, eta), ddim, atol=5e-4, rtol=1e-4)
 
 
 def exact_solution(process, x, s, mu):
@@ -83,8 +97,9 @@ def exact_solution(process, x, s, mu):
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 @pytest.mark.parametrize("sampler, order", [("ddim", 1), ("dpmpp_2m", 2), ("heun", 2)])
-def test_solvers_converge_with_their_order(gaussian, schedule, sampler, order):
-    """Twice the steps, 2^order times less error; 2^12 + 1 times, so that halves of steps are whole times."""
+def test_solvers_converge_with_their_order(gaussian, schedule, sampler, order, monkeypatch):
+    """Twice the steps, 2^order times less error, at even times; 2^12 + 1, so that halves of steps are whole times."""
+    monkeypatch.setattr(ex2_diffusion, "SPACING", 1.0)
     diffusor = Diffusion(2**12 + 1, SCHEDULES[schedule], 4, "cpu")
     model = gaussian(diffusor, s=0.5, mu=0.3)
     errors = []
@@ -95,6 +110,34 @@ def test_solvers_converge_with_their_order(gaussian, schedule, sampler, order):
         errors.append((path[-2][1] - exact_solution(diffusor, path[0][1], 0.5, 0.3)).abs().max().item())
     assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.15)
     assert errors[1] < {"ddim": 0.06, "dpmpp_2m": 0.04, "heun": 0.003}[sampler]
+
+
+def error_of(process, model, **settings):
+    """Largest error at t = 0 of samples of N(0, 0.5^2)."""
+    g = torch.Generator().manual_seed(0)
+    path = list(process.sample_trajectory(model, 4, 8, clamp=False, generator=g, **settings))
+    return (path[-2][1] - exact_solution(process, path[0][1], 0.5, 0.0)).abs().max().item()
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_times_that_are_closer_near_zero_lessen_the_error_of_few_steps(gaussian, schedule, monkeypatch):
+    process = Diffusion(1000, SCHEDULES[schedule], 4, "cpu")
+    model = gaussian(process, s=0.5)
+    error = error_of(process, model, sampler="dpmpp_2m", steps=25)
+    monkeypatch.setattr(ex2_diffusion, "SPACING", 1.0)
+    assert error < error_of(process, model, sampler="dpmpp_2m", steps=25) / 2
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_second_order_with_fresh_noise_comes_nearer_to_the_data_in_few_steps(gaussian, schedule):
+    process = Diffusion(1000, SCHEDULES[schedule], 4, "cpu")
+    error = {}
+    for sampler in ("ddim", "dpmpp_2m"):
+        settings = {"sampler": sampler, "eta": 1.0, "steps": 50, "generator": torch.Generator().manual_seed(0)}
+        x = process.sample(gaussian(process, s=0.5), 4, 2048, 1, clamp=False, **settings)
+        error[sampler] = abs(x.std().item() - 0.5)
+    assert error["dpmpp_2m"] < 0.6 * error["ddim"]
+    assert error["dpmpp_2m"] < 0.02
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -111,11 +154,9 @@ def test_a_model_that_knows_the_image_leads_to_it_in_any_number_of_steps(cosine,
 
 
 def test_heun_needs_fewer_network_calls_than_ddim_for_the_same_error(cosine, gaussian):
-    errors = {}
-    for sampler, steps in (("ddim", 25), ("heun", 13)):  # 25 calls each
-        path = list(cosine.sample_trajectory(gaussian(cosine, s=0.5), 4, 8, sampler=sampler, steps=steps, clamp=False))
-        errors[sampler] = (path[-2][1] - exact_solution(cosine, path[0][1], 0.5, 0.0)).abs().max().item()
-    assert errors["heun"] < errors["ddim"] / 3
+    model = gaussian(cosine, s=0.5)  # 25 calls each
+    error = error_of(cosine, model, sampler="heun", steps=13)
+    assert error < error_of(cosine, model, sampler="ddim", steps=25) / 3
 
 
 @pytest.mark.parametrize("steps", [0, -3, 1001])
@@ -135,7 +176,14 @@ def test_unknown_sampler_eta_and_class_counts_are_refused(linear, gaussian):
 
 @pytest.mark.parametrize(
     "sampler, eta, expected",
-    [("ddpm", 0, 0.50075), ("ddim", 1, 0.49611), ("ddim", 0, 0.5), ("dpmpp_2m", 0, 0.5), ("heun", 0, 0.5)],
+    [
+        ("ddpm", 0, 0.50075),
+        ("ddim", 1, 0.49611),
+        ("ddim", 0, 0.5),
+        ("dpmpp_2m", 0, 0.5),
+        ("dpmpp_2m", 1, 0.5),
+        ("heun", 0, 0.5),
+    ],
 )
 def test_samples_have_the_deviation_of_the_data(linear, gaussian, sampler, eta, expected):
     x = linear.sample(
@@ -328,9 +376,9 @@ def test_standard_deviation_of_one_ancestral_batch_is_finite_for_every_schedule(
 def test_guidance_is_confined_to_its_interval(linear, gaussian):
     """Outside it one prediction for the class is made, inside it two; its ends count as inside."""
     model = gaussian(linear, s=0.5, class_means=[0.5, -0.5])
-    linear.sample(model, 4, 3, classes=[0, 1, 0], guidance_scale=2, steps=10, guidance_interval=(0.334, 0.667))
+    linear.sample(model, 4, 3, classes=[0, 1, 0], guidance_scale=2, steps=10, guidance_interval=(0.193, 0.545))
     assert [n for _, n in model.calls] == [3, 3, 3, 6, 6, 6, 6, 3, 3, 3]
-    assert [t for t, n in model.calls if n == 6] == [666, 555, 444, 333]
+    assert [t for t, n in model.calls if n == 6] == [544, 414, 296, 192]
 
 
 def test_the_whole_interval_is_guidance_everywhere_and_an_empty_one_none(linear, gaussian):
