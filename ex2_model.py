@@ -117,17 +117,18 @@ class Attention(nn.Module):
         self.to_out = nn.Conv2d(heads * dim_head, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        b, _, height, width = x.shape
+        _, _, height, width = x.shape
         if height * width > MAX_ATTENTION_POSITIONS:
             raise ValueError(
                 f"full attention over {height}x{width} positions would not fit; "
                 "give the U-Net more levels (dim_mults) or smaller images, so that its innermost level is at most 32x32"
             )
-        qkv = self.to_qkv(x).permute(0, 2, 3, 1).reshape(b, height * width, 3, self.heads, -1)
+        pixels = x.permute(0, 2, 3, 1).flatten(1, 2)  # (B, H*W, C)
+        qkv = F.linear(pixels, self.to_qkv.weight.flatten(1)).unflatten(-1, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B, heads, H*W, dim_head)
-        out = F.scaled_dot_product_attention(q, k, v)
-        out = out.transpose(1, 2).reshape(b, height, width, -1)
-        return self.to_out(out.permute(0, 3, 1, 2))  # of (B, heads*dim_head, H, W)
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, H*W, heads*dim_head)
+        out = F.linear(out, self.to_out.weight.flatten(1), self.to_out.bias)
+        return out.unflatten(1, (height, width)).permute(0, 3, 1, 2)
 
 
 class LinearAttention(nn.Module):
