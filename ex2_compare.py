@@ -16,7 +16,7 @@ import ex2_viz as viz
 from ex2_checkpoint import CHECKPOINT_NAME, load_checkpoint, write_atomically
 from ex2_config import Config, build_diffusion, build_model, restore_model
 from ex2_data import InputError
-from ex2_diffusion import sample_in_batches
+from ex2_diffusion import SPACING, sample_in_batches
 from ex2_training import RunLog
 
 VARIABLE_GROUPS = ("diffusion process", "model", "training")  # the data and the seed are the same for all runs
@@ -115,6 +115,7 @@ def is_judged(config: Config, judge, count: int) -> bool:
         "eta": config.eta,
         "guidance_interval": list(config.guidance_interval),
         "steps": config.sampling["steps"] or config.timesteps,
+        "spacing": SPACING,
     }
     return samples is not None and all(samples.get(name) == value for name, value in wanted.items())
 

@@ -338,13 +338,13 @@ class Diffusion:
         return alphas_bar_prev.sqrt() * self.predict_x_zero(x, t, eps) + direction * eps + variance.sqrt() * z
 
     def solver_step(self, x: Tensor, t: Tensor, x_zero: Tensor, z: Tensor | float = 0.0, eta: float = 0.0) -> Tensor:
-        """x_{t-1} from x_t, exact if the image estimate stayed `x_zero` on the way.
+        """x_{t-1} from x_t, exact for eta = 0 and 1 if the image estimate stayed `x_zero` on the way.
 
         With alpha_t = sqrt(alphas_bar_t), sigma_t = sqrt(1 - alphas_bar_t), v = eta^2 times the posterior variance and
         shrink = sqrt(sigma_{t-1}^2 - v) / sigma_t it is shrink x_t + (alpha_{t-1} - alpha_t shrink) x_zero + sqrt(v) z:
-        the first-order step of DPM-Solver++ on the probability-flow ODE (eta = 0) or the reverse SDE (eta = 1), which
-        is DDIM with that eta (Lu et al. 2022, https://arxiv.org/abs/2211.01095, Eq. 9). A better guess of the
-        estimate's mean on the way makes it second order, see `extrapolated`.
+        the first-order step of DPM-Solver++ on the probability-flow ODE (eta = 0; Lu et al. 2022, Eq. 9,
+        https://arxiv.org/abs/2211.01095) or, in law, of their SDE-DPM-Solver++ on the reverse SDE (eta = 1), which is
+        DDIM with that eta. A better guess of the estimate's mean on the way makes it second order, see `extrapolated`.
         """
         alphas_bar_prev = extract(self.alphas_bar_prev, t, x.shape)
         variance = eta**2 * extract(self.posterior_variance, t, x.shape)
@@ -558,7 +558,7 @@ class Diffusion:
 
 
 def visited_times(timesteps: int, steps: int) -> Tensor:
-    """`steps` of the times 0 .. T-1 in rising order, both ends among them, and closer to each other near 0.
+    """`steps` of the times 0 .. T-1 in rising order, both ends among them (T-1, if it is one), closer near 0.
 
     Between the even and the quadratic spacing of Song et al. 2021 (https://arxiv.org/abs/2010.02502, appendix D.2):
     pictures get their details where there is little noise, and few steps are missed most there.

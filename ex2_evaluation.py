@@ -21,7 +21,7 @@ import ex2_viz as viz
 from ex2_checkpoint import write_atomically
 from ex2_config import Config
 from ex2_data import DataSplits, InputError, reverse_transform, to_model_range
-from ex2_diffusion import Diffusion, evenly_spaced, image_generators, randn, sample_in_batches
+from ex2_diffusion import SPACING, Diffusion, evenly_spaced, image_generators, randn, sample_in_batches
 from ex2_distributed import gathered_rows, is_main, share_of, shared_samples
 from ex2_features import (
     BATCH_SIZE,
@@ -261,6 +261,7 @@ def judge_samples(
         "eta": config.sampling["eta"],
         "guidance_interval": list(config.guidance_interval),
         "steps": config.sampling["steps"] or config.timesteps,
+        "spacing": SPACING,
         "by_scale": by_scale,
         "test_images": compare(judge.reference, real),
         "noise": compare(judge.reference, describe(judge, noise_batches(count, real.pixels[0].shape), diffusor.device)),

@@ -206,7 +206,7 @@ def run_sample(args) -> None:
     for scaled in by_scale:
         folder = out if len(by_scale) == 1 else out / f"w={scaled.guidance_scale:g}"
         images = sample_and_save_images(count, diffusor, model, device, folder, **common, **scaled.sampling)
-        rows.append(images[:GRID_IMAGES])
+        rows.append(images[:GRID_IMAGES].clone())  # so that the others need not be kept
     if len(by_scale) > 1 and is_main():
         shown = [names[c] for c in (classes or ())[:GRID_IMAGES]]
         viz.save_guidance_grid(rows, args.scales, out / "guidance_grid.png", shown)
@@ -573,7 +573,7 @@ def sample_and_save_images(
     batch_size=100,
     **sampling,
 ) -> torch.Tensor:
-    """Samples images and saves them one by one, the first ones as `grid.png` too; returns them, (n_images, C, H, W).
+    """Samples images and saves them one by one, the first as `grid.png` too; returns (n_images, C, H, W) on the CPU.
 
     Each process samples its share; the first one saves.
 

@@ -141,7 +141,8 @@ def operations_per_image(config: cfg.Config) -> int:
 def bench_training(config: cfg.Config, device, args, peak: float) -> list[dict]:
     """Images per second of the ways to train; the last column is against the first row of them."""
     single = "TensorFloat-32" if device.type == "cuda" else "float32"
-    kinds = {single: {"amp": "off"}, **({"bfloat16": {"amp": "on"}} if args.amp else {})}
+    amp = device.type == "cuda" if args.amp is None else args.amp
+    kinds = {single: {"amp": "off"}, **({"bfloat16": {"amp": "on"}} if amp else {})}
     ways = {f"eager, {kind}": changes for kind, changes in kinds.items()}
     if args.compile:
         ways.update({f"compiled, {kind}": {**changes, "compile": True} for kind, changes in kinds.items()})
@@ -155,7 +156,9 @@ def bench_training(config: cfg.Config, device, args, peak: float) -> list[dict]:
         rate = config.batch_size / statistics.median(times)
         gain = statistics.median([a / b for a, b in zip(seconds[first], times)])
         row = {"training": name, "images/s": rate, "slowest": config.batch_size / max(times)}
-        share = None if name == "skeleton" else rate * per_image / peak  # it may take other operations
+        # The skeleton may take other operations; on a CPU the peak is that of float32.
+        unknown = name == "skeleton" or (device.type == "cpu" and "bfloat16" in name)
+        share = None if unknown else rate * per_image / peak
         row.update({"fastest": config.batch_size / min(times), "share of peak": share})
         rows.append({**row, "memory of a step, MB": memory[name], f"against {first}": gain})
     return rows
@@ -249,8 +252,7 @@ def main() -> None:
     parser.add_argument(
         "--amp",
         action=argparse.BooleanOptionalAction,
-        default=True,
-        help="time steps in bfloat16 too, which a CPU without instructions for it takes many times longer for",
+        help="time steps in bfloat16 too (default: on a GPU; a CPU that lacks it takes many times longer)",
     )
     parser.add_argument("--no_cuda", action="store_true", help="stay off the GPU")
     parser.add_argument("--skeleton", metavar="DIR", help="folder with another solution's ex02_model.py to time beside")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import ex2_model
 from ex2_model import SinusoidalPositionEmbeddings, Unet, WeightStandardizedConv2d
 
 SKELETON = json.loads((Path(__file__).parent / "skeleton_unet.json").read_text())
@@ -209,3 +210,19 @@ def test_labels_for_an_unconditional_model_or_of_wrong_number_are_errors(batch):
         Unet(dim=8, dim_mults=(1, 2))(x, t, classes)
     with pytest.raises(ValueError, match="expected 4 class labels"):
         conditional()(x, t, classes[:2])
+
+
+@pytest.mark.parametrize("per_part, sizes", [(5, [5]), (2, [2, 2, 1])])
+def test_parts_of_a_batch_are_the_batch(monkeypatch, per_part, sizes):
+    """A CPU computes linear attention in parts: outputs and gradients are those of every image alone."""
+    torch.manual_seed(0)
+    layer, x = ex2_model.LinearAttention(8), torch.randn(5, 8, 4, 6)
+    alone = torch.cat([layer(image[None]) for image in x])
+    wanted = torch.autograd.grad(alone.square().mean(), list(layer.parameters()))
+    seen, attend = [], layer.attend
+    monkeypatch.setattr(ex2_model, "CACHED_ELEMENTS", per_part * 4 * 6 * 128)
+    monkeypatch.setattr(layer, "attend", lambda part: seen.append(len(part)) or attend(part))
+    out = layer(x)
+    torch.testing.assert_close(out, alone)
+    torch.testing.assert_close(torch.autograd.grad(out.square().mean(), list(layer.parameters())), wanted)
+    assert seen == sizes
