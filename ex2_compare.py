@@ -16,7 +16,8 @@ import ex2_viz as viz
 from ex2_checkpoint import CHECKPOINT_NAME, load_checkpoint, write_atomically
 from ex2_config import Config, build_diffusion, build_model, restore_model
 from ex2_data import InputError
-from ex2_diffusion import SPACING, sample_in_batches
+from ex2_diffusion import sample_in_batches
+from ex2_evaluation import how_judged
 from ex2_training import RunLog
 
 VARIABLE_GROUPS = ("diffusion process", "model", "training")  # the data and the seed are the same for all runs
@@ -106,18 +107,9 @@ def is_judged(config: Config, judge, count: int) -> bool:
         return False
     if judge is None:
         return samples is None
-    wanted = {
-        "features": judge.reference.extractor.description,
-        "count": count,
-        "seed": config.seed + 1,
-        "own_scale": config.sampling["guidance_scale"],
-        "sampler": config.sampler,
-        "eta": config.eta,
-        "guidance_interval": list(config.guidance_interval),
-        "steps": config.sampling["steps"] or config.timesteps,
-        "spacing": SPACING,
-    }
-    return samples is not None and all(samples.get(name) == value for name, value in wanted.items())
+    return samples is not None and all(
+        samples.get(name) == value for name, value in how_judged(judge, config, count).items()
+    )
 
 
 # ---------------------------------------------------------------------------- what comes out

@@ -214,6 +214,21 @@ def check_enough(width: int, count: int, splits: DataSplits) -> None:
         )
 
 
+def how_judged(judge: Judge, config: Config, count: int) -> dict:
+    """What the figures of `count` samples depend on beside the model: how these are drawn, by what they are compared."""
+    return {
+        "features": judge.reference.extractor.description,
+        "count": count,
+        "seed": config.seed + 1,
+        "own_scale": config.sampling["guidance_scale"],
+        "sampler": config.sampler,
+        "eta": config.eta,
+        "guidance_interval": list(config.guidance_interval),
+        "steps": config.sampling["steps"] or config.timesteps,
+        "spacing": SPACING,
+    }
+
+
 def judge_samples(
     judge: Judge,
     model,
@@ -252,16 +267,8 @@ def judge_samples(
         own = samples if scale == own_scale else own
     report = {
         "weights": weights,
-        "features": judge.reference.extractor.description,
         "reference": f"train and val, {len(judge.reference.features)} images",
-        "count": count,
-        "seed": config.seed + 1,
-        "own_scale": own_scale,
-        "sampler": config.sampling["sampler"],
-        "eta": config.sampling["eta"],
-        "guidance_interval": list(config.guidance_interval),
-        "steps": config.sampling["steps"] or config.timesteps,
-        "spacing": SPACING,
+        **how_judged(judge, config, count),
         "by_scale": by_scale,
         "test_images": compare(judge.reference, real),
         "noise": compare(judge.reference, describe(judge, noise_batches(count, real.pixels[0].shape), diffusor.device)),

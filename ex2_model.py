@@ -107,6 +107,16 @@ class ResnetBlock(nn.Module):
         return self.block2(self.dropout(h)) + self.res_conv(x)
 
 
+def pixels_of(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H*W, C), where 1x1 convolutions are matrix products; no copy of what is channels-last."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def image_of(pixels: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of `pixels_of`, channels-last."""
+    return pixels.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention of every position to every other; Vaswani et al. 2017."""
 
@@ -123,12 +133,12 @@ class Attention(nn.Module):
                 f"full attention over {height}x{width} positions would not fit; "
                 "give the U-Net more levels (dim_mults) or smaller images, so that its innermost level is at most 32x32"
             )
-        pixels = x.permute(0, 2, 3, 1).flatten(1, 2)  # (B, H*W, C)
+        pixels = pixels_of(x)  # (B, H*W, C)
         qkv = F.linear(pixels, self.to_qkv.weight.flatten(1)).unflatten(-1, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B, heads, H*W, dim_head)
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, H*W, heads*dim_head)
         out = F.linear(out, self.to_out.weight.flatten(1), self.to_out.bias)
-        return out.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+        return image_of(out, height, width)
 
 
 class LinearAttention(nn.Module):
@@ -149,12 +159,12 @@ class LinearAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         _, _, height, width = x.shape
         _, norm = self.to_out
-        pixels = x.permute(0, 2, 3, 1).flatten(1, 2)  # (B, H*W, C)
+        pixels = pixels_of(x)  # (B, H*W, C)
         # Queries and keys are the largest tensors of all: a CPU waits for its memory unless they stay in its cache.
         size = max(1, CACHED_ELEMENTS // (height * width * self.to_qkv.out_channels // 3))
         parts = pixels.split(size) if x.device.type == "cpu" else [pixels]
         out = torch.cat([self.attend(part) for part in parts])  # (B, H*W, C)
-        return norm(out.unflatten(1, (height, width)).permute(0, 3, 1, 2))
+        return norm(image_of(out, height, width))
 
     def attend(self, x: Tensor) -> Tensor:
         """(B, positions, C) -> (B, positions, C)."""

@@ -36,7 +36,7 @@ from ex2_compare import as_markdown  # noqa: E402
 from ex2_data import ImageSet, reverse_transform  # noqa: E402
 from ex2_diffusion import sample_in_batches  # noqa: E402
 from ex2_evaluation import build_judge, compare, describe, real_batches  # noqa: E402
-from ex2_loader import make_loader
+from ex2_loader import make_loader  # noqa: E402
 from ex2_main import train  # noqa: E402
 from ex2_model import Unet  # noqa: E402
 from ex2_training import TrainingState  # noqa: E402

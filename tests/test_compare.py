@@ -12,6 +12,7 @@ import torch
 import ex2_compare
 import ex2_config as cfg
 import ex2_data
+import ex2_evaluation
 import ex2_features
 import ex2_job
 import ex2_main
@@ -156,6 +157,15 @@ def test_figures_of_something_else_are_made_anew(finished, change, count, same):
     config = cfg.config_of({"config": settings}, change)
     assert ex2_compare.is_judged(config, AnyJudge(features), count) == same
     assert not ex2_compare.is_judged(config, AnyJudge("others"), count)
+
+
+def test_figures_at_other_times_are_made_anew(finished, monkeypatch):
+    report = json.loads((finished / "schedule=linear" / "test_metrics.json").read_text())
+    settings = json.loads((finished / "schedule=linear" / "config.json").read_text())
+    config, judge = cfg.config_of({"config": settings}, {}), AnyJudge(report["samples"]["features"])
+    assert ex2_compare.is_judged(config, judge, 130)
+    monkeypatch.setattr(ex2_evaluation, "SPACING", 1.0)
+    assert not ex2_compare.is_judged(config, judge, 130)
 
 
 def test_figures_of_the_raw_weights_are_made_anew(finished, tmp_path):
