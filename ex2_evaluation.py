@@ -215,7 +215,7 @@ def check_enough(width: int, count: int, splits: DataSplits) -> None:
 
 
 def how_judged(judge: Judge, config: Config, count: int) -> dict:
-    """What the figures of `count` samples depend on beside the model: how these are drawn, by what they are compared."""
+    """What figures of `count` samples depend on beside the model: how these are drawn, by what they are compared."""
     return {
         "features": judge.reference.extractor.description,
         "count": count,
