@@ -55,7 +55,7 @@ class Config:
     image_size: Optional[int] = setting(
         None, "data", "height and width in pixels (default: 128 for butterflies, else 32)", type=int, minimum=8
     )
-    flip: bool = setting(True, "data", "mirror training images at random")
+    flip: bool = setting(True, "data", "mirror training images at random (of shapes the moon would be another one)")
     square: str = setting(
         "crop", "data", "what makes folder's and butterflies' images square", type=str, choices=SQUARES
     )
@@ -255,6 +255,7 @@ PRESETS = {
         run_name="quick",
         dataset="shapes",
         image_size=16,
+        flip=False,  # the moon is open to the right
         schedule="cosine",
         dim_mults=(1, 2, 2),
         class_free_guidance=True,

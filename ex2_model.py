@@ -213,9 +213,22 @@ def Downsample(dim: int, dim_out: int) -> nn.Module:
     return nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(dim * 4, dim_out, 1))
 
 
-def Upsample(dim: int, dim_out: int) -> nn.Module:
-    """Doubles height and width by repeating pixels, then a 3x3 convolution. (B, dim_out, 2H, 2W)."""
-    return nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(dim, dim_out, 3, padding=1))
+class Upsample(nn.Sequential):
+    """Doubles height and width by repeating pixels, then a 3x3 convolution. (B, dim_out, 2H, 2W).
+
+    Of the nine repeated pixels under a filter only four differ, so it is computed as a transposed convolution of
+    stride 2 whose filters are sums of the weights: the same function, with 4 multiplications instead of 9.
+    """
+
+    def __init__(self, dim: int, dim_out: int):
+        super().__init__(nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(dim, dim_out, 3, padding=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, conv = self
+        # Each weight counts for the 2x2 places at which the pixel it is applied to was repeated.
+        filters = sum(F.pad(conv.weight, (i, 1 - i, j, 1 - j)) for i in (0, 1) for j in (0, 1))  # (dim_out, dim, 4, 4)
+        filters = filters.flip(2, 3).transpose(0, 1)  # as transposed convolutions have them
+        return F.conv_transpose2d(x, filters, conv.bias, stride=2, padding=1)
 
 
 class Unet(nn.Module):

@@ -5,8 +5,9 @@
     python benchmarks/bench.py --checkpoint results/quick     ... and what samples of that run are worth, by sampler
 
 Everything that is compared is timed in turns, round by round, so that a busy moment hits all alike; medians are shown,
-and written with minimum and maximum as JSON (`--out`). Shares are of the matrix product's speed on the same machine, in
-float32 on a CPU and in bfloat16 on a GPU.
+and written with minimum and maximum as JSON (`--out`). Each way to train has a process of its own, as when people run
+it: in one process it would be served from memory that another has freed. Shares are of the matrix product's speed on
+the same machine, in float32 on a CPU and in bfloat16 on a GPU.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import dataclasses
 import importlib
 import json
+import multiprocessing
 import platform
 import resource
 import statistics
@@ -129,6 +131,37 @@ def skeleton_step(config: cfg.Config, device: torch.device, folder: str) -> Call
     return step
 
 
+def in_own_process(make_step: Callable, *args) -> Callable:
+    """The step that `make_step` makes of `args`, made and run in a new process; called with "memory" it is measured.
+
+    Raises:
+        EOFError: that process has ended.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    context.Process(target=serve, args=(theirs, make_step, *args), daemon=True).start()
+    theirs.close()
+
+    def call(what: str = "step"):
+        ours.send(what)
+        return ours.recv()
+
+    return call
+
+
+def serve(connection, make_step: Callable, config: cfg.Config, device: torch.device, *args) -> None:
+    """Makes a step and runs it whenever asked."""
+    step = make_step(config, device, *args)
+    while True:
+        answer = None
+        if connection.recv() == "memory":
+            answer = memory_of(step, device)
+        else:
+            step()
+            wait_for(device)
+        connection.send(answer)
+
+
 def operations_per_image(config: cfg.Config) -> int:
     """Of a training step, counted by torch; two per multiplication."""
     model = cfg.build_model(config, 10)
@@ -146,10 +179,11 @@ def bench_training(config: cfg.Config, device, args, peak: float) -> list[dict]:
     ways = {f"eager, {kind}": changes for kind, changes in kinds.items()}
     if args.compile:
         ways.update({f"compiled, {kind}": {**changes, "compile": True} for kind, changes in kinds.items()})
-    steps = {"skeleton": skeleton_step(config, device, args.skeleton)} if args.skeleton else {}
-    steps.update({name: our_step(dataclasses.replace(config, **changes), device) for name, changes in ways.items()})
+    makers = {"skeleton": (skeleton_step, config, device, args.skeleton)} if args.skeleton else {}
+    makers.update({name: (our_step, dataclasses.replace(config, **change), device) for name, change in ways.items()})
+    steps = {name: in_own_process(*maker) for name, maker in makers.items()}
     seconds = in_turns(steps, device, args.rounds)
-    memory = {name: memory_of(step, device) for name, step in steps.items()}
+    memory = {name: step("memory") for name, step in steps.items()}
     per_image, first = operations_per_image(config), next(iter(steps))
     rows = []
     for name, times in seconds.items():

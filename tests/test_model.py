@@ -57,6 +57,19 @@ def test_one_class_for_all_sizes(size):
         assert model(torch.randn(1, 3, size, size), torch.tensor([1])).shape == (1, 3, size, size)
 
 
+def test_upsampling_is_repeated_pixels_then_a_convolution():
+    torch.manual_seed(0)
+    layer = ex2_model.Upsample(3, 5).double()
+    x = torch.randn(2, 3, 4, 6, dtype=torch.float64, requires_grad=True)
+    repeat, conv = layer
+    inputs = (x, conv.weight, conv.bias)
+    expected, output = conv(repeat(x)), layer(x)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
+    weights = torch.randn_like(expected)
+    wanted = torch.autograd.grad((expected * weights).sum(), inputs)
+    torch.testing.assert_close(torch.autograd.grad((output * weights).sum(), inputs), wanted, rtol=0, atol=1e-12)
+
+
 def test_full_attention_never_runs_over_more_than_32x32_positions():
     with pytest.raises(ValueError, match="64x64 positions"):
         Unet(dim=8, dim_mults=(1, 2))(torch.randn(1, 3, 128, 128), torch.tensor([1]))
