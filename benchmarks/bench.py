@@ -150,16 +150,17 @@ def in_own_process(make_step: Callable, *args) -> Callable:
 
 
 def serve(connection, make_step: Callable, config: cfg.Config, device: torch.device, *args) -> None:
-    """Makes a step and runs it whenever asked."""
+    """Makes a step and runs it whenever asked, until nobody can ask any more."""
     step = make_step(config, device, *args)
-    while True:
-        answer = None
-        if connection.recv() == "memory":
-            answer = memory_of(step, device)
-        else:
-            step()
-            wait_for(device)
-        connection.send(answer)
+    with suppress(EOFError):
+        while True:
+            answer = None
+            if connection.recv() == "memory":
+                answer = memory_of(step, device)
+            else:
+                step()
+                wait_for(device)
+            connection.send(answer)
 
 
 def operations_per_image(config: cfg.Config) -> int:

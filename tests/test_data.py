@@ -14,6 +14,7 @@ from PIL import Image
 from torchvision.datasets import CIFAR10
 
 import ex2_data
+from ex2_config import PRESETS
 from ex2_data import (
     ImageFiles,
     ImageSet,
@@ -422,3 +423,13 @@ def test_oracle_knows_fresh_shapes(size):
     assert oracle.accuracy(images, torch.from_numpy(labels)) >= 0.98
     noise = torch.randint(0, 256, (1000, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     assert oracle.accuracy(noise, torch.from_numpy(labels)) < 0.3
+
+
+def test_a_mirrored_moon_is_no_moon_and_quick_mirrors_nothing():
+    labels = np.arange(200) % 10
+    images = draw_shapes(labels, 16, np.random.default_rng(123))
+    told = ShapesOracle(16).classify(images.flip(-1))
+    moon = torch.from_numpy(labels == SHAPES.index("moon"))
+    assert (told == torch.from_numpy(labels))[~moon].float().mean() >= 0.98
+    assert (told == SHAPES.index("moon"))[moon].sum() == 0
+    assert not PRESETS["quick"].flip
