@@ -55,7 +55,9 @@ class Config:
     image_size: Optional[int] = setting(
         None, "data", "height and width in pixels (default: 128 for butterflies, else 32)", type=int, minimum=8
     )
-    flip: bool = setting(True, "data", "mirror training images at random (of shapes the moon would be another one)")
+    flip: Optional[bool] = setting(
+        None, "data", "mirror training images at random (default: all but shapes, whose moon is open to the right)"
+    )
     square: str = setting(
         "crop", "data", "what makes folder's and butterflies' images square", type=str, choices=SQUARES
     )
@@ -146,6 +148,8 @@ class Config:
     def __post_init__(self):
         if self.image_size is None:
             object.__setattr__(self, "image_size", 128 if self.dataset == "butterflies" else 32)
+        if self.flip is None:
+            object.__setattr__(self, "flip", self.dataset != "shapes")
         for f in fields(self):
             value = getattr(self, f.name)
             if "nargs" in f.metadata:
@@ -255,7 +259,6 @@ PRESETS = {
         run_name="quick",
         dataset="shapes",
         image_size=16,
-        flip=False,  # the moon is open to the right
         schedule="cosine",
         dim_mults=(1, 2, 2),
         class_free_guidance=True,

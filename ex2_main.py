@@ -152,7 +152,8 @@ def train_and_judge(config: cfg.Config, splits: DataSplits, judge, count: int, d
 
 def prepare_training(args):
     """(config, device) for `train` and `compare`, with a run folder that can be written to."""
-    config = dataclasses.replace(cfg.PRESETS[args.preset] if args.preset else cfg.Config(), **args.given)
+    # Not Config() with changes: what a setting is by default can depend on the data set.
+    config = dataclasses.replace(cfg.PRESETS[args.preset], **args.given) if args.preset else cfg.Config(**args.given)
     device = job.pick_device(config.cuda, config.num_threads)
     job.computes_in_bfloat16(config.amp, device)  # refuses what this GPU can't
     make_run_dir(config.run_dir)

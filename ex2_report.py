@@ -140,11 +140,12 @@ def test_command(run: Run) -> str:
 
 def train_command(run: Run) -> str:
     """The command that trains and draws a run: its settings where they are not the default."""
-    default, flags = Config(), []
+    # Defaults can depend on the data set, which is itself named where it is not the default one.
+    default, flags = {**vars(Config(dataset=run.config["dataset"])), "dataset": Config().dataset}, []
     for f in dataclasses.fields(Config):
         value = run.config[f.name]
         value = tuple(value) if isinstance(value, list) else value
-        if f.name in NOT_IN_COMMANDS or value is None or value == getattr(default, f.name):
+        if f.name in NOT_IN_COMMANDS or value is None or value == default[f.name]:
             continue
         if isinstance(value, bool):
             flags.append(f"--{f.name}" if value else f"--no_{f.name}")

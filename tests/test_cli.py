@@ -62,7 +62,7 @@ def test_train_writes_every_file_of_the_run(run):
     report = json.loads((run / "test_metrics.json").read_text())
     assert report["losses"]["test"]["t"] == [0, 14, 29] and report["losses"]["val"]["images"] == 20
     assert report["weights"] == "ema" and 0 <= report["class_accuracy"]["accuracy"] <= 1
-    assert json.loads((run / "config.json").read_text())["flip"] is True
+    assert json.loads((run / "config.json").read_text())["flip"] is False
 
 
 def test_unconditional_run_has_a_grid_without_class_names(tmp_path, capsys):

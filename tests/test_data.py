@@ -14,7 +14,7 @@ from PIL import Image
 from torchvision.datasets import CIFAR10
 
 import ex2_data
-from ex2_config import PRESETS
+from ex2_config import PRESETS, Config
 from ex2_data import (
     ImageFiles,
     ImageSet,
@@ -425,11 +425,12 @@ def test_oracle_knows_fresh_shapes(size):
     assert oracle.accuracy(noise, torch.from_numpy(labels)) < 0.3
 
 
-def test_a_mirrored_moon_is_no_moon_and_quick_mirrors_nothing():
+def test_a_mirrored_moon_is_no_moon_and_shapes_are_not_mirrored():
     labels = np.arange(200) % 10
     images = draw_shapes(labels, 16, np.random.default_rng(123))
     told = ShapesOracle(16).classify(images.flip(-1))
     moon = torch.from_numpy(labels == SHAPES.index("moon"))
     assert (told == torch.from_numpy(labels))[~moon].float().mean() >= 0.98
     assert (told == SHAPES.index("moon"))[moon].sum() == 0
-    assert not PRESETS["quick"].flip
+    assert not Config(dataset="shapes").flip and not PRESETS["quick"].flip
+    assert Config(dataset="shapes", flip=True).flip and all(Config(dataset=d).flip for d in ("cifar10", "butterflies"))

@@ -256,3 +256,17 @@ def test_tables_show_four_digits_and_a_dash_for_nothing():
         "2",
         "100000",
     ]
+
+
+@pytest.mark.parametrize(
+    "given, flags",
+    [
+        ({"dataset": "butterflies", "image_size": 32}, "--dataset butterflies --image_size 32"),
+        ({"dataset": "butterflies", "image_size": 128}, "--dataset butterflies"),
+        ({"dataset": "shapes", "flip": False}, "--dataset shapes"),
+        ({"dataset": "shapes", "flip": True}, "--dataset shapes --flip"),
+    ],
+)
+def test_commands_of_runs_know_the_defaults_of_the_data_set(tmp_path, given, flags):
+    run = Run(tmp_path, dataclasses.asdict(cfg.Config(**given)), None)
+    assert train_command(run) == f"python ex2_main.py {flags}"
