@@ -368,7 +368,7 @@ def check_memorisation(judge: Judge, samples: Described, real: Described, device
     """
     counts = {"samples": len(samples.pixels), "test_images": len(real.pixels)}
     queries = torch.cat((samples.pixels, real.pixels))
-    queries = torch.cat((queries, queries.flip(-1)))  # mirrored images are in the training set, too
+    queries = torch.cat((queries, queries.flip(-1)))  # a mirrored copy is a copy, too
     training = judge.reference.images
     gallery = make_loader(training, BATCH_SIZE, "cpu", num_workers=judge.num_workers)  # all of them, in every process
     gallery = tqdm(gallery, "nearest training images", -(-len(training) // BATCH_SIZE), leave=False, disable=None)

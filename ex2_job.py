@@ -201,13 +201,17 @@ def pick_device(cuda: bool | None, num_threads: int | None = None) -> torch.devi
 
 
 def computes_in_bfloat16(amp: str, device: torch.device) -> bool:
-    """Whether training runs under autocast: "on", or "auto" on a GPU that has bfloat16 units (compute capability 8).
+    """Whether training runs under autocast: "on", or "auto" where the hardware computes in bfloat16 itself.
+
+    That is a GPU of compute capability 8, or a CPU with such instructions, of which torch tells from 2.11 on.
 
     Raises:
         InputError: it is asked of a GPU that can't.
     """
     if device.type != "cuda":
-        return amp == "on"
+        features = getattr(torch.cpu, "get_capabilities", dict)()
+        able = any(features.get(name) for name in ("avx512_bf16", "amx_bf16"))
+        return amp == "on" or (amp == "auto" and able)
     able = torch.cuda.get_device_capability(device) >= (8, 0)
     if amp == "on" and not able:
         raise InputError("--amp on: this GPU can't compute in bfloat16; give --amp auto")

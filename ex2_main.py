@@ -444,6 +444,7 @@ def train(
     meter = LossMeter(epoch) if meter is None else meter
     whole = {"total": len(trainloader), "initial": first_batch}
     progress = tqdm(trainloader, f"epoch {epoch + 1}", disable=args.dry_run or None, **whole)
+    parameters = list(model.parameters())
 
     def close_window(step: int) -> None:
         train_loss, grad_norm = meter.close_window()
@@ -466,7 +467,7 @@ def train(
         lr = optimizer.param_groups[0]["lr"]
         optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip)
         optimizer.step()
         if scheduler is not None:
             scheduler.step()

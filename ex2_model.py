@@ -125,6 +125,8 @@ class Attention(nn.Module):
         self.heads = heads
         self.to_qkv = nn.Conv2d(dim, heads * dim_head * 3, 1, bias=False)
         self.to_out = nn.Conv2d(heads * dim_head, dim, 1)
+        for parameter in self.to_out.parameters():
+            nn.init.zeros_(parameter)  # see `attention`
 
     def forward(self, x: Tensor) -> Tensor:
         _, _, height, width = x.shape
@@ -155,6 +157,7 @@ class LinearAttention(nn.Module):
         self.heads = heads
         self.to_qkv = nn.Conv2d(dim, heads * dim_head * 3, 1, bias=False)
         self.to_out = nn.Sequential(nn.Conv2d(heads * dim_head, dim, 1), nn.GroupNorm(1, dim))
+        nn.init.zeros_(self.to_out[1].weight)  # see `attention`
 
     def forward(self, x: Tensor) -> Tensor:
         _, _, height, width = x.shape
@@ -205,6 +208,9 @@ class Residual(nn.Module):
 
 
 def attention(dim: int, kind: type[nn.Module]) -> nn.Module:
+    """Attention beside a shortcut. What it adds starts at zero, as in Dhariwal and Nichol 2021's code: before queries and
+    keys mean anything it would add noise to every pixel.
+    """
     return Residual(PreNorm(dim, kind(dim)))
 
 

@@ -79,7 +79,7 @@ class TrainingState:
         self.generator = torch.Generator(self.device)  # of the times and noise, see `draw`
         self.agreement = Agreement()
         self.ema = build_ema(model, config.ema_images, config.batch_size)
-        self.optimizer = build_optimizer(model, config.lr)
+        self.optimizer = build_optimizer(model, config.lr, config.adam_beta1)
         self.seconds = 0.0  # that training has taken as of the last step, in all calls of the program
         self.started = time.monotonic()
         self.scheduler = build_scheduler(self.optimizer, config.warmup_steps, total_steps, lambda: self.time_spent)
@@ -252,7 +252,8 @@ class TrainingState:
             ) from error
         self.ema.n_averaged.fill_(saved["ema_updates"])
         for group in saved["optimizer"]["param_groups"]:
-            group["fused"] = self.optimizer.defaults["fused"]  # this machine's, and not that of the one which saved it
+            for name in ("fused", "betas"):  # this machine's and this run's, and not those of the one which saved it
+                group[name] = self.optimizer.defaults[name]
         self.optimizer.load_state_dict(saved["optimizer"])
 
 
@@ -263,12 +264,13 @@ def changed_settings(before: Config, now: Config) -> str:
     return ", ".join(f"--{name} {getattr(before, name)} there, {getattr(now, name)} now" for name in changed)
 
 
-def build_optimizer(model, lr: float) -> AdamW:
+def build_optimizer(model, lr: float, beta1: float = 0.9) -> AdamW:
     """AdamW, in one pass over all weights where torch has that for their device: hundreds of small ones take time."""
+    settings = {"lr": lr, "betas": (beta1, 0.999)}
     try:
-        return AdamW(model.parameters(), lr=lr, fused=True)
+        return AdamW(model.parameters(), **settings, fused=True)
     except RuntimeError:  # of a CPU before torch 2.4
-        return AdamW(model.parameters(), lr=lr)
+        return AdamW(model.parameters(), **settings)
 
 
 def build_scheduler(

@@ -175,7 +175,7 @@ def operations_per_image(config: cfg.Config) -> int:
 def bench_training(config: cfg.Config, device, args, peak: float) -> list[dict]:
     """Images per second of the ways to train; the last column is against the first row of them."""
     single = "TensorFloat-32" if device.type == "cuda" else "float32"
-    amp = device.type == "cuda" if args.amp is None else args.amp
+    amp = job.computes_in_bfloat16("auto", device) if args.amp is None else args.amp
     kinds = {single: {"amp": "off"}, **({"bfloat16": {"amp": "on"}} if amp else {})}
     ways = {f"eager, {kind}": changes for kind, changes in kinds.items()}
     if args.compile:
@@ -287,7 +287,7 @@ def main() -> None:
     parser.add_argument(
         "--amp",
         action=argparse.BooleanOptionalAction,
-        help="time steps in bfloat16 too (default: on a GPU; a CPU that lacks it takes many times longer)",
+        help="time steps in bfloat16 too (default: where it is computed in; a CPU that lacks it takes many times longer)",
     )
     parser.add_argument("--no_cuda", action="store_true", help="stay off the GPU")
     parser.add_argument("--skeleton", metavar="DIR", help="folder with another solution's ex02_model.py to time beside")

@@ -146,7 +146,7 @@ def test_resume_insists_and_no_resume_starts_anew(tmp_path, capsys):
 def test_other_settings_are_refused_and_can_be_insisted_on(tmp_path, capsys):
     command = [*TINY, "--results_dir", str(tmp_path), "--epochs", "1"]
     assert ex2_main.main(command) == 0
-    longer = [*TINY, "--results_dir", str(tmp_path), "--epochs", "3", "--lr", "0.0005"]
+    longer = [*TINY, "--results_dir", str(tmp_path), "--epochs", "3", "--lr", "0.0005", "--adam_beta1", "0.5"]
     assert ex2_main.main(longer) == 2
     error = capsys.readouterr().err
     assert "--epochs 1 there, 3 now" in error and "--lr 0.001 there, 0.0005 now" in error and "--allow_changes" in error
@@ -155,6 +155,7 @@ def test_other_settings_are_refused_and_can_be_insisted_on(tmp_path, capsys):
     assert steps == sorted(steps) and steps[-1] == 27
     rates = [float(row["lr"]) for row in log_of(tmp_path / "DDPM") if row["lr"]]
     assert max(rates[3:]) <= 0.0005 and rates[-1] < 1e-4  # the decay is that of the new plan
+    assert ckpt.load_checkpoint(tmp_path / "DDPM")["optimizer"]["param_groups"][0]["betas"] == (0.5, 0.999)
     assert ex2_main.main([*longer, "--dim", "16", "--allow_changes"]) == 2
     assert "don't fit the model's settings" in capsys.readouterr().err
 
@@ -514,11 +515,21 @@ def test_bfloat16_is_refused_where_it_is_asked_of_a_gpu_without_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     with pytest.raises(InputError, match="--amp on"):
         ex2_job.computes_in_bfloat16("on", torch.device("cuda"))
-    assert [ex2_job.computes_in_bfloat16(amp, torch.device("cpu")) for amp in ("auto", "on", "off")] == [
-        False,
-        True,
-        False,
-    ]
+
+
+@pytest.mark.parametrize(
+    "features, auto",
+    [({"avx512_bf16": True, "amx_bf16": False}, True), ({"amx_bf16": True}, True), ({"avx512_f": True}, False)],
+)
+def test_bfloat16_is_used_on_cpus_that_have_it(monkeypatch, features, auto):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features, raising=False)
+    used = {amp: ex2_job.computes_in_bfloat16(amp, torch.device("cpu")) for amp in ("auto", "on", "off")}
+    assert used == {"auto": auto, "on": True, "off": False}
+
+
+def test_bfloat16_is_left_alone_where_torch_is_too_old_to_tell(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert not ex2_job.computes_in_bfloat16("auto", torch.device("cpu"))
 
 
 def test_a_second_signal_waits_too_under_torchrun(monkeypatch):

@@ -70,6 +70,20 @@ def test_upsampling_is_repeated_pixels_then_a_convolution():
     torch.testing.assert_close(torch.autograd.grad((output * weights).sum(), inputs), wanted, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", [ex2_model.Attention, ex2_model.LinearAttention])
+def test_attention_adds_nothing_at_the_start_and_learns_from_the_first_step_on(kind):
+    torch.manual_seed(0)
+    layer, x = ex2_model.attention(8, kind), torch.randn(2, 8, 4, 4)
+    weights = torch.randn(2, 8, 4, 4)
+    assert torch.equal(layer(x), x)
+    for _ in range(2):  # queries and keys have no gradient before the second step
+        layer.zero_grad()
+        (layer(x) * weights).sum().backward()
+        torch.optim.SGD(layer.parameters(), lr=0.1).step()
+        assert (layer(x) - x).std(dim=(0, 2, 3)).min() > 1e-4
+    assert min(float(p.grad.abs().max()) for p in layer.parameters()) > 0
+
+
 def test_full_attention_never_runs_over_more_than_32x32_positions():
     with pytest.raises(ValueError, match="64x64 positions"):
         Unet(dim=8, dim_mults=(1, 2))(torch.randn(1, 3, 128, 128), torch.tensor([1]))
@@ -230,6 +244,7 @@ def test_parts_of_a_batch_are_the_batch(monkeypatch, per_part, sizes):
     """A CPU computes linear attention in parts: outputs and gradients are those of every image alone."""
     torch.manual_seed(0)
     layer, x = ex2_model.LinearAttention(8), torch.randn(5, 8, 4, 6)
+    torch.nn.init.ones_(layer.to_out[1].weight)  # which starts at zero
     alone = torch.cat([layer(image[None]) for image in x])
     wanted = torch.autograd.grad(alone.square().mean(), list(layer.parameters()))
     seen, attend = [], layer.attend

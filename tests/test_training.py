@@ -335,7 +335,7 @@ def test_compiled_training_is_training_and_its_checkpoint_has_no_prefix(tmp_path
     monkeypatch.setattr(ex2_main, "announce", lambda *args: None)
     saved = {}
     for name in ("eager", "compiled"):
-        small = {"epochs": 1, "dim_mults": (1,), "p_uncond": 0.0}
+        small = {"epochs": 1, "dim_mults": (1,), "p_uncond": 0.0, "amp": "off"}
         config = tiny_config(tmp_path, run_name=name, compile=name == "compiled", **small)
         ex2_main.fit(config, tiny_splits(), diffusor, CPU)
         saved[name] = ckpt.load_checkpoint(config.run_dir)
