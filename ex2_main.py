@@ -508,8 +508,9 @@ def announce(config: cfg.Config, splits: DataSplits, model, diffusor: Diffusion,
         f"{len(splits.train)} training, {len(splits.val)} validation and {len(splits.test)} test images, "
         f"{len(splits.class_names)} classes"
     )
+    precision = "bfloat16 where it is safe" if job.computes_in_bfloat16(config.amp, diffusor.device) else "float32"
     print(
-        f"U-Net with {parameters:,} parameters on {diffusor.device}, "
+        f"U-Net with {parameters:,} parameters on {diffusor.device} in {precision}, "
         f"{config.schedule} schedule with {config.timesteps} timesteps"
     )
     if config.dry_run:

@@ -208,8 +208,9 @@ class Residual(nn.Module):
 
 
 def attention(dim: int, kind: type[nn.Module]) -> nn.Module:
-    """Attention beside a shortcut. What it adds starts at zero, as in Dhariwal and Nichol 2021's code: before queries and
-    keys mean anything it would add noise to every pixel.
+    """Attention beside a shortcut. What it adds starts at zero, as in the code of Dhariwal and Nichol 2021.
+
+    With torch's usual start trainings take longer; README has figures under "The recipes".
     """
     return Residual(PreNorm(dim, kind(dim)))
 

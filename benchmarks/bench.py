@@ -287,7 +287,7 @@ def main() -> None:
     parser.add_argument(
         "--amp",
         action=argparse.BooleanOptionalAction,
-        help="time steps in bfloat16 too (default: where it is computed in; a CPU that lacks it takes many times longer)",
+        help="time steps in bfloat16 too (default: where --amp auto does; a CPU that lacks it takes many times longer)",
     )
     parser.add_argument("--no_cuda", action="store_true", help="stay off the GPU")
     parser.add_argument("--skeleton", metavar="DIR", help="folder with another solution's ex02_model.py to time beside")
