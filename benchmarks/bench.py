@@ -6,8 +6,8 @@
 
 Everything that is compared is timed in turns, round by round, so that a busy moment hits all alike; medians are shown,
 and written with minimum and maximum as JSON (`--out`). Each way to train has a process of its own, as when people run
-it: in one process it would be served from memory that another has freed. Shares are of the matrix product's speed on
-the same machine, in float32 on a CPU and in bfloat16 on a GPU.
+it: in one process it would be served from memory that another has freed. Shares of the peak are of the speed of large
+matrix products or convolutions (`at_best`) in the same turns.
 """
 
 from __future__ import annotations
@@ -76,12 +76,28 @@ def in_turns(variants: dict[str, Callable[[], object]], device, rounds: int) -> 
     return seconds
 
 
-def matrix_peak(device: torch.device) -> float:
-    """Operations per second of large matrix products, the best of several."""
-    kind = torch.bfloat16 if device.type == "cuda" else torch.float32
-    size = 8192 if device.type == "cuda" else 2048
-    a = torch.randn(size, size, device=device, dtype=kind)
-    return 2 * size**3 / min(in_turns({"": lambda: a @ a}, device, 8)[""])
+def ratio(slow: list[float], fast: list[float]) -> float:
+    """How many times longer the one takes than the other, the median over rounds."""
+    return statistics.median([a / b for a, b in zip(slow, fast)])
+
+
+def at_best(device: torch.device) -> tuple[Callable[[], object], int]:
+    """What the machine is best at, to call, and how many operations a call is.
+
+    On a GPU these are matrix products in bfloat16, on a CPU a convolution in float32: MKL's products are half as fast
+    on AMD.
+    """
+    if device.type == "cuda":
+        a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
+
+        def products() -> None:
+            for _ in range(32):
+                a @ a
+
+        return products, 32 * 2 * 8192**3
+    x = torch.randn(64, 256, 32, 32).contiguous(memory_format=torch.channels_last)
+    conv = torch.nn.Conv2d(256, 256, 3, padding=1).requires_grad_(False)
+    return lambda: conv(x), 2 * 64 * 32**2 * 9 * 256**2
 
 
 # ---------------------------------------------------------------------------- training
@@ -172,8 +188,8 @@ def operations_per_image(config: cfg.Config) -> int:
     return counter.get_total_flops()
 
 
-def bench_training(config: cfg.Config, device, args, peak: float) -> list[dict]:
-    """Images per second of the ways to train; the last column is against the first row of them."""
+def bench_training(config: cfg.Config, device, args) -> tuple[list[dict], float]:
+    """Images per second of the ways to train, the last column against the first row of them; and the peak, 1/s."""
     single = "TensorFloat-32" if device.type == "cuda" else "float32"
     amp = job.computes_in_bfloat16("auto", device) if args.amp is None else args.amp
     kinds = {single: {"amp": "off"}, **({"bfloat16": {"amp": "on"}} if amp else {})}
@@ -183,20 +199,20 @@ def bench_training(config: cfg.Config, device, args, peak: float) -> list[dict]:
     makers = {"skeleton": (skeleton_step, config, device, args.skeleton)} if args.skeleton else {}
     makers.update({name: (our_step, dataclasses.replace(config, **change), device) for name, change in ways.items()})
     steps = {name: in_own_process(*maker) for name, maker in makers.items()}
-    seconds = in_turns(steps, device, args.rounds)
+    best, operations = at_best(device)
+    *seconds, at_peak = in_turns({**steps, "best": best}, device, args.rounds).values()
     memory = {name: step("memory") for name, step in steps.items()}
-    per_image, first = operations_per_image(config), next(iter(steps))
+    per_step, first = config.batch_size * operations_per_image(config), next(iter(steps))
     rows = []
-    for name, times in seconds.items():
+    for name, times in zip(steps, seconds):
         rate = config.batch_size / statistics.median(times)
-        gain = statistics.median([a / b for a, b in zip(seconds[first], times)])
         row = {"training": name, "images/s": rate, "slowest": config.batch_size / max(times)}
-        # The skeleton may take other operations; on a CPU the peak is that of float32.
+        # The skeleton may take other operations; a CPU's peak is that of float32.
         unknown = name == "skeleton" or (device.type == "cpu" and "bfloat16" in name)
-        share = None if unknown else rate * per_image / peak
+        share = None if unknown else per_step / operations * ratio(at_peak, times)
         row.update({"fastest": config.batch_size / min(times), "share of peak": share})
-        rows.append({**row, "memory of a step, MB": memory[name], f"against {first}": gain})
-    return rows
+        rows.append({**row, "memory of a step, MB": memory[name], f"against {first}": ratio(seconds[0], times)})
+    return rows, operations / statistics.median(at_peak)
 
 
 def memory_of(run: Callable[[], object], device) -> float | None:
@@ -212,19 +228,20 @@ def memory_of(run: Callable[[], object], device) -> float | None:
 # ---------------------------------------------------------------------------- sampling
 
 
-def bench_calls(config: cfg.Config, device, args, peak: float) -> list[dict]:
+def bench_calls(config: cfg.Config, device, args) -> list[dict]:
     """Network calls without gradients: plain ones, and guided ones, whose batch is twice as large."""
     model: Unet = cfg.build_model(dataclasses.replace(config, class_free_guidance=True), 10).to(device).eval()
     x = torch.randn(2 * config.batch_size, 3, config.image_size, config.image_size, device=device)
     t, classes = torch.zeros(len(x), dtype=torch.long, device=device), torch.arange(len(x), device=device) % 10
     half = config.batch_size
     calls = {"plain": lambda: model(x[:half], t[:half], classes[:half]), "guided": lambda: model(x, t, classes)}
-    per_image, rows = operations_per_image(config) / 3, []
+    best, operations = at_best(device)
     with torch.no_grad():
-        seconds = in_turns(calls, device, args.rounds)
-    for name, times in seconds.items():
+        *seconds, at_peak = in_turns({**calls, "best": best}, device, args.rounds).values()
+    per_call, rows = half * operations_per_image(config) / 3, []
+    for name, times in zip(calls, seconds):
         rate = half / statistics.median(times)
-        share = rate * per_image * (2 if name == "guided" else 1) / peak
+        share = per_call * (2 if name == "guided" else 1) / operations * ratio(at_peak, times)
         row = {"network call": name, "images/s": rate, "slowest": half / max(times), "fastest": half / min(times)}
         rows.append({**row, "share of peak": share})
     return rows
@@ -301,17 +318,17 @@ def main() -> None:
         dim=args.dim, dim_mults=tuple(args.dim_mults), image_size=args.image_size, batch_size=args.batch_size
     )
     device = job.pick_device(False if args.no_cuda else None)
-    peak = matrix_peak(device)
     machine = (
         torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     )
+    training, peak = bench_training(config, device, args)
     report = {
         "machine": f"{machine}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
-        "matrix peak, GFLOP/s": peak / 1e9,
+        "peak, GFLOP/s": peak / 1e9,
         "settings": f"dim {args.dim}, mults {args.dim_mults}, {args.image_size} pixels, batch {args.batch_size}",
-        "training": bench_training(config, device, args, peak),
-        "network calls": bench_calls(config, device, args, peak),
+        "training": training,
+        "network calls": bench_calls(config, device, args),
     }
     if args.checkpoint:
         report["samplers"] = bench_samplers(args, device)
