@@ -267,7 +267,7 @@ PRESETS = {
         class_free_guidance=True,
         epochs=2,
         batch_size=16,
-        adam_beta1=0.5,  # with 0.9 twice the steps show as many classes, see README
+        adam_beta1=0.5,  # with 0.9 it takes more than half as many steps again, see README
         eval_images=128,
         sampler="ddim",  # with eta = 1 ancestral sampling too, but on 30 steps Eq. 8's wider noise would leave grain
         eta=1.0,

@@ -320,7 +320,10 @@ def prepare_image(image: Image.Image, image_size: int, square: str = "crop") -> 
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("RGB")
     if square == "pad":
-        return ImageOps.pad(image, (image_size, image_size), Image.Resampling.BICUBIC, color="white")
+        scale = image_size / max(image.size)
+        inner = [max(1, round(side * scale)) for side in image.size]  # Pillow 11 alone would make a thin side 0 pixels
+        image = image.resize(inner, Image.Resampling.BICUBIC)
+        return ImageOps.pad(image, (image_size, image_size), color="white")
     return TF.center_crop(TF.resize(image, image_size, antialias=True), image_size)
 
 
