@@ -29,6 +29,7 @@ import ex2_config as cfg
 import ex2_job as job
 import ex2_viz as viz
 from ex2_checkpoint import load_checkpoint, write_atomically
+from ex2_cli import parse_args
 from ex2_compare import grid_of_runs, is_judged, parse_vary, write_comparison, write_study
 from ex2_data import DataSplits, InputError
 from ex2_diffusion import Diffusion, check_images, evenly_spaced
@@ -60,7 +61,7 @@ GRID_IMAGES = 100  # at most, the first ones: thousands would take gigabytes to 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 2 for input that can't be used, 1 for a fault while running."""
     try:
-        args = cfg.parse_args(sys.argv[1:] if argv is None else argv)
+        args = parse_args(sys.argv[1:] if argv is None else argv)
         timeout = args.given.get("timeout_minutes", cfg.Config.timeout_minutes)
         with job.handled_by(job.interrupt), connected(args.given.get("cuda"), timeout):
             COMMANDS[args.command](args)

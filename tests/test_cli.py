@@ -15,6 +15,7 @@ import ex2_checkpoint as ckpt
 import ex2_config as cfg
 import ex2_data
 import ex2_main
+from ex2_cli import parse_args
 from ex2_diffusion import image_generators
 
 ROOT = Path(__file__).parent.parent
@@ -319,12 +320,12 @@ def test_insisting_on_a_gpu_that_is_not_there(capsys, monkeypatch):
 def test_booleans_have_an_on_and_an_off_form():
     for f in cfg.fields(cfg.Config):
         if "type" not in f.metadata:
-            assert cfg.parse_args([f"--{f.name}"]).given == {f.name: True}
-            assert cfg.parse_args([f"--no_{f.name}"]).given == {f.name: False}
+            assert parse_args([f"--{f.name}"]).given == {f.name: True}
+            assert parse_args([f"--no_{f.name}"]).given == {f.name: False}
 
 
 def test_flags_of_the_skeleton_stay():
-    args = cfg.parse_args(
+    args = parse_args(
         "--batch_size 8 --timesteps 100 --epochs 2 --lr 0.003 --no_cuda".split()
         + "--log_interval 5 --save_model --run_name x --dry_run".split()
     )
@@ -336,7 +337,7 @@ def test_flags_of_the_skeleton_stay():
 
 
 def test_flags_beside_a_preset_count(tmp_path):
-    args = cfg.parse_args(["--preset", "quick", "--epochs", "7"])
+    args = parse_args(["--preset", "quick", "--epochs", "7"])
     assert cfg.dataclasses.replace(cfg.PRESETS[args.preset], **args.given).epochs == 7
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import ex2_config as cfg
 import ex2_main
+from ex2_cli import parse_args
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -42,7 +43,7 @@ def test_every_command_is_understood():
     commands = re.findall(r"^(?:.*&& )?\S*python (?:-u )?ex2_main\.py(.*)$", README, re.M)
     assert len(commands) >= 12
     for command in commands:
-        args = cfg.parse_args(command.split("#")[0].split())
+        args = parse_args(command.split("#")[0].split())
         assert args.command in ex2_main.COMMANDS
         if args.command in ("train", "compare"):
             dataclasses.replace(cfg.PRESETS[args.preset] if args.preset else cfg.Config(), **args.given)

@@ -18,6 +18,7 @@ import ex2_data
 import ex2_features
 import ex2_main
 import ex2_report
+from ex2_cli import parse_args
 from ex2_diffusion import SCHEDULES, Diffusion, evenly_spaced
 from ex2_report import Run, Study, find_runs, find_studies, loss_at, samples_sentences, study_part, train_command
 
@@ -99,7 +100,7 @@ def test_missing_parts_are_named_with_their_command(results, tmp_path):
 def test_the_command_of_a_run_makes_the_same_run(name):
     config = dataclasses.replace(cfg.PRESETS[name], run_name="a run (1)", flip=False, save_model=False)
     run = Run(Path("results/a run (1)"), json.loads(json.dumps(dataclasses.asdict(config))), {})
-    args = cfg.parse_args(shlex.split(train_command(run))[2:])
+    args = parse_args(shlex.split(train_command(run))[2:])
     assert cfg.Config(**args.given) == config
     assert shlex.split(ex2_report.test_command(run))[-1] == "results/a run (1)"
 

@@ -1,0 +1,143 @@
+"""The command line: every Config field is a flag, and every command has those it heeds."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+
+from ex2_config import PRESETS, WEIGHTS, Config
+from ex2_data import InputError
+
+RUN_FLAGS_OF_TRAIN = (
+    "run_name",
+    "results_dir",
+    "save_model",
+    "save_minutes",
+    "compile",
+    "resume",
+    "allow_changes",
+    "log_interval",
+)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse, whose errors are one line without the usage text."""
+
+    def error(self, message: str):
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+
+def add_flags(parser: argparse.ArgumentParser, groups: tuple[str, ...], leave_out: tuple[str, ...] = ()) -> None:
+    """A flag for every Config field of `groups`; only flags that the user gave appear in the parsed namespace."""
+    titles = {group: parser.add_argument_group(group) for group in groups}
+    for f in fields(Config):
+        rules = f.metadata
+        if rules["group"] not in groups or f.name in leave_out:
+            continue
+        group, name = titles[rules["group"]], f"--{f.name}"
+        default = "" if f.default is None else f" (default: {f.default})"
+        if "type" not in rules:  # a boolean: an on and an off form
+            group.add_argument(name, action="store_true", default=argparse.SUPPRESS, help=rules["help"] + default)
+            off = f"--no_{f.name}"
+            group.add_argument(off, dest=f.name, action="store_false", default=argparse.SUPPRESS, help="its opposite")
+        else:
+            if "choices" in rules:
+                default = f": {', '.join(rules['choices'])}{default}"
+            group.add_argument(
+                name,
+                type=rules["type"],
+                nargs=rules.get("nargs"),
+                default=argparse.SUPPRESS,
+                metavar=f.name.upper(),
+                help=rules["help"] + default,
+            )
+
+
+def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of every command that starts from a checkpoint."""
+    parser.add_argument("--checkpoint", required=True, help="a run's folder, or its ckpt.pt")
+    parser.add_argument("--weights", choices=WEIGHTS, default="ema", help="averaged, or as last trained (default: ema)")
+
+
+def add_samples_flag(parser: argparse.ArgumentParser) -> None:
+    """The flag of every command that judges samples."""
+    parser.add_argument("--eval_samples", type=int, default=1000, help="samples to judge (default: 1000; 0: none)")
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    """The command line as a namespace: `command`, the command's own flags, and `given`, the Config fields named.
+
+    `train` is what runs when no command is named.
+    """
+    parser = OneLineParser(
+        prog="ex2_main.py",
+        description="Train, test and sample a DDPM (exercise 2).",
+        epilog="Flags without a command are train's; `ex2_main.py train --help` lists them.",
+    )
+    commands = parser.add_subparsers(
+        dest="command", metavar="{train,test,sample,compare,report}", parser_class=OneLineParser
+    )
+
+    train = commands.add_parser("train", help="train, test and draw every picture (what runs when no command is named)")
+    train.add_argument("--preset", choices=tuple(PRESETS), help="settings to start from; flags beside it still count")
+    all_groups = tuple(dict.fromkeys(f.metadata["group"] for f in fields(Config)))
+    add_flags(train, all_groups)
+
+    test = commands.add_parser("test", help="evaluate a checkpoint: losses, bits per dimension, quality of its samples")
+    add_checkpoint_flags(test)
+    add_samples_flag(test)
+    test.add_argument(
+        "--eval_scales", type=float, nargs="+", help="guidance scales to judge them at (default: those of the pictures)"
+    )
+    test.add_argument(
+        "--inception_weights", metavar="FILE", help="torch-fidelity's weights: FID instead of own features"
+    )
+    test.add_argument("--out", help="folder for the figures (default: the run's folder)")
+    # Another seed would split the data anew, and training images would land in the validation set.
+    add_flags(test, ("run", "access to the data", "evaluation", "sampling"), (*RUN_FLAGS_OF_TRAIN, "seed"))
+
+    sample = commands.add_parser("sample", help="draw images from a checkpoint")
+    add_checkpoint_flags(sample)
+    sample.add_argument("--n_images", type=int, default=16, help="how many in all (default: 16)")
+    sample.add_argument("--classes", nargs="+", help="class names or numbers, one after the other (default: all)")
+    sample.add_argument("--out", help="folder for the images (default: samples/ in the run's folder)")
+    add_flags(sample, ("run", "sampling"), (*RUN_FLAGS_OF_TRAIN, "guidance_scale"))
+    sample.add_argument(
+        "--guidance_scale",
+        dest="scales",
+        type=float,
+        nargs="+",
+        help="w of Eq. 11; several are drawn from the same noise (default: 1 for class-conditional models)",
+    )
+
+    compare = commands.add_parser("compare", help="train and judge a run for every combination of settings")
+    compare.add_argument("--preset", choices=tuple(PRESETS), help="settings to start from; flags beside it still count")
+    compare.add_argument(
+        "--vary",
+        action="append",
+        required=True,
+        metavar="SETTING=VALUE,...",
+        help="a setting and its values, for example schedule=linear,cosine; several --vary make all combinations",
+    )
+    add_samples_flag(compare)
+    add_flags(compare, all_groups, ("save_model",))
+
+    report = commands.add_parser("report", help="everything under a results folder as one page")
+    report.add_argument("--results_dir", default="results", help="folder of all runs (default: results)")
+
+    if not argv or (argv[0] not in commands.choices and argv[0] not in ("-h", "--help")):
+        argv = ["train", *argv]
+    args, unknown = parser.parse_known_args(argv)
+    names = {f.name for f in fields(Config)}
+    for flag in unknown:
+        if flag.lstrip("-").split("=")[0].replace("no_", "", 1) in names:
+            by = (
+                "is fixed by the checkpoint and"
+                if args.command in ("test", "sample")
+                else "is not for this command and"
+            )
+            raise InputError(f"{flag} {by} can't be given to {args.command}: train with it")
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    args.given = {name: value for name, value in vars(args).items() if name in names}
+    return args
