@@ -1,18 +1,21 @@
-"""Checkpoint files: plain dicts that a kill, a full disk or a flipped bit can't spoil unnoticed."""
+"""The files of a run: checkpoints that a kill, a full disk or a flipped bit can't spoil unnoticed, and the log."""
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import io
 import os
 import pickle
 import sys
+import time
 from pathlib import Path
 
 import torch
 
 from ex2_data import InputError
 
+LOG_COLUMNS = ("step", "epoch", "seconds", "lr", "grad_norm", "train_loss", "epoch_loss", "val_loss")
 CHECKPOINT_FORMAT = 3
 CHECKPOINT_NAME = "ckpt.pt"
 PREVIOUS = ".previous"  # ending of the checkpoint before the newest
@@ -117,3 +120,44 @@ def read_checkpoint(path: Path, device="cpu") -> dict:
     if content.pop("sha256", None) != digest_of(content):  # torch reads changed bytes without complaint
         raise InputError(f"{path} is damaged: its content does not match its digest")
     return content
+
+
+# ---------------------------------------------------------------------------- log.csv
+
+
+class RunLog:
+    """log.csv of a run: a row per log interval and per epoch; empty cells where a row has no such figure.
+
+    Args:
+        epochs_done, step: where the run stands. Later rows, left by a run that was cut off, are dropped.
+    """
+
+    def __init__(self, path: Path, epochs_done: int = 0, step: int = 0):
+        self.path = path
+        rows = self.rows() if step > 0 and path.is_file() else []
+        kept = [row for row in rows if None not in row.values() and self.belongs(row, epochs_done, step)]
+        self.started = time.perf_counter() - (float(kept[-1]["seconds"]) if kept else 0)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, LOG_COLUMNS)
+        writer.writeheader()
+        writer.writerows(kept)
+        write_atomically(path, text.getvalue().encode())
+
+    @staticmethod
+    def belongs(row: dict, epochs_done: int, step: int) -> bool:
+        """Whether a row is of what is done: an epoch's last row comes after its validation."""
+        return int(row["epoch"]) < epochs_done or (int(row["step"]) <= step and row["val_loss"] == "")
+
+    def write(self, **figures) -> None:
+        row = {"seconds": f"{time.perf_counter() - self.started:.1f}", **figures}
+        with open(self.path, "a", newline="") as file:
+            csv.DictWriter(file, LOG_COLUMNS).writerow(row)
+
+    def rows(self) -> list[dict]:
+        return self.read(self.path)
+
+    @staticmethod
+    def read(path: Path) -> list[dict]:
+        """The rows of a log.csv, every cell a string."""
+        with open(path, newline="") as file:
+            return list(csv.DictReader(file))

@@ -7,6 +7,7 @@ from dataclasses import fields
 
 from ex2_config import PRESETS, WEIGHTS, Config
 from ex2_data import InputError
+from ex2_pictures import GUIDANCE_SCALES
 
 RUN_FLAGS_OF_TRAIN = (
     "run_name",
@@ -141,3 +142,32 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     args.given = {name: value for name, value in vars(args).items() if name in names}
     return args
+
+
+def choose_classes(wanted: list[str] | None, names: list[str], config: Config) -> list[int] | None:
+    """Labels for the names or numbers in `wanted`, all of them where it is None; None for an unconditional model."""
+    if not config.class_free_guidance:
+        if wanted:
+            raise InputError("--classes: this model is unconditional; train one with --class_free_guidance")
+        return None
+    numbers = {**{str(i): i for i in range(len(names))}, **{name: i for i, name in enumerate(names)}}
+    for name in wanted or ():
+        if name not in numbers:
+            raise InputError(f"--classes: unknown class {name!r}; the model knows {', '.join(names)}")
+    return [numbers[name] for name in wanted] if wanted else list(range(len(names)))
+
+
+def choose_scales(args, config: Config) -> list[float]:
+    """The guidance scales at which `test` judges samples; checks its other flags for them too."""
+    if args.eval_samples < 0:
+        raise InputError(f"--eval_samples must be at least 0, got {args.eval_samples}")
+    if args.eval_samples == 0 and (args.eval_scales or args.inception_weights):
+        raise InputError("--eval_scales and --inception_weights are for judged samples: drop --eval_samples 0")
+    if not config.can_guide:
+        if args.eval_scales:
+            raise InputError("--eval_scales: this model can't be guided; train one with --class_free_guidance")
+        return []
+    for scale in args.eval_scales or ():
+        if not -1000 <= scale <= 1000:
+            raise InputError(f"--eval_scales must lie within -1000 .. 1000, got {scale:g}")
+    return args.eval_scales or list(GUIDANCE_SCALES)

@@ -13,12 +13,11 @@ from pathlib import Path
 import torch
 
 import ex2_viz as viz
-from ex2_checkpoint import CHECKPOINT_NAME, load_checkpoint, write_atomically
+from ex2_checkpoint import CHECKPOINT_NAME, RunLog, load_checkpoint, write_atomically
 from ex2_config import Config, build_diffusion, build_model, restore_model
 from ex2_data import InputError
 from ex2_diffusion import sample_in_batches
 from ex2_evaluation import how_judged
-from ex2_training import RunLog
 
 VARIABLE_GROUPS = ("diffusion process", "model", "training")  # the data and the seed are the same for all runs
 LOSS_SHARES = (0.1, 0.5, 0.9)  # of T: the times whose test loss stands in the table

@@ -69,15 +69,15 @@ class EpochPlan:
             yield list(zip(self.order[rows].tolist(), self.mirrored[rows].tolist()))
 
 
-class ResidentLoader:
-    """Batches from an `ImageSet` that lives on the device: shuffling, flips and scaling cost no Python per image.
+class Loader:
+    """Batches of a data set as its `EpochPlan` says: an iterable over (images (B, 3, H, W) in [-1, 1], labels (B,)).
 
-    Iterates like a DataLoader, over (images (B, 3, H, W) in [-1, 1], labels (B,)), as its `EpochPlan` says.
+    A batch comes in two steps, so that the second can be a part of what a GPU records: `inputs` yields what tells a
+    batch from the others, and `batch` makes the images of it.
     """
 
-    def __init__(self, dataset: ImageSet, plan: EpochPlan, device):
-        self.dataset = ImageSet(dataset.images.to(device), dataset.labels.to(device))
-        self.plan = plan
+    def __init__(self, dataset, plan: EpochPlan, device):
+        self.dataset, self.plan, self.device = dataset, plan, torch.device(device)
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
         self.plan.set_epoch(epoch, first_batch)
@@ -87,43 +87,53 @@ class ResidentLoader:
         return self.plan.batches
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        device = self.dataset.images.device
-        order, mirrored = self.plan.order.to(device), self.plan.mirrored.to(device)
-        for rows in self.plan.rows():
-            images, labels = self.dataset.images[order[rows]], self.dataset.labels[order[rows]]
-            if self.plan.flip:
-                images = torch.where(mirrored[rows, None, None, None], images.flip(-1), images)
-            yield to_model_range(images), labels
+        return (self.batch(*inputs) for inputs in self.inputs())
 
 
-class FilesLoader:
-    """Batches from `ImageFiles`, read by a DataLoader as the `EpochPlan` says."""
+class ResidentLoader(Loader):
+    """Batches from an `ImageSet` that lives on the device: shuffling, flips and scaling cost no Python per image."""
 
-    def __init__(self, dataset: ImageFiles, plan: EpochPlan, num_workers: int = 0):
-        self.dataset = dataset
-        self.plan = plan
+    def __init__(self, dataset: ImageSet, plan: EpochPlan, device):
+        super().__init__(ImageSet(dataset.images.to(device), dataset.labels.to(device)), plan, device)
+
+    def inputs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(indices (B,), whether each image is mirrored (B,)), on the device, batch by batch."""
+        order, mirrored = self.plan.order.to(self.device), self.plan.mirrored.to(self.device)
+        return ((order[rows], mirrored[rows]) for rows in self.plan.rows())
+
+    def batch(self, indices: Tensor, mirrored: Tensor) -> tuple[Tensor, Tensor]:
+        """(images, labels) of what `inputs` yields."""
+        images = self.dataset.images[indices]
+        if self.plan.flip:
+            images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+        return to_model_range(images), self.dataset.labels[indices]
+
+
+class FilesLoader(Loader):
+    """Batches from `ImageFiles`, read by a DataLoader."""
+
+    def __init__(self, dataset: ImageFiles, plan: EpochPlan, device, num_workers: int = 0):
+        super().__init__(dataset, plan, device)
         # A generator of its own: making an iterator draws a number, and must not from the one that training uses.
         self.loader = DataLoader(dataset, batch_sampler=plan, num_workers=num_workers, generator=torch.Generator())
 
-    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
-        self.plan.set_epoch(epoch, first_batch)
-
-    def __len__(self) -> int:
-        """Batches of a whole epoch."""
-        return self.plan.batches
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def inputs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(images, labels), on the CPU, batch by batch."""
         return iter(self.loader)
+
+    def batch(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """They, on the device."""
+        return images.to(self.device), labels.to(self.device)
 
 
 def make_loader(
     dataset, batch_size: int, device, *, train=False, flip=False, seed=0, num_workers=0, part=(0, 1)
-) -> ResidentLoader | FilesLoader:
-    """A loader with `dataset`, `plan` and a length; `train` shuffles, and flips where `flip` says so.
+) -> Loader:
+    """The loader for a kind of data set; `train` shuffles, and flips where `flip` says so.
 
     `part` is (this process, number of processes), as in `EpochPlan`.
     """
     plan = EpochPlan(len(dataset), batch_size, shuffle=train, flip=train and flip, seed=seed, part=part)
     if isinstance(dataset, ImageSet):
         return ResidentLoader(dataset, plan, device)
-    return FilesLoader(dataset, plan, num_workers)
+    return FilesLoader(dataset, plan, device, num_workers)

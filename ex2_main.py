@@ -14,45 +14,26 @@ from __future__ import annotations
 import dataclasses
 import errno
 import itertools
-import json
-import math
-import re
 import sys
-import time
-from copy import deepcopy
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import ex2_config as cfg
 import ex2_job as job
 import ex2_viz as viz
-from ex2_checkpoint import load_checkpoint, write_atomically
-from ex2_cli import parse_args
+from ex2_checkpoint import load_checkpoint
+from ex2_cli import choose_classes, choose_scales, parse_args
 from ex2_compare import grid_of_runs, is_judged, parse_vary, write_comparison, write_study
 from ex2_data import DataSplits, InputError
-from ex2_diffusion import Diffusion, check_images, evenly_spaced
-from ex2_distributed import (
-    ProcessesError,
-    connected,
-    from_main,
-    is_main,
-    name_of_process,
-    rank,
-    shared_samples,
-    world_size,
-)
+from ex2_distributed import ProcessesError, connected, from_main, is_main, name_of_process, world_size
 from ex2_evaluation import build_judge, evaluate, judge_samples, write_report
-from ex2_loader import make_loader
-from ex2_metrics import loss_over_timesteps
-from ex2_model import Unet
-from ex2_pictures import GUIDANCE_SCALES, draw_process, draw_samples
+from ex2_fit import fit
+from ex2_pictures import GRID_IMAGES, draw_process, draw_samples, sample_and_save_images
 from ex2_report import write_page
-from ex2_training import LossMeter, RunError, RunLog, TrainingState, draw_for
+from ex2_training import RunError, test, train  # noqa: F401  the handed-out file has both loops, too
 
 MAX_SAMPLES = 100_000  # of one `sample`: they are held in memory until they are written
-GRID_IMAGES = 100  # at most, the first ones: thousands would take gigabytes to draw, and nobody could look at them
 
 
 # ---------------------------------------------------------------------------- the commands
@@ -262,343 +243,12 @@ def make_run_dir(path: Path) -> None:
         raise InputError(f"can't write to {path} ({error.strerror}): choose a folder you can write to") from error
 
 
-def choose_classes(wanted: list[str] | None, names: list[str], config: cfg.Config) -> list[int] | None:
-    """Labels for the names or numbers in `wanted`, all of them where it is None; None for an unconditional model."""
-    if not config.class_free_guidance:
-        if wanted:
-            raise InputError("--classes: this model is unconditional; train one with --class_free_guidance")
-        return None
-    numbers = {**{str(i): i for i in range(len(names))}, **{name: i for i, name in enumerate(names)}}
-    for name in wanted or ():
-        if name not in numbers:
-            raise InputError(f"--classes: unknown class {name!r}; the model knows {', '.join(names)}")
-    return [numbers[name] for name in wanted] if wanted else list(range(len(names)))
-
-
-def choose_scales(args, config: cfg.Config) -> list[float]:
-    """The guidance scales at which `test` judges samples; checks its other flags for them too."""
-    if args.eval_samples < 0:
-        raise InputError(f"--eval_samples must be at least 0, got {args.eval_samples}")
-    if args.eval_samples == 0 and (args.eval_scales or args.inception_weights):
-        raise InputError("--eval_scales and --inception_weights are for judged samples: drop --eval_samples 0")
-    if not config.can_guide:
-        if args.eval_scales:
-            raise InputError("--eval_scales: this model can't be guided; train one with --class_free_guidance")
-        return []
-    for scale in args.eval_scales or ():
-        if not -1000 <= scale <= 1000:
-            raise InputError(f"--eval_scales must lie within -1000 .. 1000, got {scale:g}")
-    return args.eval_scales or list(GUIDANCE_SCALES)
-
-
 def run_report(args) -> None:
     """`report`: everything under a results folder as one page, in the order of the sheet."""
     folder = Path(args.results_dir)
     if is_main():
         write_page(folder)
     print(f"done: see {folder / 'index.html'} and {folder / 'report.md'}")
-
-
-# ---------------------------------------------------------------------------- training
-
-
-def fit(config: cfg.Config, splits: DataSplits, diffusor: Diffusion, device) -> Unet:
-    """Trains to the end, or goes on from the run's checkpoint; returns the model with its averaged (EMA) weights.
-
-    Raises:
-        Interrupted: a signal came; what was trained is saved.
-    """
-    torch.manual_seed(config.seed)
-    model = cfg.build_model(config, len(splits.class_names)).to(device)
-    settings = {"flip": config.flip, "seed": config.seed, "num_workers": config.num_workers}
-    part = (rank(), world_size())
-    loader = make_loader(splits.train, config.batch_size, device, train=True, part=part, **settings)
-    val_loader = make_loader(splits.val, config.batch_size * 2, device, num_workers=config.num_workers)
-    epochs, steps_per_epoch = (1, 1) if config.dry_run else (config.epochs, len(loader))
-    state = TrainingState(model, config, splits.class_names, epochs * steps_per_epoch, steps_per_epoch, device)
-    state.resume()
-    log = open_log(state)
-    if not state.finished:
-        announce(config, splits, model, diffusor, loader, state.total_steps - state.step)
-        if config.save_model and is_main():
-            job.check_space(config.run_dir, state.needed_space())
-        state.save()  # a disk that is full shows now, and not after an epoch
-        state.start()
-
-    while not state.finished:
-        try:
-            epoch_loss = train_epoch(state, loader, diffusor, log)
-            val = test(state.ema.module, val_loader, diffusor, device, config)
-        except job.Interrupted:
-            with job.signals_held():
-                state.save()
-            raise
-        val_loss = sum(val[config.loss_type]) / len(val["t"])
-        if not math.isfinite(val_loss):
-            raise RunError(
-                f"the weights are not finite after epoch {state.epochs_done + 1}; the last checkpoint is untouched"
-            )
-        if log is not None:
-            log.write(step=state.step, epoch=state.epochs_done, epoch_loss=epoch_loss, val_loss=val_loss)
-        print(
-            f"epoch {state.epochs_done + 1}/{epochs}: train {epoch_loss:.4f}, val {val_loss:.4f} ({config.loss_type})"
-        )
-        state.end_epoch()
-        state.save()
-        if log is not None:
-            viz.plot_training(log.rows(), config.run_dir / "training.png")
-    state.drop_previous()
-    return state.ema.module.eval()
-
-
-def open_log(state: TrainingState) -> RunLog | None:
-    """The run's log.csv, with config.json beside it; None for all processes but the first, which alone writes."""
-    if not is_main():
-        return None
-    config = state.config
-    settings_text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
-    write_atomically(config.run_dir / "config.json", settings_text.encode())
-    return RunLog(config.run_dir / "log.csv", state.epochs_done + (state.time_spent >= 1), state.step)
-
-
-def train_epoch(state: TrainingState, loader, diffusor: Diffusion, log: RunLog | None) -> float:
-    """What is left of the current epoch; returns its loss. A signal waits for the end of the step.
-
-    Raises:
-        Interrupted: one came, to this or another process; the state is that after a whole step.
-    """
-    config = state.config
-    loader.set_epoch(state.epochs_done, state.first_batch)
-    with job.signals_held() as waiting:
-
-        def after_step() -> bool:
-            if number := state.count_step(waiting[0] if waiting else 0):
-                raise job.Interrupted(number)
-            state.save_if_due()
-            return state.finished
-
-        loss = train(
-            state.network,
-            loader,
-            state.optimizer,
-            diffusor,
-            state.epochs_done,
-            state.device,
-            config,
-            scheduler=state.scheduler,
-            ema=state.ema,
-            log=log,
-            meter=state.meter,
-            first_batch=state.first_batch,
-            draw=lambda images: state.draw(images, diffusor.timesteps, loader.plan),
-            after_step=after_step,
-            loss_type=config.loss_type,
-            grad_clip=config.grad_clip,
-            min_snr=config.min_snr,
-            amp=job.computes_in_bfloat16(config.amp, state.device),
-        )
-    if waiting:  # it came after the last step's count
-        raise job.Interrupted(waiting[0])
-    return loss
-
-
-def train(
-    model,
-    trainloader,
-    optimizer,
-    diffusor,
-    epoch,
-    device,
-    args,
-    *,
-    scheduler=None,
-    ema=None,
-    log=None,
-    meter=None,
-    first_batch=0,
-    draw=None,
-    after_step=None,
-    loss_type="l2",
-    grad_clip=1.0,
-    min_snr=None,
-    amp=False,
-) -> float:
-    """One epoch of Algorithm 1 of Ho et al. 2020; returns the mean loss over its images.
-
-    Args:
-        trainloader: yields (images (B, C, H, W) in [-1, 1], labels (B,)).
-        args: has `log_interval` and `dry_run` (one batch only).
-        scheduler, ema: stepped once per optimiser step.  log: a `RunLog`.
-        meter, first_batch: the `LossMeter` and the number of batches that an interrupted epoch has behind it.
-        draw: images -> `Draw`, the times and noise of a step; None draws them from torch's global generator.
-        after_step: called without arguments after every optimiser step; the epoch ends early where it returns True.
-        loss_type, min_snr: as in `Diffusion.p_losses`.  grad_clip: largest norm of the gradient.  amp: autocast to
-            bfloat16.
-
-    Raises:
-        RunError: the loss is no longer finite.
-    """
-    device = torch.device(device)
-    unet = getattr(model, "module", model)  # where several processes share gradients, DDP holds it
-    conditional = getattr(unet, "class_free_guidance", False)
-    model.train()
-    meter = LossMeter(epoch) if meter is None else meter
-    whole = {"total": len(trainloader), "initial": first_batch}
-    progress = tqdm(trainloader, f"epoch {epoch + 1}", disable=args.dry_run or None, **whole)
-    parameters = list(model.parameters())
-
-    def close_window(step: int) -> None:
-        train_loss, grad_norm = meter.close_window()
-        progress.set_postfix(loss=f"{train_loss:.4f}")
-        if progress.disable and not args.dry_run:  # no terminal, as in a batch job: lines instead of a bar
-            print(f"epoch {epoch + 1}, step {step + 1}/{len(trainloader)}: loss {train_loss:.4f}")
-        if log is not None:
-            figures = {"lr": lr, "grad_norm": grad_norm, "train_loss": train_loss}
-            log.write(step=epoch * len(trainloader) + step + 1, epoch=epoch, **figures)
-
-    for step, (images, labels) in enumerate(progress, first_batch):
-        images, labels = images.to(device), labels.to(device)
-        if step == first_batch:
-            check_images(images.cpu())
-        drawn = draw(images) if draw else draw_for(images, diffusor.timesteps)
-        classes = labels if conditional else None
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            loss = diffusor.p_losses(model, images, drawn.t, drawn.noise, loss_type, classes, min_snr)
-        loss = loss * drawn.weight
-        lr = optimizer.param_groups[0]["lr"]
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip)
-        optimizer.step()
-        if scheduler is not None:
-            scheduler.step()
-        if ema is not None:
-            ema.update_parameters(model)
-        meter.add(loss.detach(), norm, drawn.batch_size, lr)
-        last = args.dry_run or step + 1 == len(trainloader)
-        if last or len(meter.window) == args.log_interval:
-            close_window(step)
-        ended = after_step is not None and after_step()
-        if last or ended:
-            break
-    if meter.window:
-        close_window(step)
-    return meter.mean
-
-
-def test(model, testloader, diffusor, device, args) -> dict:
-    """2.2 e: l1 and l2 loss at fixed times with fixed noise, without label dropout; see `loss_over_timesteps`.
-
-    Args:
-        args: `eval_timesteps` and `eval_images` bound the work where it has them; `dry_run` takes one image.
-    """
-    training = model.training
-    model.eval()
-    times = evenly_spaced(diffusor.timesteps, getattr(args, "eval_timesteps", 10))
-    max_images = 1 if args.dry_run else getattr(args, "eval_images", None)
-    losses = loss_over_timesteps(model, testloader, diffusor, times, max_images=max_images)
-    model.train(training)
-    return losses
-
-
-def announce(config: cfg.Config, splits: DataSplits, model, diffusor: Diffusion, loader, steps: int) -> None:
-    """Says what is about to happen, how many steps it takes and about how long, from steps timed on a copy."""
-    parameters = sum(p.numel() for p in model.parameters())
-    print(
-        f"{config.run_name}: {config.dataset} at {config.image_size}x{config.image_size}, "
-        f"{len(splits.train)} training, {len(splits.val)} validation and {len(splits.test)} test images, "
-        f"{len(splits.class_names)} classes"
-    )
-    precision = "bfloat16 where it is safe" if job.computes_in_bfloat16(config.amp, diffusor.device) else "float32"
-    print(
-        f"U-Net with {parameters:,} parameters on {diffusor.device} in {precision}, "
-        f"{config.schedule} schedule with {config.timesteps} timesteps"
-    )
-    if config.dry_run:
-        return
-    loader.set_epoch(0)
-    seconds = seconds_per_step(config, model, diffusor, loader)
-    minutes = steps * seconds / 60
-    limit = (
-        f", of which --max_minutes {config.max_minutes:g} leaves room for a part"
-        if 0 < (config.max_minutes or 0) < minutes
-        else ""
-    )
-    print(
-        f"{steps} optimiser steps of {config.batch_size} images: about {minutes:.1f} min at {seconds:.3f} s each{limit}"
-    )
-
-
-def seconds_per_step(config: cfg.Config, model, diffusor: Diffusion, loader) -> float:
-    """Median time of an optimiser step, measured on a copy of the model; leaves the random state as it was.
-
-    Raises:
-        RunError: the batch doesn't fit the GPU's memory; says which would.
-    """
-    times, batches = [], [batch for _, batch in zip(range(5), loader)]
-    trial = TrainingState(deepcopy(model), config, (), total_steps=10, steps_per_epoch=10, device=diffusor.device)
-    with torch.random.fork_rng(devices=[diffusor.device] if diffusor.device.type == "cuda" else []):
-        try:
-            for batch in batches:
-                start = time.perf_counter()
-                try_step(trial, diffusor, batch)
-                times.append(time.perf_counter() - start)
-        except torch.cuda.OutOfMemoryError:
-            fits = None
-        else:
-            return sorted(times)[len(times) // 2]
-        images, labels = batches[0]
-        fits = job.batch_that_fits(lambda n: try_step(trial, diffusor, (images[:n], labels[:n])), len(images))
-    advice = f"--batch_size {fits * world_size()} fits" if fits else "not even one image does"
-    size = len(images) * world_size()
-    raise RunError(f"--batch_size {size} doesn't fit the GPU's free memory; {advice}, as would a lower --dim")
-
-
-def try_step(trial: TrainingState, diffusor: Diffusion, batch) -> None:
-    """One optimiser step of a training that comes to nothing."""
-    quiet, device = dataclasses.replace(trial.config, dry_run=True), trial.device
-    amp = job.computes_in_bfloat16(trial.config.amp, device)
-    train(trial.model, [batch], trial.optimizer, diffusor, 0, device, quiet, ema=trial.ema, amp=amp)
-
-
-# ---------------------------------------------------------------------------- sampling
-
-
-def sample_and_save_images(
-    n_images,
-    diffusor,
-    model,
-    device,
-    store_path,
-    *,
-    classes=None,
-    class_names=None,
-    seed=0,
-    batch_size=100,
-    **sampling,
-) -> torch.Tensor:
-    """Samples images and saves them one by one, the first as `grid.png` too; returns (n_images, C, H, W) on the CPU.
-
-    Each process samples its share; the first one saves.
-
-    Args:
-        classes: a label per image, for a conditional model.  class_names: their names, for file names and the grid.
-        sampling: `guidance_scale`, `sampler`, `steps` and `eta` as in `Diffusion.sample`.
-    """
-    store_path = Path(store_path)
-    training = model.training
-    model.to(device).eval()
-    classes = None if classes is None else torch.as_tensor(classes)
-    images = shared_samples(diffusor, model, n_images, batch_size, seed, classes=classes, **sampling)
-    model.train(training)
-    if not is_main():
-        return images
-    store_path.mkdir(parents=True, exist_ok=True)
-    labels = [] if classes is None else [class_names[c] if class_names else str(c) for c in classes.tolist()]
-    suffixes = [re.sub(r"[^\w.-]+", "_", f"_{label}") for label in labels] or [""] * n_images
-    viz.save_images(images, [store_path / f"{i:04d}{suffix}.png" for i, suffix in enumerate(suffixes)])
-    viz.save_grid(images[:GRID_IMAGES], store_path / "grid.png", labels=labels[:GRID_IMAGES])
-    return images
 
 
 COMMANDS = {"train": run_train, "test": run_test, "sample": run_sample, "compare": run_compare, "report": run_report}

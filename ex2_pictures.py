@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -17,11 +19,13 @@ from ex2_diffusion import (
     sample_in_batches,
     thin_trajectory,
 )
+from ex2_distributed import is_main, shared_samples
 from ex2_loader import make_loader
 
 GUIDANCE_SCALES = (-1.0, 0.0, 1.0, 3.0)  # columns of the guidance grid
 GIF_FRAMES = 41
 STRIP_COLUMNS = 9
+GRID_IMAGES = 100  # at most, the first ones: thousands would take gigabytes to draw, and nobody could look at them
 
 
 def draw_process(model, splits: DataSplits, diffusor: Diffusion, config: Config) -> None:
@@ -93,3 +97,40 @@ def draw_samples(model, class_names, diffusor: Diffusion, config: Config) -> Non
         class_names,
         [f"w = {w:g}" for w in GUIDANCE_SCALES],
     )
+
+
+def sample_and_save_images(
+    n_images,
+    diffusor,
+    model,
+    device,
+    store_path,
+    *,
+    classes=None,
+    class_names=None,
+    seed=0,
+    batch_size=100,
+    **sampling,
+) -> torch.Tensor:
+    """Samples images and saves them one by one, the first as `grid.png` too; returns (n_images, C, H, W) on the CPU.
+
+    Each process samples its share; the first one saves.
+
+    Args:
+        classes: a label per image, for a conditional model.  class_names: their names, for file names and the grid.
+        sampling: `guidance_scale`, `sampler`, `steps` and `eta` as in `Diffusion.sample`.
+    """
+    store_path = Path(store_path)
+    training = model.training
+    model.to(device).eval()
+    classes = None if classes is None else torch.as_tensor(classes)
+    images = shared_samples(diffusor, model, n_images, batch_size, seed, classes=classes, **sampling)
+    model.train(training)
+    if not is_main():
+        return images
+    store_path.mkdir(parents=True, exist_ok=True)
+    labels = [] if classes is None else [class_names[c] if class_names else str(c) for c in classes.tolist()]
+    suffixes = [re.sub(r"[^\w.-]+", "_", f"_{label}") for label in labels] or [""] * n_images
+    viz.save_images(images, [store_path / f"{i:04d}{suffix}.png" for i, suffix in enumerate(suffixes)])
+    viz.save_grid(images[:GRID_IMAGES], store_path / "grid.png", labels=labels[:GRID_IMAGES])
+    return images

@@ -20,10 +20,10 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
+from ex2_checkpoint import RunLog
 from ex2_compare import NOT_COMPARABLE, as_markdown
 from ex2_config import Config, config_of
 from ex2_data import InputError
-from ex2_training import RunLog
 
 TEMPLATES = Path(__file__).parent
 CLEAR = 1.05  # ratio of two figures from which on one is called smaller: less is chance

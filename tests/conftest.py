@@ -3,7 +3,10 @@ import os
 import pytest
 import torch
 
+import ex2_data
+import ex2_features
 from ex2_diffusion import SCHEDULES, Diffusion, extract
+from ex2_model import Unet
 
 # Models of tests are so small that threads would only wait for each other, and for those of tests beside them.
 torch.set_num_threads(1)
@@ -43,3 +46,23 @@ def cosine():
 @pytest.fixture
 def gaussian():
     return GaussianDenoiser
+
+
+@pytest.fixture(scope="module")
+def small_shapes():
+    """Ten times fewer images than the data set has, and a classifier that trains a quarter as long."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ex2_data, "SHAPES_COUNT", {"train": 1000, "test": 200})
+        patch.setattr(ex2_features, "CLASSIFIER_EPOCHS", 2)
+        yield
+
+
+@pytest.fixture
+def diffusor():
+    return Diffusion(50, SCHEDULES["cosine"], 8, "cpu")
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return Unet(dim=8, dim_mults=(1, 2), class_free_guidance=True, num_classes=3)

@@ -19,11 +19,11 @@ from ex2_diffusion import Diffusion, linear_beta_schedule  # noqa: E402
 from ex2_distributed import connected, gathered, rank, shared_samples, world_size  # noqa: E402
 from ex2_evaluation import build_judge, judge_samples  # noqa: E402
 from ex2_features import accuracy, features_of, train_classifier  # noqa: E402
+from ex2_fit import Training  # noqa: E402
 from ex2_loader import make_loader  # noqa: E402
-from ex2_main import test, train  # noqa: E402
 from ex2_metrics import bits_per_dim  # noqa: E402
 from ex2_model import Attention, LinearAttention  # noqa: E402
-from ex2_training import TrainingState  # noqa: E402
+from ex2_training import draw, test  # noqa: E402
 
 IMAGES = 21  # in batches of 8, 8 and 5, none of which three processes share evenly
 
@@ -37,8 +37,11 @@ def random_set(count, seed):
 def new_state(folder, **changes):
     """A training of a tiny model that is about to take its first step, its process and its loader."""
     settings = {"image_size": 8, "dim": 8, "dim_mults": (1, 2), "timesteps": 30, "batch_size": 8, "schedule": "cosine"}
-    settings.update(results_dir=str(folder), sample_steps=3, log_interval=2, p_uncond=0.0, class_free_guidance=True)
+    settings.update(
+        results_dir=str(folder), sample_steps=3, log_interval=2, p_uncond=0.0, amp="off", class_free_guidance=True
+    )
     config = cfg.Config(**{**settings, **changes})
+    config.run_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
     model = cfg.build_model(config, 3)
     for layer in model.modules():  # attention starts at zero, and is to have a part in every figure
@@ -47,9 +50,9 @@ def new_state(folder, **changes):
         elif isinstance(layer, LinearAttention):
             layer.to_out[1].reset_parameters()
     loader = make_loader(random_set(IMAGES, 0), 8, "cpu", train=True, flip=True, part=(rank(), world_size()))
-    state = TrainingState(model, config, "abc", total_steps=30, steps_per_epoch=len(loader), device="cpu")
+    state = Training(model, config, cfg.build_diffusion(config, "cpu"), loader, "abc")
     state.start()
-    return state, cfg.build_diffusion(config, "cpu"), loader
+    return state, state.diffusor, loader
 
 
 def gradients(folder, **changes) -> dict:
@@ -57,13 +60,15 @@ def gradients(folder, **changes) -> dict:
     state, diffusor, loader = new_state(folder, **changes)
     images, found = [], {}
     for step, (x, labels) in enumerate(loader):
-        drawn = state.draw(x, diffusor.timesteps, loader.plan)
+        rows = state.prepare_step()
+        t, noise = draw(x, diffusor.timesteps, rows)
         classes = labels if state.config.class_free_guidance else None
         state.network.zero_grad()
-        (drawn.weight * diffusor.p_losses(state.network, x, drawn.t, drawn.noise, classes=classes)).backward()
+        weight = 1.0 if rows is None else rows.weight
+        (weight * diffusor.p_losses(state.network, x, t, noise, classes=classes)).backward()
         found[f"gradient of step {step}"] = torch.cat([p.grad.flatten() for p in state.model.parameters()])
-        found[f"images of step {step}"] = torch.tensor(drawn.batch_size)
-        images += [x] if drawn.weight > 0 else []
+        found[f"images of step {step}"] = torch.tensor(loader.plan.images_in(step))
+        images += [x] if weight > 0 else []
         state.step += 1
     seen = torch.cat([part for own in gathered(images, "images") for part in own])
     found["images seen, sorted"] = seen.flatten(1).sort(0).values
@@ -72,23 +77,16 @@ def gradients(folder, **changes) -> dict:
 
 def epoch(folder) -> dict:
     """Loss, number of steps and weights after one epoch of the real training loop."""
-    state, diffusor, loader = new_state(folder)
-
-    def after_step():
-        state.step += 1
-
-    loss = train(
-        state.network, loader, state.optimizer, diffusor, 0, "cpu", state.config, scheduler=state.scheduler,
-        ema=state.ema, meter=state.meter, draw=lambda x: state.draw(x, 30, loader.plan), after_step=after_step,
-    )  # fmt: skip
-    weights = torch.cat([p.detach().flatten() for p in state.ema.module.parameters()])
+    state, _, _ = new_state(folder)
+    loss = state.train_epoch()
+    weights = torch.cat([p.detach().flatten() for p in state.average.model.parameters()])
     return {"epoch loss": torch.tensor(loss), "steps": torch.tensor(state.step), "average": weights}
 
 
 def evaluation(folder) -> dict:
     """Losses, bound, samples and judged samples of a model that no process trained."""
     state, diffusor, _ = new_state(folder)
-    model = state.ema.module.eval()
+    model = state.average.model.eval()
     loader = make_loader(random_set(IMAGES, 1), 8, "cpu")
     losses = test(model, loader, diffusor, "cpu", state.config)
     few = test(model, make_loader(random_set(1, 1), 8, "cpu"), diffusor, "cpu", state.config)

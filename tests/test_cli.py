@@ -10,26 +10,21 @@ import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
+from tiny import TINY
 
 import ex2_checkpoint as ckpt
 import ex2_config as cfg
 import ex2_data
+import ex2_fit
 import ex2_main
+import ex2_pictures
 from ex2_cli import parse_args
-from ex2_diffusion import image_generators
+from ex2_diffusion import Diffusion, image_generators
 
 ROOT = Path(__file__).parent.parent
-TINY = "--dataset shapes --image_size 8 --dim 8 --dim_mults 1 2 --timesteps 30 --batch_size 100 --epochs 1".split()
-EVAL_FEW = "--eval_images 5 --eval_samples 0".split()
-TINY += "--eval_images 20 --eval_timesteps 3 --sample_steps 3 --schedule cosine --no_cuda".split()
 
-
-@pytest.fixture(scope="module", autouse=True)
-def small_shapes():
-    """Ten times fewer images than the data set has."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ex2_data, "SHAPES_COUNT", {"train": 1000, "test": 200})
-        yield
+EVAL_FEW = ["--eval_images", "5", "--eval_samples", "0", "--no_cuda"]
+pytestmark = pytest.mark.usefixtures("small_shapes")
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +71,8 @@ def test_unconditional_run_has_a_grid_without_class_names(tmp_path, capsys):
 
 def test_start_says_steps_and_time(tmp_path, capsys):
     assert ex2_main.main([*TINY, "--results_dir", str(tmp_path)]) == 0
-    assert "9 optimiser steps of 100 images: about" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "9 optimiser steps of 100 images;" in said and "3 steps of 100 images are left: about" in said
 
 
 def test_test_repeats_the_figures_of_the_training_run(run, capsys):
@@ -197,10 +193,11 @@ def test_sample_and_save_images_with_the_skeletons_arguments(run, tmp_path):
 
 def test_grids_show_the_first_images_of_many(run, tmp_path, monkeypatch):
     """All of 10,000 would take 9 GB."""
-    monkeypatch.setattr(ex2_main, "GRID_IMAGES", 2)
-    command = ["sample", "--checkpoint", str(run), "--guidance_scale", "0", "1", "--sample_steps", "1", "--n_images"]
+    for module in (ex2_main, ex2_pictures):
+        monkeypatch.setattr(module, "GRID_IMAGES", 2)
+    command = ["sample", "--checkpoint", str(run), "--guidance_scale", "0", "1", "--sample_steps", "1", "--no_cuda"]
     for count in ("2", "5"):
-        assert ex2_main.main([*command, count, "--out", str(tmp_path / count)]) == 0
+        assert ex2_main.main([*command, "--n_images", count, "--out", str(tmp_path / count)]) == 0
     assert len(list((tmp_path / "5" / "w=0").glob("0*.png"))) == 5
     for name in ("w=0/grid.png", "guidance_grid.png"):
         two, five = (imageio.imread(tmp_path / count / name) for count in ("2", "5"))
@@ -423,8 +420,8 @@ def test_animations_are_one_trajectory_in_time_order_with_both_ends(restored, dr
 
 def test_dry_run_runs_one_batch_of_each_phase(tmp_path, monkeypatch):
     seen = []
-    real = ex2_main.Diffusion.p_losses
-    monkeypatch.setattr(ex2_main.Diffusion, "p_losses", lambda self, *a, **o: seen.append(1) or real(self, *a, **o))
+    real = Diffusion.p_losses
+    monkeypatch.setattr(Diffusion, "p_losses", lambda self, *a, **o: seen.append(1) or real(self, *a, **o))
     assert ex2_main.main([*TINY, "--results_dir", str(tmp_path), "--dry_run"]) == 0
     assert len(seen) == 1
     rows = list(csv.DictReader((tmp_path / "DDPM-dry_run" / "log.csv").open()))
@@ -433,9 +430,9 @@ def test_dry_run_runs_one_batch_of_each_phase(tmp_path, monkeypatch):
 
 def test_the_test_set_is_used_after_training_only(tmp_path, monkeypatch):
     used = []
-    real = ex2_main.make_loader
+    real = ex2_fit.make_loader
     monkeypatch.setattr(
-        ex2_main, "make_loader", lambda dataset, *a, **o: used.append(len(dataset)) or real(dataset, *a, **o)
+        ex2_fit, "make_loader", lambda dataset, *a, **o: used.append(len(dataset)) or real(dataset, *a, **o)
     )
     monkeypatch.setattr(ex2_main, "evaluate", lambda *args: used.append("evaluation"))
     for name in ("write_report", "draw_process", "draw_samples"):

@@ -8,29 +8,20 @@ import shutil
 import imageio.v3 as imageio
 import pytest
 import torch
+from tiny import TINY
 
 import ex2_compare
 import ex2_config as cfg
-import ex2_data
 import ex2_evaluation
-import ex2_features
+import ex2_fit
 import ex2_job
 import ex2_main
 from ex2_compare import as_markdown, grid_of_runs, parse_vary
 from ex2_data import InputError
 
-TINY = "--dataset shapes --image_size 8 --dim 8 --dim_mults 1 2 --timesteps 30 --batch_size 100 --epochs 2".split()
-TINY += "--eval_images 20 --eval_timesteps 3 --sample_steps 3 --no_cuda --eval_samples 130".split()
-VARY = ["compare", *TINY, "--vary", "schedule=linear,cosine"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_shapes():
-    """Ten times fewer images than the data set has."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ex2_data, "SHAPES_COUNT", {"train": 1000, "test": 200})
-        patch.setattr(ex2_features, "CLASSIFIER_EPOCHS", 2)
-        yield
+TWO_EPOCHS = [*TINY, "--schedule", "linear", "--epochs", "2", "--eval_samples", "130"]
+VARY = ["compare", *TWO_EPOCHS, "--vary", "schedule=linear,cosine"]
+pytestmark = pytest.mark.usefixtures("small_shapes")
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +83,7 @@ def test_several_settings_make_every_combination():
     ],
 )
 def test_what_cannot_be_varied_is_one_line(tmp_path, capsys, vary, message):
-    assert ex2_main.main(["compare", *TINY, "--results_dir", str(tmp_path / "r"), "--vary", vary]) == 2
+    assert ex2_main.main(["compare", *TWO_EPOCHS, "--results_dir", str(tmp_path / "r"), "--vary", vary]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not list(tmp_path.glob("r/compare*/*/ckpt.pt"))
@@ -189,16 +180,15 @@ def test_a_run_that_went_on_training_is_judged_anew(tmp_path):
 
 
 def test_killed_in_its_second_run_and_started_again_it_ends_with_the_same_table(finished, tmp_path, monkeypatch):
-    epochs, real_train = [], ex2_main.train
+    epochs, real = [], ex2_fit.Training.train_epoch
 
-    def train(*args, **options):
-        if options.get("log") is not None:  # an epoch, and no step whose time is taken
-            epochs.append(args[4])
-            if len(epochs) == 4:
-                raise ex2_job.Interrupted(2)
-        return real_train(*args, **options)
+    def train_epoch(self):
+        epochs.append(self.epochs_done)
+        if len(epochs) == 4:
+            raise ex2_job.Interrupted(2)
+        return real(self)
 
-    monkeypatch.setattr(ex2_main, "train", train)
+    monkeypatch.setattr(ex2_fit.Training, "train_epoch", train_epoch)
     command = [*VARY, "--results_dir", str(tmp_path)]
     assert ex2_main.main(command) == 130
     assert ex2_main.main(command) == 0
@@ -207,7 +197,16 @@ def test_killed_in_its_second_run_and_started_again_it_ends_with_the_same_table(
 
 
 def test_a_run_that_fails_leaves_its_row_empty_and_the_others_in_place(tmp_path, capsys):
-    command = ["compare", *TINY, "--vary", "lr=1e-3,1e30,1e-4", "--results_dir", str(tmp_path), "--eval_samples", "0"]
+    command = [
+        "compare",
+        *TWO_EPOCHS,
+        "--vary",
+        "lr=1e-3,1e30,1e-4",
+        "--results_dir",
+        str(tmp_path),
+        "--eval_samples",
+        "0",
+    ]
     assert ex2_main.main(command) == 1
     assert "lr=1e+30: the loss or its gradient is not finite" in capsys.readouterr().err
     rows = table(tmp_path / "compare-lr")
@@ -218,7 +217,7 @@ def test_a_run_that_fails_leaves_its_row_empty_and_the_others_in_place(tmp_path,
 
 def test_a_combination_that_cannot_be_is_refused_before_any_training(tmp_path, capsys):
     for vary, message in (("timesteps=30,5", "timesteps=5: 5 timesteps are too few"), ("dim=8,9", "dim=9: ")):
-        command = ["compare", *TINY, "--vary", vary, "--results_dir", str(tmp_path), "--eval_samples", "0"]
+        command = ["compare", *TWO_EPOCHS, "--vary", vary, "--results_dir", str(tmp_path), "--eval_samples", "0"]
         assert ex2_main.main(command) == 2
         assert message in capsys.readouterr().err
         assert not list(tmp_path.glob("*/*/ckpt.pt"))

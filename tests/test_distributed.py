@@ -16,12 +16,13 @@ from PIL import Image
 
 import ex2_checkpoint as ckpt
 import ex2_distributed
+import ex2_fit
 import ex2_main
-import ex2_training
+from ex2_checkpoint import RunLog
 from ex2_distributed import Agreement, gathered, share_of
 from ex2_job import own_gpu
 from ex2_loader import EpochPlan
-from ex2_training import RunLog
+from ex2_training import draw
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -104,7 +105,7 @@ def training_only(command, tmp_path_factory):
     script = tmp_path_factory.mktemp("script") / "training_only.py"
     script.write_text(
         "import sys, ex2_main\n"
-        "for name in ('announce', 'evaluate', 'write_report', 'draw_process', 'draw_samples'):\n"
+        "for name in ('evaluate', 'write_report', 'draw_process', 'draw_samples'):\n"
         "    setattr(ex2_main, name, lambda *args: None)\n"
         "if __name__ == '__main__':\n"
         "    sys.exit(ex2_main.main())\n"
@@ -152,25 +153,25 @@ def test_processes_share_every_batch_and_their_order_changes_with_the_epoch(part
 
 def test_noise_of_a_step_is_shared_out_and_its_weights_make_the_mean_over_images(tmp_path, monkeypatch):
     state, diffusor, loader = new_state(tmp_path)
-    state.step = 2  # the smaller batch at the end: 5 images
-    whole = state.draw(torch.zeros(5, 3, 8, 8), diffusor.timesteps, loader.plan)
-    drawn, dropped = [], []
+    state.step, images = 2, torch.zeros(5, 3, 8, 8)  # the smaller batch at the end: 5 images
+    t, noise = draw(images, diffusor.timesteps, state.prepare_step())
+    times, noises, dropped, weights = [], [], [], []
     for rank in range(3):
-        for module in (ex2_training, ex2_distributed):
-            monkeypatch.setattr(module, "world_size", lambda: 3)
-            monkeypatch.setattr(module, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(ex2_fit, "world_size", lambda: 3)
+        monkeypatch.setattr(ex2_fit, "rank", lambda rank=rank: rank)
         loader.plan.part = (rank, 3)
-        drawn.append(state.draw(torch.zeros(2, 3, 8, 8), diffusor.timesteps, loader.plan))
+        rows = state.prepare_step()
+        for found, part in zip((times, noises), draw(images[rows.own], diffusor.timesteps, rows)):
+            found.append(part)
         dropped.append(torch.rand(4))
-    assert torch.equal(torch.cat([part.noise for part in drawn]), whole.noise)
-    assert torch.equal(torch.cat([part.t for part in drawn]), whole.t)
-    assert [part.batch_size for part in drawn] == [5] * 3
-    assert sum(part.weight * part.noise.mean() for part in drawn) / 3 == pytest.approx(
-        whole.noise.mean().item(), abs=1e-6
-    )
+        weights.append(rows.weight)
+        assert rows.total == 5
+    assert torch.equal(torch.cat(noises), noise) and torch.equal(torch.cat(times), t)
+    mean = sum(weight * part.mean() for weight, part in zip(weights, noises)) / 3
+    assert mean == pytest.approx(noise.mean().item(), abs=1e-6)
     assert len(torch.cat(dropped).unique()) == 12  # what the network draws itself differs by process
     state.step = 1
-    assert not torch.equal(state.draw(torch.zeros(2, 3, 8, 8), diffusor.timesteps, loader.plan).t, drawn[-1].t)
+    assert not torch.equal(draw(images[rows.own], diffusor.timesteps, state.prepare_step())[0], times[-1])
 
 
 def test_one_process_agrees_with_itself():
@@ -245,7 +246,7 @@ def test_a_signal_to_one_process_ends_all_after_the_same_step_and_one_goes_on(
     assert 0 < saved["step"] < 63
     assert not (tmp_path / "DDPM" / ".lock").exists()
 
-    for name in ("announce", "evaluate", "write_report", "draw_process", "draw_samples"):
+    for name in ("evaluate", "write_report", "draw_process", "draw_samples"):
         monkeypatch.setattr(ex2_main, name, lambda *args: None)
     end = [*plain[1:], "--results_dir", str(tmp_path), "--num_threads", "1"]
     assert ex2_main.main(end) == 0

@@ -8,6 +8,7 @@ from types import ModuleType
 import imageio.v3 as imageio
 import pytest
 import torch
+from tiny import TINY
 
 import ex2_checkpoint as ckpt
 import ex2_config as cfg
@@ -18,17 +19,7 @@ import ex2_main
 from ex2_data import ImageFiles, ImageSet, InputError, load_splits, training_images
 from ex2_features import Inception, SmallClassifier, accuracy, cached, classifier_reference, train_classifier
 
-TINY = "--dataset shapes --image_size 8 --dim 8 --dim_mults 1 2 --timesteps 30 --batch_size 100 --epochs 1".split()
-TINY += "--eval_images 20 --eval_timesteps 3 --sample_steps 3 --schedule cosine --no_cuda".split()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_shapes():
-    """Ten times fewer images than the data set has."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ex2_data, "SHAPES_COUNT", {"train": 1000, "test": 200})
-        patch.setattr(ex2_features, "CLASSIFIER_EPOCHS", 2)
-        yield
+pytestmark = pytest.mark.usefixtures("small_shapes")
 
 
 @pytest.fixture(scope="module")

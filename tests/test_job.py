@@ -3,50 +3,47 @@
 import csv
 import json
 import os
-import pickle
 import signal
 import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+from tiny import TINY, random_set, tiny_config
 
 import ex2_checkpoint as ckpt
 import ex2_config as cfg
-import ex2_data
+import ex2_fit
 import ex2_job
 import ex2_main
 from ex2_data import InputError
 from ex2_job import FittingModel, Interrupted, batch_that_fits, check_space, locked, signals_held
-from ex2_training import LossMeter, RunError
+from ex2_loader import make_loader
+from ex2_training import LossMeter, RunError, train_step
 
 ROOT = Path(__file__).parent.parent
-TINY = "--dataset shapes --image_size 8 --dim 8 --dim_mults 1 2 --timesteps 30 --batch_size 100 --epochs 2".split()
-TINY += "--eval_images 20 --eval_timesteps 3 --sample_steps 3 --no_cuda --log_interval 4".split()
-TINY += "--class_free_guidance --schedule cosine".split()
+RUN = [*TINY, "--epochs", "2", "--class_free_guidance", "--log_interval", "4"]
 STEPS = 18  # two epochs of nine
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small_shapes():
-    """Ten times fewer images than the data set has; no pictures and no time taken."""
+def training_only(small_shapes):
+    """Few images, no pictures, no evaluation."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ex2_data, "SHAPES_COUNT", {"train": 1000, "test": 200})
-        for name in ("announce", "draw_process", "draw_samples", "write_report"):
+        for name in ("draw_process", "draw_samples", "write_report"):
             patch.setattr(ex2_main, name, lambda *args: None)
         patch.setattr(ex2_main, "evaluate", lambda *args: {})
         yield
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory, small_shapes):
+def straight(tmp_path_factory, training_only):
     """The folder of a run that nothing interrupted."""
     results = tmp_path_factory.mktemp("straight")
-    assert ex2_main.main([*TINY, "--results_dir", str(results)]) == 0
+    assert ex2_main.main([*RUN, "--results_dir", str(results)]) == 0
     return results / "DDPM"
 
 
@@ -66,22 +63,17 @@ def assert_same_run(folder, other):
 
 
 def interrupted_after(steps, number=signal.SIGTERM):
-    """A `train` that sends the process a signal while it is in optimiser step number `steps` of the program."""
-    real_train, done = ex2_main.train, []
+    """A `train_step` that sends the process a signal while it is in optimiser step number `steps` of the program."""
+    done = []
 
-    def train(model, *rest, ema=None, after_step=None, **options):
-        class Counted:
-            """The averaged weights, whose update is the last thing that a step does."""
+    def step(*args, **options):
+        figures = train_step(*args, **options)
+        done.append(1)
+        if len(done) == steps:
+            os.kill(os.getpid(), number)
+        return figures
 
-            def update_parameters(self, model):
-                ema.update_parameters(model)
-                done.append(1)
-                if len(done) == steps:
-                    os.kill(os.getpid(), number)
-
-        return real_train(model, *rest, ema=Counted(), after_step=after_step, **options)
-
-    return train
+    return step
 
 
 # ------------------------------------------------------------------ resuming
@@ -89,9 +81,9 @@ def interrupted_after(steps, number=signal.SIGTERM):
 
 @pytest.mark.parametrize("cut", [1, 4, 5, 8, 9, 10, 13, 17, 18])
 def test_cut_after_any_step_and_resumed_it_is_the_uninterrupted_run(straight, tmp_path, monkeypatch, cut, capsys):
-    command = [*TINY, "--results_dir", str(tmp_path)]
+    command = [*RUN, "--results_dir", str(tmp_path)]
     with monkeypatch.context() as patch:
-        patch.setattr(ex2_main, "train", interrupted_after(cut))
+        patch.setattr(ex2_fit, "train_step", interrupted_after(cut))
         assert ex2_main.main(command) == 143
     assert "interrupted by SIGTERM" in capsys.readouterr().err
     assert ckpt.load_checkpoint(tmp_path / "DDPM")["step"] == cut
@@ -101,9 +93,9 @@ def test_cut_after_any_step_and_resumed_it_is_the_uninterrupted_run(straight, tm
 
 
 def test_interrupted_in_validation_it_validates_again(straight, tmp_path, monkeypatch):
-    command = [*TINY, "--results_dir", str(tmp_path)]
+    command = [*RUN, "--results_dir", str(tmp_path)]
     with monkeypatch.context() as patch:
-        patch.setattr(ex2_main, "test", lambda *args: os.kill(os.getpid(), signal.SIGUSR1))
+        patch.setattr(ex2_fit, "test", lambda *args: os.kill(os.getpid(), signal.SIGUSR1))
         assert ex2_main.main(command) == 128 + signal.SIGUSR1
     saved = ckpt.load_checkpoint(tmp_path / "DDPM")
     assert (saved["epoch"], saved["step"]) == (0, 9)
@@ -113,8 +105,8 @@ def test_interrupted_in_validation_it_validates_again(straight, tmp_path, monkey
 
 def test_checkpoints_within_an_epoch_are_resumed_too(straight, tmp_path, monkeypatch):
     """A kill that no handler sees: what was written last is gone on with."""
-    command = [*TINY, "--results_dir", str(tmp_path), "--save_minutes", "1e-9"]
-    real_save, saves = ex2_main.TrainingState.save, []
+    command = [*RUN, "--results_dir", str(tmp_path), "--save_minutes", "1e-9"]
+    real_save, saves = ex2_fit.Training.save, []
 
     def save(self):
         real_save(self)
@@ -123,7 +115,7 @@ def test_checkpoints_within_an_epoch_are_resumed_too(straight, tmp_path, monkeyp
             raise MemoryError  # as good as a kill: nothing handles it
 
     with monkeypatch.context() as patch:
-        patch.setattr(ex2_main.TrainingState, "save", save)
+        patch.setattr(ex2_fit.Training, "save", save)
         with pytest.raises(MemoryError):
             ex2_main.main(command)
     assert saves == [*range(10), 9, 10, 11, 12, 13]
@@ -133,7 +125,7 @@ def test_checkpoints_within_an_epoch_are_resumed_too(straight, tmp_path, monkeyp
 
 
 def test_resume_insists_and_no_resume_starts_anew(tmp_path, capsys):
-    command = [*TINY, "--results_dir", str(tmp_path), "--epochs", "1"]
+    command = [*RUN, "--results_dir", str(tmp_path), "--epochs", "1"]
     assert ex2_main.main([*command, "--resume"]) == 2
     assert "--resume: no checkpoint in" in capsys.readouterr().err
     assert ex2_main.main(command) == 0
@@ -144,9 +136,9 @@ def test_resume_insists_and_no_resume_starts_anew(tmp_path, capsys):
 
 
 def test_other_settings_are_refused_and_can_be_insisted_on(tmp_path, capsys):
-    command = [*TINY, "--results_dir", str(tmp_path), "--epochs", "1"]
+    command = [*RUN, "--results_dir", str(tmp_path), "--epochs", "1"]
     assert ex2_main.main(command) == 0
-    longer = [*TINY, "--results_dir", str(tmp_path), "--epochs", "3", "--lr", "0.0005", "--adam_beta1", "0.5"]
+    longer = [*RUN, "--results_dir", str(tmp_path), "--epochs", "3", "--lr", "0.0005", "--adam_beta1", "0.5"]
     assert ex2_main.main(longer) == 2
     error = capsys.readouterr().err
     assert "--epochs 1 there, 3 now" in error and "--lr 0.001 there, 0.0005 now" in error and "--allow_changes" in error
@@ -165,122 +157,12 @@ def test_a_finished_run_keeps_one_checkpoint(straight):
     assert not (straight / ".lock").exists()
 
 
-# ------------------------------------------------------------------ checkpoints
-
-
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(tmp_path, capsys):
-    path = tmp_path / "ckpt.pt"
-    for step in (1, 2):
-        ckpt.save_checkpoint(path, step=step)
-    path.write_bytes(path.read_bytes()[:-100])
-    assert ckpt.load_checkpoint(tmp_path)["step"] == 1
-    assert f"{path} is damaged" in capsys.readouterr().err
-    with pytest.raises(InputError, match="is damaged"):
-        ckpt.load_checkpoint(path)  # a file that is named is that file
-
-
-@pytest.mark.parametrize("kill_at", range(6))
-def test_a_kill_at_any_moment_of_a_save_leaves_a_good_checkpoint(tmp_path, monkeypatch, kill_at):
-    path = tmp_path / "ckpt.pt"
-    ckpt.save_checkpoint(path, step=1)
-    ckpt.save_checkpoint(path, step=2)
-    calls = []
-
-    def until_killed(function):
-        def wrapper(*args):
-            calls.append(1)
-            if len(calls) > kill_at:
-                raise SystemExit  # what the program does after it will not happen
-            return function(*args)
-
-        return wrapper
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ckpt.os, "replace", until_killed(os.replace))
-        patch.setattr(ckpt.os, "fsync", until_killed(os.fsync))
-        patch.setattr(ckpt.Path, "unlink", lambda *args, **options: None)  # a kill cleans nothing up
-        with suppress(SystemExit):
-            ckpt.save_checkpoint(path, step=3)
-    assert ckpt.load_checkpoint(tmp_path)["step"] == (2 if kill_at < 2 else 3)
-    ckpt.save_checkpoint(path, step=4)
-    assert ckpt.load_checkpoint(tmp_path)["step"] == 4
-
-
-def test_a_write_that_reads_back_wrong_keeps_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "ckpt.pt"
-    ckpt.save_checkpoint(path, step=1)
-    monkeypatch.setattr(ckpt.Path, "read_bytes", lambda self: b"rot")
-    with pytest.raises(OSError, match="reads back"):
-        ckpt.save_checkpoint(path, step=2)
-    monkeypatch.undo()
-    assert ckpt.load_checkpoint(path)["step"] == 1
-
-
-def test_every_flipped_bit_is_noticed_or_harmless(tmp_path):
-    content = {"w": torch.arange(50.0), "b": torch.tensor([True, False]), "n": [1, 2.5, None, "x"], "d": {"k": (1, 2)}}
-    ckpt.save_checkpoint(tmp_path / "good.pt", **content)
-    data = (tmp_path / "good.pt").read_bytes()
-    path, refused = tmp_path / "ckpt.pt", 0
-    for position in range(0, len(data), 7):
-        path.write_bytes(data[:position] + bytes([data[position] ^ (1 << position % 8)]) + data[position + 1 :])
-        try:
-            loaded = ckpt.load_checkpoint(path)
-        except InputError as error:
-            assert str(path) in str(error)
-            refused += 1
-        else:
-            assert ckpt.digest_of(loaded) == ckpt.digest_of(content)
-    assert refused > 50
-
-
-@pytest.mark.parametrize("share", [0, 0.01, 0.3, 0.6, 0.9, 0.99, 0.999])
-def test_truncated_checkpoints_are_refused(tmp_path, share):
-    path = tmp_path / "ckpt.pt"
-    ckpt.save_checkpoint(path, w=torch.arange(5000.0))
-    data = path.read_bytes()
-    path.write_bytes(data[: int(share * len(data))])
-    with pytest.raises(InputError, match=r"ckpt\.pt is damaged or no checkpoint"):
-        ckpt.load_checkpoint(path)
-
-
-def test_code_in_a_checkpoint_is_not_run(tmp_path):
-    class Malicious:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "owned"),)
-
-    torch.save({"format": ckpt.CHECKPOINT_FORMAT, "config": Malicious()}, tmp_path / "ckpt.pt")
-    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Malicious(), protocol=2))
-    for name in ("ckpt.pt", "plain.pt"):
-        with pytest.raises(InputError, match="is damaged or no checkpoint"):
-            ckpt.load_checkpoint(tmp_path / name)
-    assert not (tmp_path / "owned").exists()
-
-
-def test_digests_see_types_shapes_and_order():
-    variants = [
-        {"a": 1},
-        {"a": 1.0},
-        {"a": "1"},
-        {"a": [1]},
-        {"a": torch.tensor(1)},
-        {"a": torch.tensor([1])},
-        {"a": torch.tensor(1.0)},
-        {"a": torch.tensor([[1]])},
-        {"b": 1},
-        {"a": 1, "b": 2},
-        {"a": [1, 2]},
-        {"a": [2, 1]},
-        {"a": None},
-    ]
-    assert len({ckpt.digest_of(variant) for variant in variants}) == len(variants)
-
-
 def test_too_little_room_is_said_before_training(tmp_path, monkeypatch, capsys):
     usage = ex2_job.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(ex2_job.shutil, "disk_usage", lambda path: usage._replace(free=10**6))
-    assert ex2_main.main([*TINY, "--results_dir", str(tmp_path)]) == 2
+    assert ex2_main.main([*RUN, "--results_dir", str(tmp_path)]) == 2
     assert "the disk has 1 MB left" in capsys.readouterr().err
-    assert ex2_main.main([*TINY, "--results_dir", str(tmp_path), "--no_save_model"]) == 0
+    assert ex2_main.main([*RUN, "--results_dir", str(tmp_path), "--no_save_model"]) == 0
     with pytest.raises(InputError, match="needs about 5000 MB"):
         check_space(tmp_path, 5 * 10**9)
 
@@ -307,7 +189,7 @@ def test_a_signal_waits_for_the_step_and_a_second_one_does_not():
 
 
 def test_a_terminated_process_says_how_to_go_on(tmp_path):
-    long = [*TINY, "--results_dir", str(tmp_path), "--epochs", "500", "--log_interval", "1"]
+    long = [*RUN, "--results_dir", str(tmp_path), "--epochs", "500", "--log_interval", "1"]
     process = subprocess.Popen(
         [sys.executable, "-u", str(ROOT / "ex2_main.py"), *long],
         stdout=subprocess.PIPE,
@@ -343,7 +225,7 @@ def test_a_second_run_in_the_folder_is_refused(tmp_path, capsys):
     folder = tmp_path / "DDPM"
     folder.mkdir()
     with locked(folder):
-        assert ex2_main.main([*TINY, "--results_dir", str(tmp_path)]) == 2
+        assert ex2_main.main([*RUN, "--results_dir", str(tmp_path)]) == 2
         error = capsys.readouterr().err
         assert f"process {os.getpid()} on {socket.gethostname()} works in {folder}" in error
         assert (folder / ".lock").exists()
@@ -407,10 +289,10 @@ def test_a_half_written_lock_is_no_lock(tmp_path, content):
 def test_a_checkpoint_is_not_written_over_with_a_loss_that_is_not_finite():
     meter = LossMeter(0)
     meter.add(torch.tensor(1.0), torch.tensor(1.0), 4, 0.1)
-    meter.check_finite()
+    meter.state_dict()
     meter.add(torch.tensor(float("nan")), torch.tensor(1.0), 4, 0.1)
     with pytest.raises(RunError, match="step 2 of epoch 1"):
-        meter.check_finite()
+        meter.state_dict()
 
 
 def test_sampling_that_diverges_says_where(cosine):
@@ -469,15 +351,17 @@ def test_the_batch_that_fits_is_found_by_halving(no_cache, fits, found):
     assert batch_that_fits(lambda n: model(torch.randn(n, 1, 1, 1), torch.zeros(n)), 64) == found
 
 
-def test_a_training_batch_that_does_not_fit_is_named_with_one_that_does(no_cache, monkeypatch, tmp_path):
-    model = Hungry(30)
-    monkeypatch.setattr(
-        ex2_main, "try_step", lambda trial, diffusor, batch: model(batch[0], torch.zeros(len(batch[0])))
-    )
-    config = cfg.Config(dataset="shapes")
-    loader = [(torch.zeros(100, 3, 8, 8), torch.zeros(100))] * 5
+def test_a_training_batch_that_does_not_fit_is_named_with_one_that_does(no_cache, monkeypatch, tmp_path, model):
+    def hungry_step(model, optimizer, diffusor, images, labels, **options):
+        if len(images) > 30:
+            raise torch.cuda.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(ex2_fit, "train_step", hungry_step)
+    config = tiny_config(tmp_path, batch_size=100)
+    loader = make_loader(random_set(200), 100, "cpu")
+    training = ex2_fit.Training(model, config, cfg.build_diffusion(config, "cpu"), loader, "abc")
     with pytest.raises(RunError, match="--batch_size 100 doesn't fit .*--batch_size 25 fits"):
-        ex2_main.seconds_per_step(config, cfg.build_model(config, 10), cfg.build_diffusion(config, "cpu"), loader)
+        training.train_epoch()
 
 
 def test_the_freest_visible_gpu_is_taken(monkeypatch, capsys):
@@ -548,7 +432,7 @@ def test_a_network_that_cannot_be_compiled_is_one_line(tmp_path, monkeypatch, ca
             raise torch._dynamo.exc.TorchDynamoException("no working C++ compiler\nand a long story")
 
     monkeypatch.setattr(torch, "compile", lambda network, **options: Fails())
-    assert ex2_main.main([*TINY, "--results_dir", str(tmp_path), "--compile"]) == 1
+    assert ex2_main.main([*RUN, "--results_dir", str(tmp_path), "--compile"]) == 1
     assert capsys.readouterr().err == (
         "error: --compile: torch can't compile the network here (no working C++ compiler); drop the flag\n"
     )

@@ -9,6 +9,7 @@ import torch
 
 import ex2_model
 from ex2_model import SinusoidalPositionEmbeddings, Unet, WeightStandardizedConv2d
+from ex2_training import build_optimizer
 
 SKELETON = json.loads((Path(__file__).parent / "skeleton_unet.json").read_text())
 
@@ -254,3 +255,41 @@ def test_parts_of_a_batch_are_the_batch(monkeypatch, per_part, sizes):
     torch.testing.assert_close(out, alone)
     torch.testing.assert_close(torch.autograd.grad(out.square().mean(), list(layer.parameters())), wanted)
     assert seen == sizes
+
+
+def test_dropout_is_for_training_alone_and_adds_no_weights():
+    torch.manual_seed(0)
+    with_dropout, without = (Unet(dim=8, dim_mults=(1, 2), dropout=share) for share in (0.5, 0.0))
+    without.load_state_dict(with_dropout.state_dict(), strict=True)
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([1, 5])
+    assert not torch.equal(with_dropout.train()(x, t), without.train()(x, t))
+    assert torch.equal(with_dropout.eval()(x, t), without.eval()(x, t))
+
+
+@torch.no_grad()
+def test_weights_that_are_kept_standardised_follow_every_change():
+    """In eval mode without gradients, where they are computed once."""
+    torch.manual_seed(0)
+    layer, other = WeightStandardizedConv2d(3, 4, 3).eval(), WeightStandardizedConv2d(3, 4, 3)
+    x = torch.randn(1, 3, 8, 8)
+    before = layer(x)
+    assert layer.kept is not None and torch.equal(layer(x), before)
+    layer.load_state_dict(other.state_dict())
+    assert torch.equal(layer(x), other(x))
+    layer.weight.mul_(torch.linspace(0.5, 2, 27).reshape(3, 3, 3))
+    other.weight.copy_(layer.weight)
+    assert torch.equal(layer(x), other.train()(x))
+    assert "kept" not in " ".join(layer.state_dict())
+
+
+def test_weights_that_are_kept_standardised_follow_an_optimiser_that_changes_all_in_one_pass():
+    torch.manual_seed(0)
+    layer = WeightStandardizedConv2d(3, 4, 3)
+    optimizer, x = build_optimizer(layer, 0.5), torch.randn(1, 3, 8, 8)
+    with torch.no_grad():
+        before = layer.eval()(x)
+    layer.train()(x).square().sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        after = layer.eval()(x)
+        assert torch.equal(after, layer.train()(x)) and not torch.equal(after, before)

@@ -12,36 +12,27 @@ import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
+from tiny import TINY
 
 import ex2_config as cfg
-import ex2_data
-import ex2_features
 import ex2_main
 import ex2_report
 from ex2_cli import parse_args
 from ex2_diffusion import SCHEDULES, Diffusion, evenly_spaced
 from ex2_report import Run, Study, find_runs, find_studies, loss_at, samples_sentences, study_part, train_command
 
-TINY = "--dataset shapes --image_size 8 --dim 8 --dim_mults 1 2 --timesteps 30 --batch_size 100 --epochs 1".split()
-TINY += "--eval_images 20 --eval_timesteps 3 --sample_steps 3 --no_cuda --class_free_guidance".split()
-
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def results(tmp_path_factory, small_shapes):
     """A results folder with a judged run, a dry run and a comparison, and its report."""
     folder = tmp_path_factory.mktemp("results")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ex2_data, "SHAPES_COUNT", {"train": 1000, "test": 200})
-        patch.setattr(ex2_features, "CLASSIFIER_EPOCHS", 2)
-        where = ["--results_dir", str(folder)]
-        assert ex2_main.main([*TINY, *where, "--run_name", "guided", "--schedule", "cosine"]) == 0
-        assert (
-            ex2_main.main(["test", "--checkpoint", str(folder / "guided"), "--eval_samples", "130", "--no_cuda"]) == 0
-        )
-        assert ex2_main.main([*TINY, *where, "--dry_run"]) == 0
-        vary = ["--vary", "schedule=linear,cosine", "--eval_samples", "130"]
-        assert ex2_main.main(["compare", *TINY, *where, *vary]) == 0
-        assert ex2_main.main(["report", *where]) == 0
+    tiny, where = [*TINY, "--class_free_guidance"], ["--results_dir", str(folder)]
+    assert ex2_main.main([*tiny, *where, "--run_name", "guided"]) == 0
+    assert ex2_main.main(["test", "--checkpoint", str(folder / "guided"), "--eval_samples", "130", "--no_cuda"]) == 0
+    assert ex2_main.main([*tiny, *where, "--dry_run"]) == 0
+    vary = ["--vary", "schedule=linear,cosine", "--eval_samples", "130"]
+    assert ex2_main.main(["compare", *tiny, *where, *vary]) == 0
+    assert ex2_main.main(["report", *where]) == 0
     return folder
 
 

@@ -1,0 +1,385 @@
+"""A training run from start to end: `fit` goes on from a checkpoint, ends in order on a signal or when the time is up,
+keeps a log, and shares the work with other processes. The step itself is `ex2_training.train_step`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+
+import numpy as np
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import ex2_config as cfg
+import ex2_job as job
+import ex2_viz as viz
+from ex2_checkpoint import CHECKPOINT_NAME, PREVIOUS, RunLog, load_checkpoint, save_checkpoint, write_atomically
+from ex2_data import DataSplits, InputError
+from ex2_diffusion import Diffusion
+from ex2_distributed import Agreement, from_main, is_main, is_restart, rank, world_size
+from ex2_loader import make_loader
+from ex2_model import Unet
+from ex2_training import Average, LossMeter, Rows, RunError, build_optimizer, learning_rate, test, train_step
+
+TIMED = (2, 6)  # steps of a call between which the time of a step is taken, for the estimate at the start
+
+
+def fit(config: cfg.Config, splits: DataSplits, diffusor: Diffusion, device) -> Unet:
+    """Trains to the end, or goes on from the run's checkpoint; returns the model with its averaged (EMA) weights.
+
+    Raises:
+        Interrupted: a signal came; what was trained is saved.
+        RunError: the loss or the weights are not finite, or a batch doesn't fit the GPU.
+    """
+    torch.manual_seed(config.seed)
+    model = cfg.build_model(config, len(splits.class_names)).to(device)
+    settings = {"flip": config.flip, "seed": config.seed, "num_workers": config.num_workers}
+    part = (rank(), world_size())
+    loader = make_loader(splits.train, config.batch_size, device, train=True, part=part, **settings)
+    val_loader = make_loader(splits.val, config.batch_size * 2, device, num_workers=config.num_workers)
+    training = Training(model, config, diffusor, loader, splits.class_names)
+    training.resume()
+    training.open_log()
+    if not training.finished:
+        announce(config, splits, model, diffusor, training.total_steps - training.step)
+        training.start()
+    while not training.finished:
+        try:
+            loss = training.train_epoch()
+            val = test(training.average.model, val_loader, diffusor, device, config)
+        except job.Interrupted:
+            with job.signals_held():
+                training.save()
+            raise
+        training.end_epoch(loss, sum(val[config.loss_type]) / len(val["t"]))
+    training.drop_previous()
+    return training.average.model.eval()
+
+
+def announce(config: cfg.Config, splits: DataSplits, model, diffusor: Diffusion, steps: int) -> None:
+    """Says what is about to be trained, on what, how and how long."""
+    print(
+        f"{config.run_name}: {config.dataset} at {config.image_size}x{config.image_size}, "
+        f"{len(splits.train)} training, {len(splits.val)} validation and {len(splits.test)} test images, "
+        f"{len(splits.class_names)} classes"
+    )
+    precision = "bfloat16 where it is safe" if job.computes_in_bfloat16(config.amp, diffusor.device) else "float32"
+    print(
+        f"U-Net with {sum(p.numel() for p in model.parameters()):,} parameters on {diffusor.device} in {precision}, "
+        f"{config.schedule} schedule with {config.timesteps} timesteps"
+    )
+    print(f"{steps} optimiser steps of {config.batch_size} images; how long they take is said after the first few")
+
+
+class Training:
+    """A run while it trains: all that its steps change, and how far it is.
+
+    Several processes hold it all, and change it alike; the first one alone writes.
+
+    Attributes:
+        model: the U-Net, whose weights are saved.  network: what is called in training: the U-Net, or what shares its
+            gradients with the other processes (DDP).
+        step: optimiser steps that are done.  epochs_done: epochs that are over, their validation included.
+        seconds: that training has taken as of the last step, in all calls of the program.
+        meter: the losses of the epoch that is going on.
+    """
+
+    def __init__(self, model: Unet, config: cfg.Config, diffusor: Diffusion, loader, class_names):
+        self.model = self.network = model
+        self.config, self.diffusor, self.loader = config, diffusor, loader
+        self.device = diffusor.device
+        self.class_names = list(class_names)
+        self.epochs, self.steps_per_epoch = (1, 1) if config.dry_run else (config.epochs, len(loader))
+        self.total_steps = self.epochs * self.steps_per_epoch
+        self.optimizer = build_optimizer(model, config.lr, config.adam_beta1)
+        self.average = Average(model, config.ema_images, config.batch_size)
+        self.agreement = Agreement()
+        self.log = None  # the first process has one
+        self.step, self.epochs_done, self.seconds, self.lr = 0, 0, 0.0, config.lr
+        self.meter = LossMeter(0, shared=True)
+        self.started = self.saved_at = time.monotonic()
+        self.steps_here, self.timed = 0, []  # steps of this call, and when those of `TIMED` ended
+
+    @property
+    def first_batch(self) -> int:
+        """Batches of the epoch going on that are done."""
+        return self.step - self.epochs_done * self.steps_per_epoch
+
+    @property
+    def time_spent(self) -> float:
+        """Share of `max_minutes` that training has taken; 0 without such a limit."""
+        return self.seconds / 60 / self.config.max_minutes if self.config.max_minutes else 0.0
+
+    @property
+    def finished(self) -> bool:
+        """Whether every epoch is done, or the time is up."""
+        return self.step >= self.total_steps and self.first_batch == 0 or self.time_spent >= 1
+
+    # ------------------------------------------------------------------------ training
+
+    def start(self) -> None:
+        """Saves for the first time, connects the processes, and starts the clock."""
+        if self.config.save_model and is_main():
+            weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
+            # Three checkpoints while one is being replaced, each of weights, average and two moments; and pictures.
+            job.check_space(self.config.run_dir, 3 * 4 * weights + 20_000_000)
+        self.save()  # a disk that is full shows now, and not after an epoch
+        self.started = time.monotonic() - self.seconds
+        self.agreement.agreed = (0, self.seconds)
+        if world_size() > 1:
+            devices = [self.device] if self.device.type == "cuda" else None
+            self.network = DistributedDataParallel(self.model, devices, gradient_as_bucket_view=True)
+        if self.config.compile:
+            self.network = torch.compile(self.network, dynamic=False)
+
+    def train_epoch(self) -> float:
+        """What is left of the current epoch; returns its loss. A signal waits for the end of the step.
+
+        Raises:
+            Interrupted: one came, to this or another process; the state is that after a whole step.
+        """
+        self.network.train()
+        self.loader.set_epoch(self.epochs_done, self.first_batch)
+        bar = {"total": len(self.loader), "initial": self.first_batch, "disable": self.config.dry_run or None}
+        progress = tqdm(self.loader.inputs(), f"epoch {self.epochs_done + 1}", **bar)
+        with job.signals_held() as waiting:
+            for inputs in progress:
+                self.take_step(inputs)
+                last = self.first_batch == self.steps_per_epoch
+                if last or len(self.meter.window) == self.config.log_interval:
+                    self.close_window(progress)
+                now = time.monotonic() - self.started
+                number, self.seconds = self.agreement(waiting[0] if waiting else 0, now, at_once=last)
+                if number:
+                    raise job.Interrupted(number)
+                if time.monotonic() - self.saved_at > 60 * self.config.save_minutes:
+                    self.save()
+                if last or self.finished:
+                    break
+            if self.meter.window:
+                self.close_window(progress)
+        if waiting:  # it came after the last step
+            raise job.Interrupted(waiting[0])
+        return self.meter.mean
+
+    def take_step(self, inputs: tuple) -> None:
+        """One optimiser step on what the loader's `inputs` gave.
+
+        Raises:
+            RunError: the batch doesn't fit the GPU's memory; says which would.
+        """
+        rows = self.prepare_step()
+        try:
+            loss, norm = self.step_on(*self.loader.batch(*inputs), rows)
+        except torch.cuda.OutOfMemoryError:
+            loss = None  # only after this block the failed step's tensors are gone
+        if loss is None:
+            self.raise_too_large(inputs)
+        self.meter.add(loss, norm, self.loader.plan.images_in(self.first_batch), self.lr)
+        self.step += 1
+        self.tell_time()
+
+    def prepare_step(self) -> Rows:
+        """Sets what changes from step to step: random numbers, learning rate, what the average forgets.
+
+        The random numbers depend on the seed and the step alone, so a resumed run draws what an uninterrupted one does.
+
+        Returns: this process's rows of the batch.
+        """
+        shared, *own = np.random.SeedSequence((self.config.seed, self.step)).generate_state(1 + world_size()).tolist()
+        torch.manual_seed(shared)
+        config = self.config
+        self.lr = learning_rate(config.lr, self.step, self.total_steps, config.warmup_steps, self.time_spent)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
+        self.average.prepare(self.step)
+        batch, plan = self.first_batch, self.loader.plan
+        return Rows(plan.images_in(batch), *plan.own_rows(batch), own[rank()])
+
+    def step_on(self, images, labels, rows: Rows | None = None):
+        """`train_step` with the settings of the run."""
+        config = self.config
+        return train_step(
+            self.network,
+            self.optimizer,
+            self.diffusor,
+            images,
+            labels,
+            average=self.average,
+            rows=rows,
+            loss_type=config.loss_type,
+            grad_clip=config.grad_clip,
+            min_snr=config.min_snr,
+            amp=job.computes_in_bfloat16(config.amp, self.device),
+        )
+
+    def raise_too_large(self, inputs: tuple) -> None:
+        """Raises a RunError that names a batch which fits the GPU's memory. The search for it spoils the weights."""
+        size = len(inputs[0])
+        fits = job.batch_that_fits(lambda n: self.step_on(*self.loader.batch(*(part[:n] for part in inputs))), size)
+        advice = f"--batch_size {fits * world_size()} fits" if fits else "not even one image does"
+        size *= world_size()
+        raise RunError(f"--batch_size {size} doesn't fit the GPU's free memory; {advice}, as would a lower --dim")
+
+    def tell_time(self) -> None:
+        """Says after a few steps how many are left, and about how long they take."""
+        self.steps_here += 1
+        if self.steps_here not in TIMED or self.config.dry_run:
+            return
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.timed.append(time.monotonic())
+        if len(self.timed) == 2:
+            seconds = (self.timed[1] - self.timed[0]) / (TIMED[1] - TIMED[0])
+            steps = self.total_steps - self.step
+            minutes, limit = steps * seconds / 60, self.config.max_minutes
+            part = f", of which --max_minutes {limit:g} leaves room for a part" if limit and limit < minutes else ""
+            print(
+                f"{steps} steps of {self.config.batch_size} images are left: about {minutes:.1f} min at "
+                f"{seconds:.3f} s each{part}"
+            )
+
+    def close_window(self, progress: tqdm) -> None:
+        """Shows and logs the loss since the last time."""
+        loss, norm = self.meter.close_window(progress, self.first_batch)
+        if self.log is not None:
+            figures = {"lr": self.lr, "grad_norm": norm, "train_loss": loss}
+            self.log.write(step=self.step, epoch=self.epochs_done, **figures)
+
+    def end_epoch(self, loss: float, val_loss: float) -> None:
+        """Says, logs and saves how an epoch ended; where the time is up it stays the last one, as far as it came.
+
+        Raises:
+            RunError: the weights are not finite.
+        """
+        number = self.epochs_done + 1
+        if not math.isfinite(val_loss):
+            raise RunError(f"the weights are not finite after epoch {number}; the last checkpoint is untouched")
+        print(f"epoch {number}/{self.epochs}: train {loss:.4f}, val {val_loss:.4f} ({self.config.loss_type})")
+        if self.log is not None:
+            self.log.write(step=self.step, epoch=self.epochs_done, epoch_loss=loss, val_loss=val_loss)
+        if self.first_batch == self.steps_per_epoch:
+            self.epochs_done += 1
+            self.meter = LossMeter(self.epochs_done, shared=True)
+        self.save()
+        if self.log is not None:
+            viz.plot_training(self.log.rows(), self.config.run_dir / "training.png")
+
+    # ------------------------------------------------------------------------ saving and resuming
+
+    def open_log(self) -> None:
+        """Opens log.csv and writes config.json beside it; in the first process alone."""
+        if not is_main():
+            return
+        config = self.config
+        settings_text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+        write_atomically(config.run_dir / "config.json", settings_text.encode())
+        self.log = RunLog(config.run_dir / "log.csv", self.epochs_done + (self.time_spent >= 1), self.step)
+
+    def save(self) -> None:
+        """Writes the run's checkpoint: `restore_model` makes a model of it, and `resume` goes on from it.
+
+        Raises:
+            RunError: a loss since the last row of the log is not finite; the last checkpoint is untouched.
+        """
+        if not self.config.save_model or not is_main():
+            return
+        save_checkpoint(
+            self.config.run_dir / CHECKPOINT_NAME,
+            config=dataclasses.asdict(self.config),
+            class_names=self.class_names,
+            model=self.model.state_dict(),
+            ema=self.average.model.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            epoch=self.epochs_done,
+            step=self.step,
+            seconds=self.seconds,
+            meter=self.meter.state_dict(),
+            processes=world_size(),
+        )
+        self.saved_at = time.monotonic()
+
+    def drop_previous(self) -> None:
+        """Removes the checkpoint before the newest, which a finished run needs no more: pools have small quotas."""
+        path = self.config.run_dir / CHECKPOINT_NAME
+        if is_main() and path.is_file():
+            path.with_name(path.name + PREVIOUS).unlink(missing_ok=True)
+
+    def resume(self) -> None:
+        """Goes back to what an earlier run of the same name saved, where there is something and `resume` allows it.
+
+        All settings are those of now, from the first step on; only weights, moments and counts are taken.
+
+        Raises:
+            InputError: it was trained with other settings or on other classes, or `resume` insists and there is none.
+        """
+        config = self.config
+        saved = from_main(self.find_checkpoint, "the checkpoint")
+        if saved is None:
+            return
+        changed = changed_settings(cfg.config_of(saved, {}), config)
+        if changed and not config.allow_changes:
+            raise InputError(
+                f"{config.run_dir} holds a run with other settings ({changed}): choose another --run_name, or go on "
+                "with the new ones by --allow_changes"
+            )
+        if saved["class_names"] != self.class_names:
+            raise InputError(
+                f"{config.run_dir} holds a run on other classes ({', '.join(saved['class_names'])} there, "
+                f"{', '.join(self.class_names)} now): choose another --run_name"
+            )
+        self.load_weights(saved)
+        self.epochs_done, self.step, self.seconds = saved["epoch"], saved["step"], saved["seconds"]
+        self.meter = LossMeter(self.epochs_done, shared=True)
+        if changed:
+            print(f"{config.run_dir}: going on with other settings ({changed}), from the start of the epoch")
+            self.step = self.epochs_done * self.steps_per_epoch
+        else:
+            self.meter.load_state_dict(saved["meter"])
+        if not 0 <= self.first_batch <= self.steps_per_epoch:
+            raise InputError(f"{config.run_dir} holds a run on other images: choose another --run_name")
+        if saved["processes"] != world_size():
+            there, now = saved["processes"], world_size()
+            print(f"{there} processes there, {now} now: a step still takes {config.batch_size} images in all")
+        print(
+            f"{config.run_dir}: {self.step} of {self.total_steps} steps ({self.epochs_done} of {config.epochs} epochs) "
+            "are done, going on from there"
+        )
+
+    def find_checkpoint(self) -> dict | None:
+        """What the run is to go on from; None to start anew. A run that lost a process always goes on."""
+        config = self.config
+        there = any(config.run_dir.glob(f"{CHECKPOINT_NAME}*"))
+        if config.resume and not there:
+            raise InputError(f"--resume: no checkpoint in {config.run_dir}; drop the flag to start a new run")
+        anew = config.resume is False and not is_restart()
+        return None if config.dry_run or anew or not there else load_checkpoint(config.run_dir)
+
+    def load_weights(self, saved: dict) -> None:
+        """Weights, their average and the optimiser's moments of a checkpoint.
+
+        Raises:
+            InputError: they are of a model of another size.
+        """
+        try:
+            self.model.load_state_dict(saved["model"])
+            self.average.model.load_state_dict(saved["ema"])
+        except RuntimeError as error:
+            raise InputError(
+                f"the weights in {self.config.run_dir} don't fit the model's settings: choose another --run_name"
+            ) from error
+        own = self.optimizer.state_dict()["param_groups"]  # betas and kind are those of this run
+        own[0]["lr"] = saved["optimizer"]["param_groups"][0]["lr"]  # until the next step
+        self.optimizer.load_state_dict({"state": saved["optimizer"]["state"], "param_groups": own})
+
+
+def changed_settings(before: cfg.Config, now: cfg.Config) -> str:
+    """The settings of the training in which two configs differ, with both values; empty where there are none."""
+    fields = dataclasses.fields(now)
+    names = [f.name for f in fields if f.metadata["group"] in cfg.TRAINING_GROUPS or f.name == "seed"]
+    changed = [name for name in names if getattr(before, name) != getattr(now, name)]
+    return ", ".join(f"--{name} {getattr(before, name)} there, {getattr(now, name)} now" for name in changed)

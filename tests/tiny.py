@@ -1,0 +1,41 @@
+"""A run so small that it takes a second: as a command line, and as the parts that `fit` takes."""
+
+from types import SimpleNamespace
+
+import torch
+
+import ex2_config as cfg
+from ex2_data import ImageSet
+
+TINY = "--dataset shapes --image_size 8 --dim 8 --dim_mults 1 2 --timesteps 30 --batch_size 100 --epochs 1".split()
+TINY += "--eval_images 20 --eval_timesteps 3 --sample_steps 3 --schedule cosine --no_cuda".split()
+
+
+def random_set(count, size=8, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=g)
+    return ImageSet(images, torch.arange(count) % 3)
+
+
+def tiny_config(results_dir, **changes):
+    settings = {
+        "dataset": "shapes",
+        "image_size": 8,
+        "dim": 8,
+        "dim_mults": (1, 2),
+        "timesteps": 50,
+        "batch_size": 16,
+        "epochs": 2,
+        "results_dir": str(results_dir),
+        "eval_images": 8,
+        "eval_timesteps": 2,
+        "class_free_guidance": True,
+    }
+    config = cfg.Config(**{**settings, **changes})
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    return config
+
+
+def tiny_splits():
+    sets = [random_set(40), random_set(8), random_set(8)]
+    return SimpleNamespace(train=sets[0], val=sets[1], test=sets[2], class_names=("a", "b", "c"))
