@@ -122,27 +122,39 @@ def check_images(x_zero: Tensor) -> None:
         raise ValueError(f"images must lie in [-1, 1], got |x| up to {largest:.4g}: scale 0..255 by x / 127.5 - 1")
 
 
-def image_generators(seed: int, first: int, count: int) -> list[torch.Generator]:
-    """One CPU random generator per image, for images `first` .. `first + count - 1` of the run with this seed.
+class ImageNoise:
+    """The noise of images `first` .. `first + count - 1` of the run with this seed, drawn on the device.
 
-    Image i then gets the same noise whatever the batch size and the device.
+    Image i gets the same noise whatever the batch size: 16 images in a row share a generator, which draws for all of
+    them, and a batch takes its rows.
     """
-    # torch's CPU generator uses 32 bits of its seed; the factor keeps the images of neighbouring seeds apart.
-    return [torch.Generator().manual_seed((seed * 1_000_003 + i) % 2**32) for i in range(first, first + count)]
+
+    block = 16
+
+    def __init__(self, seed: int, first: int, count: int, device="cpu"):
+        blocks = range(first // self.block, -(-(first + count) // self.block))
+        # torch's CPU generator uses 32 bits of its seed; the factor keeps the images of neighbouring seeds apart.
+        seeds = [(seed * 1_000_003 + number) % 2**32 for number in blocks]
+        self.generators = [torch.Generator(device).manual_seed(number) for number in seeds]
+        self.rows = slice(first - blocks.start * self.block, first - blocks.start * self.block + count)
+
+    def draw(self, shape: Sequence[int], kind: Callable = torch.randn) -> Tensor:
+        """(count, ...) like `shape`, normal or, by `kind=torch.rand`, uniform; other numbers at every call."""
+        size = (self.block, *shape[1:])
+        noise = torch.cat([kind(size, generator=g, device=g.device) for g in self.generators])[self.rows]
+        if len(noise) != shape[0]:
+            raise ValueError(f"the noise of {len(noise)} images for a batch of {shape[0]}")
+        return noise
 
 
-Generators = Union[torch.Generator, Sequence[torch.Generator], None]
+NoiseSource = Union[torch.Generator, ImageNoise, None]
 
 
-def randn(shape: Sequence[int], device: torch.device, generator: Generators = None) -> Tensor:
-    """Standard normal noise; from one generator for the whole batch, or from a sequence of them, one per image."""
-    if generator is None:
-        return torch.randn(*shape, device=device)
-    if isinstance(generator, torch.Generator):
-        return torch.randn(*shape, generator=generator, device=generator.device).to(device)
-    if len(generator) != shape[0]:
-        raise ValueError(f"{len(generator)} generators for a batch of {shape[0]} images: give one per image")
-    return torch.stack([torch.randn(*shape[1:], generator=g, device=g.device) for g in generator]).to(device)
+def randn(shape: Sequence[int], device: torch.device, generator: NoiseSource = None) -> Tensor:
+    """Standard normal noise on `device`, from torch's global generator, from another one, or for certain images."""
+    if isinstance(generator, ImageNoise):
+        return generator.draw(shape).to(device)
+    return torch.randn(*shape, generator=generator, device=device if generator is None else generator.device).to(device)
 
 
 def guided_eps(
@@ -261,7 +273,7 @@ class Diffusion:
         return signal + extract(self.sqrt_one_minus_alphas_bar, t, x_zero.shape) * noise
 
     @torch.no_grad()
-    def forward_trajectory(self, x_zero: Tensor, generator: Generators = None) -> Iterator[tuple[int, Tensor, Tensor]]:
+    def forward_trajectory(self, x_zero: Tensor, generator: NoiseSource = None) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Eq. 3 step by step: yields (-1, x_zero, x_zero), then (t, x_t, x_zero) for t = 0 .. T-1."""
         yield -1, x_zero, x_zero
         x = x_zero
@@ -326,31 +338,18 @@ class Diffusion:
         mean = extract(self.sqrt_recip_alphas, t, x.shape) * (x - extract(self.eps_factor, t, x.shape) * eps)
         return mean + extract(self.sqrt_betas, t, x.shape) * z
 
-    def ddim_step(self, x: Tensor, t: Tensor, eps: Tensor, z: Tensor, eta: float = 0.0) -> Tensor:
-        """x_{t-1} from x_t and the predicted noise; Song et al. 2021, Eqs. 12 and 16.
+    def ddim_step(self, t: Tensor, eps: Tensor, x_zero: Tensor, z: Tensor | float = 0.0, eta: float = 0.0) -> Tensor:
+        """x_{t-1} from the two estimates that make up x_t; Song et al. 2021, Eq. 12 (https://arxiv.org/abs/2010.02502).
 
-        https://arxiv.org/abs/2010.02502. eta = 0 is deterministic, eta = 1 ancestral sampling with the posterior
-        variance. At t = 0 alphas_bar_prev is 1: the result is the x_zero estimate.
+        eta = 0 is deterministic, eta = 1 ancestral sampling with the posterior variance (their Eq. 16). It is the exact
+        solution where `x_zero` stays the estimate on the way: the first-order step of DPM-Solver++ (Lu et al. 2022,
+        Eq. 9, https://arxiv.org/abs/2211.01095) or, in law, of their SDE-DPM-Solver++. A better guess of the estimate
+        on the way makes it second order, see `extrapolated`. At t = 0 alphas_bar_prev is 1: the result is x_zero.
         """
-        alphas_bar_prev = extract(self.alphas_bar_prev, t, x.shape)
-        variance = eta**2 * extract(self.posterior_variance, t, x.shape)
+        alphas_bar_prev = extract(self.alphas_bar_prev, t, eps.shape)
+        variance = eta**2 * extract(self.posterior_variance, t, eps.shape)
         direction = (1 - alphas_bar_prev - variance).clamp(min=0).sqrt()
-        return alphas_bar_prev.sqrt() * self.predict_x_zero(x, t, eps) + direction * eps + variance.sqrt() * z
-
-    def solver_step(self, x: Tensor, t: Tensor, x_zero: Tensor, z: Tensor | float = 0.0, eta: float = 0.0) -> Tensor:
-        """x_{t-1} from x_t, exact for eta = 0 and 1 if the image estimate stayed `x_zero` on the way.
-
-        With alpha_t = sqrt(alphas_bar_t), sigma_t = sqrt(1 - alphas_bar_t), v = eta^2 times the posterior variance and
-        shrink = sqrt(sigma_{t-1}^2 - v) / sigma_t it is shrink x_t + (alpha_{t-1} - alpha_t shrink) x_zero + sqrt(v) z:
-        the first-order step of DPM-Solver++ on the probability-flow ODE (eta = 0; Lu et al. 2022, Eq. 9,
-        https://arxiv.org/abs/2211.01095) or, in law, of their SDE-DPM-Solver++ on the reverse SDE (eta = 1), which is
-        DDIM with that eta. A better guess of the estimate's mean on the way makes it second order, see `extrapolated`.
-        """
-        alphas_bar_prev = extract(self.alphas_bar_prev, t, x.shape)
-        variance = eta**2 * extract(self.posterior_variance, t, x.shape)
-        sigma, alpha = (extract(a, t, x.shape) for a in (self.sqrt_one_minus_alphas_bar, self.sqrt_alphas_bar))
-        shrink = (1 - alphas_bar_prev - variance).clamp(min=0).sqrt() / sigma
-        return shrink * x + (alphas_bar_prev.sqrt() - alpha * shrink) * x_zero + variance.sqrt() * z
+        return alphas_bar_prev.sqrt() * x_zero + direction * eps + variance.sqrt() * z
 
     def extrapolated(self, index: int, x_zero: Tensor, x_zero_before: Tensor) -> Tensor:
         """The image estimate halfway to the next time, from those at times `index` and `index` + 1; Lu et al., Alg. 2.
@@ -387,7 +386,7 @@ class Diffusion:
 
     @torch.no_grad()
     def p_sample(
-        self, model, x, t, t_index, classes=None, guidance_scale=0.0, clamp=False, generator: Generators = None
+        self, model, x, t, t_index, classes=None, guidance_scale=0.0, clamp=False, generator: NoiseSource = None
     ) -> Tensor:
         """One reverse step x_t -> x_{t-1}: Eq. 8 to the letter. 2.2 d.
 
@@ -435,15 +434,33 @@ class Diffusion:
         sampler: str = "ddpm",
         steps: int | None = None,
         eta: float = 0.0,
-        generator: Generators = None,
+        generator: NoiseSource = None,
         clamp: bool = True,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Algorithm 2 of Ho et al. 2020, step by step: yields (t, x_t, x_zero estimate), last (-1, sample, sample).
 
         One batch is alive at a time; keep what you need of it (`thin_trajectory`). The model's train / eval mode is the
-        caller's business. Arguments and errors as in `sample`.
+        caller's business.
+
+        Args:
+            model: predicts eps; see `guided_eps`, also for `classes` (B,) and `guidance_scale`.
+            image_size: pixels; any size that the model accepts.
+            sampler: "ddpm" (ancestral, Eq. 8), "ddim", "dpmpp_2m" (DPM-Solver++(2M)) or "heun", the last two of second
+                order. `eta` is the share of fresh noise in steps of ddim and dpmpp_2m, 0 (an ODE) .. 1 (ancestral).
+            steps: how many of the T times to visit, T-1 and 0 among them; None visits all. Each is one network call,
+                for Heun two, but for the last.
+            generator: where the noise comes from, see `randn`.
+            clamp: clamp every x_zero estimate to [-1, 1] (`clamp_eps`); without it cosine schedules blow up.
+            guidance_interval: shares of T between which samples are guided, elsewhere w is 0 (Kynkäänniemi et al. 2024,
+                https://arxiv.org/abs/2404.07724).
+
+        Raises:
+            ValueError: unknown sampler, or eta, steps, classes or guidance out of range.
+            FloatingPointError: a prediction of the model was not finite; says at which t. Raised at the end: looking at
+                every step would make it wait for the GPU.
         """
+        first, last = guidance_interval
         if sampler not in SAMPLERS:
             raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
         if not 0 <= eta <= 1 or (eta > 0 and sampler not in WITH_ETA):
@@ -451,31 +468,21 @@ class Diffusion:
                 f"eta must lie within 0 .. 1, and be 0 for any sampler but {' and '.join(WITH_ETA)}; "
                 f"got {eta:g} for {sampler}"
             )
-        if classes is not None:
-            classes = torch.as_tensor(classes, device=self.device)
-            if classes.shape != (batch_size,):
-                raise ValueError(f"classes must have shape ({batch_size},), got {tuple(classes.shape)}")
-            null_class = getattr(model, "null_class", None)
-            if null_class is not None and not ((classes >= 0) & (classes <= null_class)).all():
-                raise ValueError(f"classes must lie within 0 .. {null_class - 1}, got {classes.tolist()}")
-        first, last = guidance_interval
         if not 0 <= first <= last <= 1:
             raise ValueError(f"guidance_interval must be two shares of T, 0 <= first <= last <= 1; got {first}, {last}")
-
+        if classes is not None:
+            classes = checked_classes(classes, batch_size, getattr(model, "null_class", None)).to(self.device)
         process = self.respaced(steps)
+        diverged_at = torch.full((), -1, device=self.device)
 
         def predict(x: Tensor, index: int) -> tuple[Tensor, Tensor, Tensor]:
             """(times (B,), eps, x_zero estimate) of x at number `index` of the times visited."""
+            nonlocal diverged_at
             time = process.model_times[index]
             t = torch.full((batch_size,), index, device=self.device, dtype=torch.long)
             guided = classes is None or first * self.timesteps <= time + 1 <= last * self.timesteps
-            scale = guidance_scale if guided else 0.0
-            eps = guided_eps(model, x, torch.full_like(t, time), classes, scale)
-            if not eps.isfinite().all():
-                raise FloatingPointError(
-                    f"sampling diverged: the predicted noise is not finite at t = {time}; "
-                    "lower --guidance_scale, or test the weights (--weights raw, an earlier checkpoint)"
-                )
+            eps = guided_eps(model, x, torch.full_like(t, time), classes, guidance_scale if guided else 0.0)
+            diverged_at = torch.where(eps.isfinite().all() | (diverged_at >= 0), diverged_at, time)
             if clamp:
                 eps = process.clamp_eps(x, t, eps)
             return t, eps, process.predict_x_zero(x, t, eps)
@@ -489,72 +496,43 @@ class Diffusion:
             z = randn(x.shape, x.device, generator) if noisy else torch.zeros_like(x)
             if sampler == "ddpm":
                 x = process.ddpm_step(x, t, eps, z)
-            elif sampler == "ddim":
-                x = process.ddim_step(x, t, eps, z, eta)
-            elif index == 0:  # there log(alpha / sigma) ends in infinity: no step but the first-order one is defined
-                x = process.solver_step(x, t, x_zero)
+            elif sampler == "ddim" or index == 0:  # at the end log(alpha / sigma) is infinite: only this is defined
+                x = process.ddim_step(t, eps, x_zero, z, eta)
             elif sampler == "dpmpp_2m":
-                first_step = x_zero_before is None
-                mean = x_zero if first_step else process.extrapolated(index, x_zero, x_zero_before)
+                mean = x_zero if x_zero_before is None else process.extrapolated(index, x_zero, x_zero_before)
                 x_zero_before = x_zero
-                x = process.solver_step(x, t, mean, z, eta)
+                x = process.ddim_step(t, process.predict_eps(x, t, mean), mean, z, eta)
             else:
                 slope = process.velocity(t, eps, x_zero)
-                slope_after = process.velocity(*predict(process.solver_step(x, t, x_zero), index - 1))
+                slope_after = process.velocity(*predict(process.ddim_step(t, eps, x_zero), index - 1))
                 x = process.heun_step(x, t, slope, slope_after)
+        if diverged_at >= 0:
+            raise FloatingPointError(
+                f"sampling diverged: the predicted noise is not finite at t = {int(diverged_at)}; "
+                "lower --guidance_scale, or test the weights (--weights raw, an earlier checkpoint)"
+            )
         yield -1, x, x
 
-    def sample(
-        self,
-        model,
-        image_size: int,
-        batch_size: int = 16,
-        channels: int = 3,
-        *,
-        classes: Tensor | Sequence[int] | None = None,
-        guidance_scale: float = 0.0,
-        sampler: str = "ddpm",
-        steps: int | None = None,
-        eta: float = 0.0,
-        generator: Generators = None,
-        clamp: bool = True,
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
-    ) -> Tensor:
+    def sample(self, model, image_size: int, batch_size: int = 16, channels: int = 3, **sampling) -> Tensor:
         """Draws images from noise, Algorithm 2 of Ho et al. 2020. 2.2 b. Returns (B, C, H, W), about in [-1, 1].
 
-        Args:
-            model: predicts eps; see `guided_eps`, also for `classes` (B,) and `guidance_scale`.
-            image_size: pixels; any size that the model accepts.
-            sampler: "ddpm" (ancestral, Eq. 8), "ddim", "dpmpp_2m" (DPM-Solver++(2M)) or "heun", the last two of second
-                order. `eta` is the share of fresh noise in steps of ddim and dpmpp_2m, 0 (an ODE) .. 1 (ancestral).
-            steps: how many of the T times to visit, T-1 and 0 among them; None visits all. Each is one network call,
-                for Heun two, but for the last.
-            generator: noise from one generator, or from one per image (`image_generators`); None is torch's global one.
-            clamp: clamp every x_zero estimate to [-1, 1] (`clamp_eps`); without it cosine schedules blow up.
-            guidance_interval: shares of T between which samples are guided, elsewhere w is 0 (Kynkäänniemi et al. 2024,
-                https://arxiv.org/abs/2404.07724).
-
-        Raises:
-            ValueError: unknown sampler, or eta, steps, classes or guidance out of range.
-            FloatingPointError: the model's prediction is not finite; says at which t.
+        All arguments are those of `sample_trajectory`: classes, guidance_scale, sampler, steps, eta, generator, ...
         """
-        trajectory = self.sample_trajectory(
-            model,
-            image_size,
-            batch_size,
-            channels,
-            classes=classes,
-            guidance_scale=guidance_scale,
-            sampler=sampler,
-            steps=steps,
-            eta=eta,
-            generator=generator,
-            clamp=clamp,
-            guidance_interval=guidance_interval,
-        )
-        for _, x, _ in tqdm(trajectory, "sampling", (steps or self.timesteps) + 1, leave=False, disable=None):  # noqa: B007
+        trajectory = self.sample_trajectory(model, image_size, batch_size, channels, **sampling)
+        length = (sampling.get("steps") or self.timesteps) + 1
+        for _, x, _ in tqdm(trajectory, "sampling", length, leave=False, disable=None):  # noqa: B007
             pass
         return x
+
+
+def checked_classes(classes: Tensor | Sequence[int], batch_size: int, null_class: int | None) -> Tensor:
+    """`classes` as a tensor (B,), once there is a label of the model per image; else a ValueError."""
+    classes = torch.as_tensor(classes)
+    if classes.shape != (batch_size,):
+        raise ValueError(f"classes must have shape ({batch_size},), got {tuple(classes.shape)}")
+    if null_class is not None and not ((classes >= 0) & (classes <= null_class)).all():
+        raise ValueError(f"classes must lie within 0 .. {null_class - 1}, got {classes.tolist()}")
+    return classes
 
 
 def visited_times(timesteps: int, steps: int) -> Tensor:
@@ -589,16 +567,11 @@ def sample_in_batches(
 
     Args:
         classes: (count,) labels or None.  first: the number i of the first of these images.
-        sampling: guidance_scale, sampler, steps, eta, as in `Diffusion.sample`.
+        sampling: guidance_scale, sampler, steps, eta, ..., as in `Diffusion.sample_trajectory`.
     """
     for done in range(0, count, batch_size):
         size = min(batch_size, count - done)
-        yield diffusor.sample(
-            model,
-            diffusor.img_size,
-            size,
-            channels,
-            classes=None if classes is None else classes[done : done + size],
-            generator=image_generators(seed, first + done, size),
-            **sampling,
-        ).cpu()
+        own = None if classes is None else classes[done : done + size]
+        noise = ImageNoise(seed, first + done, size, diffusor.device)
+        images = diffusor.sample(model, diffusor.img_size, size, channels, classes=own, generator=noise, **sampling)
+        yield images.cpu()

@@ -21,7 +21,7 @@ import ex2_viz as viz
 from ex2_checkpoint import write_atomically
 from ex2_config import Config
 from ex2_data import DataSplits, InputError, reverse_transform, to_model_range
-from ex2_diffusion import SPACING, Diffusion, evenly_spaced, image_generators, randn, sample_in_batches
+from ex2_diffusion import SPACING, Diffusion, ImageNoise, evenly_spaced, sample_in_batches
 from ex2_distributed import gathered_rows, is_main, share_of, shared_samples
 from ex2_features import (
     BATCH_SIZE,
@@ -312,7 +312,7 @@ def noise_batches(count: int, shape: Sequence[int]) -> Iterator[tuple[Tensor, No
     mine = share_of(count)
     for first in range(mine.start, mine.stop, BATCH_SIZE):
         size = min(BATCH_SIZE, mine.stop - first)
-        noise = randn((size, *shape), torch.device("cpu"), image_generators(NOISE_SEED, first, size))
+        noise = ImageNoise(NOISE_SEED, first, size).draw((size, *shape))
         yield reverse_transform(noise), None
 
 

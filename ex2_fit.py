@@ -23,7 +23,18 @@ from ex2_diffusion import Diffusion
 from ex2_distributed import Agreement, from_main, is_main, is_restart, rank, world_size
 from ex2_loader import make_loader
 from ex2_model import Unet
-from ex2_training import Average, LossMeter, Rows, RunError, build_optimizer, learning_rate, test, train_step
+from ex2_replay import Replayed
+from ex2_training import (
+    Average,
+    LossMeter,
+    Rows,
+    RunError,
+    build_optimizer,
+    learning_rate,
+    set_learning_rate,
+    test,
+    train_step,
+)
 
 TIMED = (2, 6)  # steps of a call between which the time of a step is taken, for the estimate at the start
 
@@ -92,6 +103,7 @@ class Training:
         self.model = self.network = model
         self.config, self.diffusor, self.loader = config, diffusor, loader
         self.device = diffusor.device
+        self.amp = job.computes_in_bfloat16(config.amp, self.device)
         self.class_names = list(class_names)
         self.epochs, self.steps_per_epoch = (1, 1) if config.dry_run else (config.epochs, len(loader))
         self.total_steps = self.epochs * self.steps_per_epoch
@@ -102,6 +114,7 @@ class Training:
         self.step, self.epochs_done, self.seconds, self.lr = 0, 0, 0.0, config.lr
         self.meter = LossMeter(0, shared=True)
         self.started = self.saved_at = time.monotonic()
+        self.step_on = self.eager_step  # or its replay
         self.steps_here, self.timed = 0, []  # steps of this call, and when those of `TIMED` ended
 
     @property
@@ -135,6 +148,8 @@ class Training:
             self.network = DistributedDataParallel(self.model, devices, gradient_as_bucket_view=True)
         if self.config.compile:
             self.network = torch.compile(self.network, dynamic=False)
+        if replays(self.config, self.device):
+            self.step_on = Replayed(self.eager_step, self.changed_by_step, "the training step")
 
     def train_epoch(self) -> float:
         """What is left of the current epoch; returns its loss. A signal waits for the end of the step.
@@ -174,56 +189,64 @@ class Training:
         """
         rows = self.prepare_step()
         try:
-            loss, norm = self.step_on(*self.loader.batch(*inputs), rows)
+            loss, norm = self.step_on(*inputs) if rows is None else self.step_on(*inputs, rows=rows)
         except torch.cuda.OutOfMemoryError:
             loss = None  # only after this block the failed step's tensors are gone
         if loss is None:
-            self.raise_too_large(inputs)
+            raise self.too_large(inputs)
         self.meter.add(loss, norm, self.loader.plan.images_in(self.first_batch), self.lr)
         self.step += 1
         self.tell_time()
 
-    def prepare_step(self) -> Rows:
+    def prepare_step(self) -> Rows | None:
         """Sets what changes from step to step: random numbers, learning rate, what the average forgets.
 
         The random numbers depend on the seed and the step alone, so a resumed run draws what an uninterrupted one does.
 
-        Returns: this process's rows of the batch.
+        Returns: this process's rows of the batch; None where there is one process.
         """
         shared, *own = np.random.SeedSequence((self.config.seed, self.step)).generate_state(1 + world_size()).tolist()
         torch.manual_seed(shared)
         config = self.config
         self.lr = learning_rate(config.lr, self.step, self.total_steps, config.warmup_steps, self.time_spent)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr
+        set_learning_rate(self.optimizer, self.lr)
         self.average.prepare(self.step)
+        if world_size() == 1:
+            return None
         batch, plan = self.first_batch, self.loader.plan
         return Rows(plan.images_in(batch), *plan.own_rows(batch), own[rank()])
 
-    def step_on(self, images, labels, rows: Rows | None = None):
-        """`train_step` with the settings of the run."""
+    def eager_step(self, *inputs, rows: Rows | None = None):
+        """`train_step` on what the loader's `inputs` gave, with the settings of the run."""
         config = self.config
         return train_step(
             self.network,
             self.optimizer,
             self.diffusor,
-            images,
-            labels,
+            *self.loader.batch(*inputs),
             average=self.average,
             rows=rows,
             loss_type=config.loss_type,
             grad_clip=config.grad_clip,
             min_snr=config.min_snr,
-            amp=job.computes_in_bfloat16(config.amp, self.device),
+            amp=self.amp,
         )
 
-    def raise_too_large(self, inputs: tuple) -> None:
-        """Raises a RunError that names a batch which fits the GPU's memory. The search for it spoils the weights."""
+    def changed_by_step(self) -> dict[str, list]:
+        """The tensors that a step changes."""
+        moments = {}
+        for state in self.optimizer.state.values():
+            for name, value in state.items():
+                moments.setdefault(name, []).append(value)
+        return {"weights": list(self.model.parameters()), "average": self.average.weights, **moments}
+
+    def too_large(self, inputs: tuple) -> RunError:
+        """The error that names a batch which fits the GPU's memory. The search for it spoils the weights."""
         size = len(inputs[0])
-        fits = job.batch_that_fits(lambda n: self.step_on(*self.loader.batch(*(part[:n] for part in inputs))), size)
+        fits = job.batch_that_fits(lambda n: self.eager_step(*(part[:n] for part in inputs)), size)
         advice = f"--batch_size {fits * world_size()} fits" if fits else "not even one image does"
         size *= world_size()
-        raise RunError(f"--batch_size {size} doesn't fit the GPU's free memory; {advice}, as would a lower --dim")
+        return RunError(f"--batch_size {size} doesn't fit the GPU's free memory; {advice}, as would a lower --dim")
 
     def tell_time(self) -> None:
         """Says after a few steps how many are left, and about how long they take."""
@@ -294,7 +317,7 @@ class Training:
             class_names=self.class_names,
             model=self.model.state_dict(),
             ema=self.average.model.state_dict(),
-            optimizer=self.optimizer.state_dict(),
+            optimizer=self.optimizer_state(),
             epoch=self.epochs_done,
             step=self.step,
             seconds=self.seconds,
@@ -302,6 +325,12 @@ class Training:
             processes=world_size(),
         )
         self.saved_at = time.monotonic()
+
+    def optimizer_state(self) -> dict:
+        """The optimiser's state_dict, with the learning rate as a number."""
+        state = self.optimizer.state_dict()
+        state["param_groups"] = [{**group, "lr": float(group["lr"])} for group in state["param_groups"]]
+        return state
 
     def drop_previous(self) -> None:
         """Removes the checkpoint before the newest, which a finished run needs no more: pools have small quotas."""
@@ -373,8 +402,13 @@ class Training:
                 f"the weights in {self.config.run_dir} don't fit the model's settings: choose another --run_name"
             ) from error
         own = self.optimizer.state_dict()["param_groups"]  # betas and kind are those of this run
-        own[0]["lr"] = saved["optimizer"]["param_groups"][0]["lr"]  # until the next step
         self.optimizer.load_state_dict({"state": saved["optimizer"]["state"], "param_groups": own})
+        set_learning_rate(self.optimizer, saved["optimizer"]["param_groups"][0]["lr"])  # until the next step
+
+
+def replays(config: cfg.Config, device: torch.device) -> bool:
+    """Whether the training step is recorded and replayed: on one GPU, where there is more than a single step."""
+    return device.type == "cuda" and world_size() == 1 and not config.dry_run
 
 
 def changed_settings(before: cfg.Config, now: cfg.Config) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torchmetrics.image.kid import KernelInceptionDistance
 from tqdm import tqdm
 
-from ex2_diffusion import Diffusion, check_images, image_generators, randn
+from ex2_diffusion import Diffusion, ImageNoise, check_images, randn
 from ex2_distributed import gathered_rows, share_of, total_of
 from ex2_shapes import SHAPES, draw_shapes
 
@@ -28,12 +28,10 @@ VARIANCES = ("beta", "beta_tilde")  # sigma_t^2 of the reverse process: beta_t, 
 # ---------------------------------------------------------------------------- losses
 
 
-def evaluation_batches(
-    loader: Iterable, device, max_images: int | None
-) -> Iterator[tuple[Tensor, Tensor, list[torch.Generator]]]:
-    """Batches of the first `max_images` images of `loader`: (images, labels, one random generator per image).
+def evaluation_batches(loader: Iterable, device, max_images: int | None) -> Iterator[tuple[Tensor, Tensor, ImageNoise]]:
+    """Batches of the first `max_images` images of `loader`: (images, labels, their noise).
 
-    Image i has the same generator in every run and at any batch size. Each process has its share of every batch.
+    Image i has the same noise in every run, at any batch size and on any device. Each process has its share of a batch.
     """
     seen = 0
     for images, labels in tqdm(loader, "evaluating", leave=False, disable=None):
@@ -43,8 +41,8 @@ def evaluation_batches(
         check_images(images)
         mine = share_of(len(images))
         if mine:
-            generators = image_generators(NOISE_SEED, seen + mine.start, len(mine))
-            yield images[mine.start : mine.stop], labels[mine.start : mine.stop], generators
+            source = ImageNoise(NOISE_SEED, seen + mine.start, len(mine))
+            yield images[mine.start : mine.stop], labels[mine.start : mine.stop], source
         seen += len(images)
         if seen == max_images:
             return
@@ -84,9 +82,9 @@ def loss_over_timesteps(
     names = ("l1", "l2", "x_zero_l1", "x_zero_l2")
     totals = {name: torch.zeros(len(times), dtype=torch.float64) for name in names}
     seen = torch.zeros((), dtype=torch.long)
-    for images, labels, generators in evaluation_batches(loader, diffusor.device, max_images):
+    for images, labels, source in evaluation_batches(loader, diffusor.device, max_images):
         classes = labels_for(model, labels, unconditional)
-        noise = randn(images.shape, images.device, generators)
+        noise = randn(images.shape, images.device, source)
         for k, time in enumerate(times):
             t = torch.full((len(images),), time, device=diffusor.device, dtype=torch.long)
             x_t = diffusor.q_sample(images, t, noise)
@@ -199,13 +197,13 @@ def bits_per_dim(model, loader: Iterable, diffusor: Diffusion, draws: int, max_i
     """
     strata = time_strata(diffusor.timesteps, draws)
     priors, terms = [], {name: [] for name in VARIANCES}  # batches of (B,), of (B, 1 + strata), in nats
-    for images, labels, generators in evaluation_batches(loader, diffusor.device, max_images):
+    for images, labels, source in evaluation_batches(loader, diffusor.device, max_images):
         classes = labels_for(model, labels)
         columns = {name: [] for name in VARIANCES}
         for stratum in (range(1), *strata):
-            t = torch.cat([torch.randint(stratum.start, stratum.stop, (1,), generator=g) for g in generators])
+            t = torch.cat([torch.randint(stratum.start, stratum.stop, (1,), generator=g) for g in source])
             t = t.to(diffusor.device)
-            x_t = diffusor.q_sample(images, t, randn(images.shape, images.device, generators))
+            x_t = diffusor.q_sample(images, t, randn(images.shape, images.device, source))
             estimate = diffusor.predict_x_zero(x_t, t, model(x_t, t, *classes).float()).clamp(-1, 1)
             if stratum.start == 0:
                 column = decoder_terms(diffusor, images, estimate)

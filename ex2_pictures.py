@@ -14,8 +14,8 @@ from ex2_data import DataSplits
 from ex2_diffusion import (
     SCHEDULES,
     Diffusion,
+    ImageNoise,
     evenly_spaced,
-    image_generators,
     sample_in_batches,
     thin_trajectory,
 )
@@ -38,7 +38,7 @@ def draw_process(model, splits: DataSplits, diffusor: Diffusion, config: Config)
     count = min(4, len(splits.test))
     loader = make_loader(splits.test, count, diffusor.device)
     x_zero = next(iter(loader))[0].to(diffusor.device)
-    forward = diffusor.forward_trajectory(x_zero, image_generators(config.seed, 0, count))
+    forward = diffusor.forward_trajectory(x_zero, ImageNoise(config.seed, 0, count, diffusor.device))
     forward = [(t, x) for t, x, _ in thin_trajectory(forward, diffusor.timesteps + 1, GIF_FRAMES)]
     columns = evenly_spaced(len(forward), STRIP_COLUMNS)
     viz.save_strip([forward[i] for i in columns], out / "forward_strip.png", "forward process: x_t")
@@ -50,7 +50,7 @@ def draw_process(model, splits: DataSplits, diffusor: Diffusion, config: Config)
         config.image_size,
         count,
         classes=classes,
-        generator=image_generators(config.seed, 0, count),
+        generator=ImageNoise(config.seed, 0, count, diffusor.device),
         **config.sampling,
     )
     length = (config.sampling["steps"] or config.timesteps) + 1

@@ -51,7 +51,10 @@ def train_step(
     min_snr: float | None = None,
     amp: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Algorithm 1 of Ho et al. 2020 for one batch. Returns (loss, gradient norm before clipping); waits for no device.
+    """Algorithm 1 of Ho et al. 2020 for one batch. Returns (loss, gradient norm before clipping).
+
+    Nothing here waits for the GPU, and what changes from step to step is in tensors: the learning rate and the share of
+    the average, beside images and labels. So a GPU can replay it as a whole (`ex2_replay`).
 
     Args:
         images: (B, C, H, W) in [-1, 1].  labels: (B,), used where the model is class-conditional.
@@ -95,12 +98,22 @@ def is_conditional(model) -> bool:
 
 
 def build_optimizer(model, lr: float, beta1: float = 0.9) -> AdamW:
-    """AdamW, in one pass over all weights where torch has that for their device: hundreds of small ones take time."""
-    settings = {"lr": lr, "betas": (beta1, 0.999)}
+    """AdamW, in one pass over all weights where torch has that for their device: hundreds of small ones take time.
+
+    Its learning rate is a tensor, which `set_learning_rate` changes.
+    """
+    device = next(model.parameters()).device
+    settings = {"lr": torch.tensor(lr, device=device), "betas": (beta1, 0.999), "capturable": device.type == "cuda"}
     try:
         return AdamW(model.parameters(), **settings, fused=True)
     except RuntimeError:  # of a CPU before torch 2.4
         return AdamW(model.parameters(), **settings)
+
+
+def set_learning_rate(optimizer, lr: float) -> None:
+    """Of the next step; the optimiser is `build_optimizer`'s."""
+    for group in optimizer.param_groups:
+        group["lr"].fill_(lr)
 
 
 def learning_rate(peak: float, step: int, total_steps: int, warmup_steps: int = 0, time_spent: float = 0.0) -> float:
@@ -116,7 +129,7 @@ def learning_rate(peak: float, step: int, total_steps: int, warmup_steps: int = 
     return peak * (rise * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, done)))))
 
 
-class Average:
+class Average:  # swa_utils.AveragedModel reads a counter on the CPU at every update: no GPU could replay that
     """The exponential moving average of the weights (EMA): it forgets half in `ema_images` images, or in a tenth of
     those seen so far.
 
@@ -131,17 +144,19 @@ class Average:
         self.model = deepcopy(model).requires_grad_(False)
         self.weights = list(self.model.parameters())
         self.ema_images, self.batch_size = ema_images, batch_size
-        self.share = 1.0  # of the new weights in the average
+        self.share = torch.ones((), device=self.weights[0].device)  # of the new weights in the average
 
     def prepare(self, step: int) -> None:
         """Sets what the update of optimiser step 0, 1, ... will forget."""
         half_life = min(self.ema_images, EMA_RAMP * (step + 1) * self.batch_size)
-        self.share = 1 - 0.5 ** (self.batch_size / half_life)
+        self.share.fill_(1 - 0.5 ** (self.batch_size / half_life))
 
     @torch.no_grad()
     def update(self, weights: list[Tensor]) -> None:
         """average += share * (weights - average)."""
-        torch._foreach_lerp_(self.weights, weights, self.share)
+        difference = torch._foreach_sub(weights, self.weights)
+        torch._foreach_mul_(difference, self.share)
+        torch._foreach_add_(self.weights, difference)
 
 
 # ---------------------------------------------------------------------------- the loops

@@ -19,7 +19,7 @@ import ex2_fit
 import ex2_main
 import ex2_pictures
 from ex2_cli import parse_args
-from ex2_diffusion import Diffusion, image_generators
+from ex2_diffusion import Diffusion, ImageNoise
 
 ROOT = Path(__file__).parent.parent
 
@@ -407,9 +407,7 @@ def test_animations_are_one_trajectory_in_time_order_with_both_ends(restored, dr
         strip = [t for t, _ in drawn[f"{name}_strip.png"]]
         assert (strip[0], strip[-1], len(strip)) == (first, last, 9) and set(strip) <= set(times)
     whole = list(
-        diffusor.sample_trajectory(
-            model, 8, 4, classes=range(4), generator=image_generators(0, 0, 4), **config.sampling
-        )
+        diffusor.sample_trajectory(model, 8, 4, classes=range(4), generator=ImageNoise(0, 0, 4), **config.sampling)
     )
     for t, x in drawn["reverse.gif"]:
         match = [other for time, other, _ in whole if time == t]

@@ -12,9 +12,9 @@ from ex2_diffusion import (
     SAMPLERS,
     SCHEDULES,
     Diffusion,
+    ImageNoise,
     extract,
     guided_eps,
-    image_generators,
     sample_in_batches,
     thin_trajectory,
     visited_times,
@@ -83,10 +83,15 @@ def test_first_order_dpm_solver_is_ddim(schedule, eta):
     x, x_zero = torch.randn(20, 3, 4, 4, generator=g), torch.rand(20, 3, 4, 4, generator=g) * 2 - 1
     t = torch.arange(20)
     z = torch.randn(x.shape, generator=g)
-    ddim = process.ddim_step(x, t, process.predict_eps(x, t, x_zero), z, eta)
-    step = process.solver_step(x, t, x_zero, z, eta)
-    torch.testing.assert_close(step[:-1], ddim[:-1], atol=2e-5, rtol=1e-4)
-    torch.testing.assert_close(step[-1], ddim[-1], atol=5e-4, rtol=0)  # where alpha is 1/20,000, and DDIM divides by it
+    ddim = process.ddim_step(t, process.predict_eps(x, t, x_zero), x_zero, z, eta)
+    # Lu et al. 2022, Eq. 9: with v the variance of the fresh noise, what is left of x_t shrinks by this factor.
+    abar, before, v = (
+        extract(table.double(), t, x.shape)
+        for table in (process.alphas_bar, process.alphas_bar_prev, eta**2 * process.posterior_variance)
+    )
+    shrink = ((1 - before - v).clamp(min=0) / (1 - abar)).sqrt()
+    step = shrink * x + (before.sqrt() - abar.sqrt() * shrink) * x_zero + v.sqrt() * z
+    torch.testing.assert_close(ddim.double(), step, atol=2e-5, rtol=1e-4)
 
 
 def exact_solution(process, x, s, mu):
@@ -273,15 +278,21 @@ def test_same_seed_same_image_whatever_the_batch_size(short, unet, sampler):
     assert (whole - other).abs().mean() > 0.05
 
 
+@pytest.mark.parametrize("first, count", [(0, 1), (0, 40), (3, 2), (15, 2), (16, 16), (31, 9)])
+def test_noise_of_an_image_does_not_depend_on_the_others(first, count):
+    whole, part = ImageNoise(7, 0, 40), ImageNoise(7, first, count)
+    for _ in range(2):  # as many draws as a sampler likes
+        assert torch.equal(part.draw((count, 3, 2, 2)), whole.draw((40, 3, 2, 2))[first : first + count])
+
+
 def test_images_of_neighbouring_seeds_share_no_noise():
-    first = {torch.randn(4, generator=g).sum().item() for g in image_generators(0, 0, 50)}
-    second = {torch.randn(4, generator=g).sum().item() for g in image_generators(1, 0, 50)}
-    assert len(first | second) == 100
+    noise = torch.cat([ImageNoise(seed, 0, 50).draw((50, 4)) for seed in (0, 1)])
+    assert len(noise.sum(1).unique()) == 100
 
 
-def test_one_generator_per_image_is_asked_for(short, unet):
-    with pytest.raises(ValueError, match="2 generators for a batch of 3"):
-        short.sample(unet, 8, batch_size=3, generator=image_generators(0, 0, 2))
+def test_noise_for_every_image_is_asked_for(short, unet):
+    with pytest.raises(ValueError, match="the noise of 2 images for a batch of 3"):
+        short.sample(unet, 8, batch_size=3, generator=ImageNoise(0, 0, 2))
 
 
 @pytest.mark.parametrize("count, batch_size", [(1, 4), (7, 3), (4, 4)])
