@@ -44,7 +44,13 @@ class Config:
         None, "run", "insist on a checkpoint to go on from, or start anew (default: go on where there is one)"
     )
     allow_changes: bool = setting(False, "run", "go on from a checkpoint of other settings")
-    compile: bool = setting(False, "run", "compile the network for training: waits first, then runs faster")
+    compile: str = setting(
+        "auto",
+        "run",
+        "compile the network for training: waits first, then runs faster; auto: on a GPU, for long trainings",
+        type=str,
+        choices=("auto", "on", "off"),
+    )
     num_threads: Optional[int] = setting(None, "run", "CPU threads (default: torch's choice)", type=int, minimum=1)
     timeout_minutes: float = setting(
         30.0, "run", "of several processes (torchrun): how long one may keep the others waiting", type=float, above=0

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ex2_data import InputError
 from ex2_distributed import is_main, is_restart, local_rank, started_by_torchrun, world_size
+from ex2_replay import Replayed
 
 # The end of a SLURM job, Ctrl-C, and SLURM's warning before the end; Windows lacks the last.
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
@@ -233,25 +234,35 @@ def own_gpu(number: int) -> torch.device:
 
 
 class FittingModel:
-    """A noise predictor that splits its batches where they don't fit the GPU's memory.
+    """A noise predictor for evaluation and sampling: it splits batches that don't fit the GPU's memory, and replays its
+    calls there. The same predictions, sooner.
 
-    For evaluation and sampling: the same predictions, in more calls.
+    Args:
+        amp: compute in bfloat16, as the training did; for samples, whose losses nobody compares.
     """
 
-    def __init__(self, model):
-        self.model = model
+    def __init__(self, model, amp: bool = False):
+        self.model, self.amp = model, amp
         self.largest = None  # images per call; None while all have fitted
+        self.replayed = Replayed(self.predict, what="the network call")
 
     def __getattr__(self, name: str):
         return getattr(self.model, name)
 
+    @torch.no_grad()
+    def predict(self, x: Tensor, *conditions: Tensor) -> tuple[Tensor]:
+        """A single call of the network."""
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
+            return (self.model(x, *conditions).float(),)
+
     def __call__(self, x: Tensor, *conditions: Tensor) -> Tensor:
         """Arguments as the model's: each has one entry per image."""
+        predict = self.replayed if x.device.type == "cuda" else self.predict
         while True:
             size = self.largest or len(x)
             parts = zip(*(argument.split(size) for argument in (x, *conditions)))
             try:
-                return torch.cat([self.model(*part) for part in parts])
+                return torch.cat([predict(*part)[0] for part in parts])
             except torch.cuda.OutOfMemoryError:
                 if size == 1:
                     raise

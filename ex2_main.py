@@ -29,6 +29,7 @@ from ex2_data import DataSplits, InputError
 from ex2_distributed import ProcessesError, connected, from_main, is_main, name_of_process, world_size
 from ex2_evaluation import build_judge, evaluate, judge_samples, write_report
 from ex2_fit import fit
+from ex2_model import is_compiler_error
 from ex2_pictures import GRID_IMAGES, draw_process, draw_samples, sample_and_save_images
 from ex2_report import write_page
 from ex2_training import RunError, test, train  # noqa: F401  the handed-out file has both loops, too
@@ -57,9 +58,9 @@ def main(argv: list[str] | None = None) -> int:
     except torch.cuda.OutOfMemoryError:  # a RuntimeError, so it comes first
         return failure("the GPU's memory is full: lower --batch_size or --dim")
     except RuntimeError as error:
-        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        if is_compiler_error(error):
             reason = str(error).strip().splitlines()[0]
-            return failure(f"--compile: torch can't compile the network here ({reason}); drop the flag")
+            return failure(f"--compile on: torch can't compile the network here ({reason}); give --compile auto or off")
         if "allocate memory" in str(error):
             return failure("the memory is full: lower --batch_size, --sample_batch or --dim")
         raise
@@ -81,9 +82,10 @@ def run_train(args) -> None:
     with job.locked(config.run_dir):
         splits = cfg.load_data(config)
         diffusor = cfg.build_diffusion(config, device)
-        model = job.FittingModel(fit(config, splits, diffusor, device))
-        write_report(evaluate(model, splits, diffusor, config), config)
+        model = fit(config, splits, diffusor, device)
+        write_report(evaluate(job.FittingModel(model), splits, diffusor, config), config)
         if is_main():
+            model = for_sampling(model, config, device)
             draw_process(model, splits, diffusor, config)
             draw_samples(model, splits.class_names, diffusor, config)
     print(f"done: see {config.run_dir}/")
@@ -127,7 +129,7 @@ def train_and_judge(config: cfg.Config, splits: DataSplits, judge, count: int, d
     """One run of a comparison, as far as an earlier call didn't do it already."""
     make_run_dir(config.run_dir)
     diffusor = cfg.build_diffusion(config, device)
-    model = job.FittingModel(fit(config, splits, diffusor, device))
+    model = fit(config, splits, diffusor, device)
     if not from_main(lambda: is_judged(config, judge, count), "the figures of an earlier call"):
         test_and_judge(judge, model, splits, diffusor, config, count, scales=[], weights="ema")
 
@@ -150,7 +152,7 @@ def run_test(args) -> None:
     if splits.class_names != tuple(checkpoint["class_names"]):
         raise InputError(f"the data has classes {splits.class_names}, the checkpoint {checkpoint['class_names']}")
     make_run_dir(config.run_dir)
-    model = job.FittingModel(cfg.restore_model(checkpoint, config, device, args.weights))
+    model = cfg.restore_model(checkpoint, config, device, args.weights)
     diffusor = cfg.build_diffusion(config, device)
     judge = None
     if args.eval_samples > 0:
@@ -162,12 +164,18 @@ def run_test(args) -> None:
 
 def test_and_judge(judge, model, splits, diffusor, config, count: int, scales, weights: str) -> None:
     """Losses and bound of a model, and, where there is a judge, the figures of `count` samples per guidance scale."""
-    report = evaluate(model, splits, diffusor, config, weights)
+    report = evaluate(job.FittingModel(model), splits, diffusor, config, weights)
     if judge is not None:
+        model = for_sampling(model, config, diffusor.device)
         report["samples"] = judge_samples(
             judge, model, splits, diffusor, config, count=count, scales=scales, weights=weights
         )
     write_report(report, config)
+
+
+def for_sampling(model, config: cfg.Config, device) -> job.FittingModel:
+    """The model as samples are drawn with it: as precise as it was trained, where losses are always in float32."""
+    return job.FittingModel(model, job.computes_in_bfloat16(config.amp, device))
 
 
 def run_sample(args) -> None:
@@ -182,7 +190,7 @@ def run_sample(args) -> None:
     out = config.run_dir if args.out else from_main(lambda: next_free(config.run_dir / "samples"), "the folder")
     make_run_dir(out)
     diffusor = cfg.build_diffusion(config, device)
-    model = job.FittingModel(cfg.restore_model(checkpoint, config, device, args.weights))
+    model = for_sampling(cfg.restore_model(checkpoint, config, device, args.weights), config, device)
     classes = None if chosen is None else [chosen[i % len(chosen)] for i in range(count)]
     common = {"classes": classes, "class_names": names, "seed": config.seed, "batch_size": config.sample_batch}
     rows = []

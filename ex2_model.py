@@ -290,6 +290,7 @@ class Unet(nn.Module):
 
         self.channels = channels
         self.out_dim = channels if out_dim is None else out_dim
+        self.compiled = False  # see `compile_blocks`
         self.size_factor = 2 ** (len(dim_mults) - 1)  # image sides must be multiples of it
 
         self.init_conv = nn.Conv2d(channels, init_dim, 1)
@@ -375,7 +376,7 @@ class Unet(nn.Module):
         elif classes is not None:
             raise ValueError("this U-Net is unconditional and takes no classes (train with class_free_guidance)")
 
-        if x.device.type == "cpu":  # whose convolutions are faster so; on a GPU group norm would undo it every time
+        if x.device.type == "cpu" or self.compiled:  # faster so; on a GPU only compiled group norms keep it
             x = x.contiguous(memory_format=torch.channels_last)
         x = self.init_conv(x)  # (B, init_dim, H, W)
         first = x
@@ -397,3 +398,22 @@ class Unet(nn.Module):
 
         x = self.final_res_block(torch.cat((x, first), dim=1), emb)  # (B, dim, H, W)
         return self.final_conv(x).contiguous()
+
+
+def compile_blocks(model: Unet, compiled: bool = True) -> None:
+    """Compiles the blocks and attentions of a U-Net in place, or undoes it; parameters and their names stay.
+
+    Blocks of equal shapes share their code, so this waits less than compiling the network as a whole.
+    """
+    torch._dynamo.config.cache_size_limit = 64  # one for each shape and mode; beyond it torch stops compiling
+    for module in model.modules():
+        if isinstance(module, (ResnetBlock, Residual)):
+            module.__dict__.pop("forward", None)
+            if compiled:
+                module.forward = torch.compile(module.forward, dynamic=False)
+    model.compiled = compiled
+
+
+def is_compiler_error(error: Exception) -> bool:
+    """Whether torch could not compile, for example because there is no C++ compiler or no Triton."""
+    return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from copy import deepcopy
 
 import pytest
 import torch
@@ -92,7 +93,7 @@ def test_compiled_training_is_training_and_its_checkpoint_has_no_prefix(tmp_path
     saved = {}
     for name in ("eager", "compiled"):
         small = {"epochs": 1, "dim_mults": (1,), "p_uncond": 0.0, "amp": "off"}
-        config = tiny_config(tmp_path, run_name=name, compile=name == "compiled", **small)
+        config = tiny_config(tmp_path, run_name=name, compile="on" if name == "compiled" else "auto", **small)
         fit(config, tiny_splits(), diffusor, CPU)
         saved[name] = ckpt.load_checkpoint(config.run_dir)
     assert saved["eager"]["model"].keys() == saved["compiled"]["model"].keys()
@@ -180,3 +181,25 @@ def test_the_estimate_comes_from_the_first_steps(tmp_path, diffusor, monkeypatch
     said = capsys.readouterr().out
     assert "12 optimiser steps of 16 images" in said
     assert said.count("6 steps of 16 images are left: about 3.0 min at 30.000 s each\n") == 1
+
+
+def test_where_nothing_can_be_compiled_auto_goes_on_without(tmp_path, model, diffusor, monkeypatch, capsys):
+    """In the step at which it shows, which is taken again: the weights end as if it had not been tried."""
+
+    def cannot(*inputs):
+        raise torch._dynamo.exc.TorchDynamoException("no Triton\nand a long story")
+
+    ends = []
+    for tries in (False, True):
+        config = tiny_config(tmp_path)
+        loader = make_loader(random_set(40), 16, CPU, train=True)
+        training = Training(deepcopy(model), config, diffusor, loader, "abc")
+        training.start()
+        if tries:
+            with monkeypatch.context() as patch:
+                patch.setattr(torch, "compile", lambda function, **options: cannot)
+                training.choose_step(compiled=True)
+        training.train_epoch()
+        ends.append(torch.cat([p.flatten() for p in training.average.model.parameters()]))
+    assert torch.equal(*ends)
+    assert capsys.readouterr().out.count("can't compile the network here (no Triton): going on without\n") == 1

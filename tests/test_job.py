@@ -427,12 +427,12 @@ def test_a_second_signal_waits_too_under_torchrun(monkeypatch):
 
 
 def test_a_network_that_cannot_be_compiled_is_one_line(tmp_path, monkeypatch, capsys):
-    class Fails(torch.nn.Module):
-        def forward(self, *inputs):
-            raise torch._dynamo.exc.TorchDynamoException("no working C++ compiler\nand a long story")
+    def fails(*inputs):
+        raise torch._dynamo.exc.TorchDynamoException("no working C++ compiler\nand a long story")
 
-    monkeypatch.setattr(torch, "compile", lambda network, **options: Fails())
-    assert ex2_main.main([*RUN, "--results_dir", str(tmp_path), "--compile"]) == 1
+    monkeypatch.setattr(torch, "compile", lambda function, **options: fails)
+    assert ex2_main.main([*RUN, "--results_dir", str(tmp_path), "--compile", "on"]) == 1
     assert capsys.readouterr().err == (
-        "error: --compile: torch can't compile the network here (no working C++ compiler); drop the flag\n"
+        "error: --compile on: torch can't compile the network here (no working C++ compiler); give --compile auto or "
+        "off\n"
     )

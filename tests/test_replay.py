@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import random_set, tiny_config, tiny_splits
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 
 import ex2_checkpoint as ckpt
 import ex2_fit
@@ -15,6 +15,7 @@ import ex2_replay
 from ex2_fit import Training, fit
 from ex2_job import Interrupted
 from ex2_replay import WARM_UP, Replayed
+from ex2_training import build_optimizer
 
 CPU = torch.device("cpu")
 
@@ -33,7 +34,7 @@ class Recording(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function._schema.is_mutable:
-            for x in tree_leaves((args, kwargs)):
+            for x in tree_flatten((args, kwargs))[0]:
                 if isinstance(x, torch.Tensor):
                     self.before.setdefault(id(x), (x, x.clone()))
         outputs = function(*args, **kwargs)
@@ -44,7 +45,7 @@ class Recording(TorchDispatchMode):
         with torch.no_grad():
             for function, args, kwargs, outputs in self.operations:
                 again = function(*args, **kwargs)
-                for old, new in zip(tree_leaves(outputs), tree_leaves(again)):
+                for old, new in zip(tree_flatten(outputs)[0], tree_flatten(again)[0]):
                     if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
                         old.copy_(new)
 
@@ -165,6 +166,11 @@ def test_a_full_memory_in_an_eager_call_is_the_callers_business(graphs):
 
 # ------------------------------------------------------------------ training
 
+needs_fused = pytest.mark.skipif(
+    not build_optimizer(torch.nn.Linear(1, 1), 0.1).defaults["fused"],
+    reason="before torch 2.4 the CPU's AdamW takes the learning rate as a number, which can't be replayed",
+)
+
 
 def assert_same_end(first, second):
     a, b = ckpt.load_checkpoint(first.run_dir), ckpt.load_checkpoint(second.run_dir)
@@ -184,6 +190,7 @@ HARD = {
 }
 
 
+@needs_fused
 def test_thirty_replayed_steps_are_thirty_eager_ones_bit_for_bit(tmp_path, diffusor, graphs, monkeypatch):
     """With partial batches, label dropping, dropout, flips, warm-up and averages: 40 images in batches of 9."""
     replayed = tiny_config(tmp_path, run_name="replayed", **HARD)
@@ -196,6 +203,7 @@ def test_thirty_replayed_steps_are_thirty_eager_ones_bit_for_bit(tmp_path, diffu
     assert graphs["recorded"] == 1
 
 
+@needs_fused
 def test_a_replayed_training_that_is_cut_off_ends_as_if_it_had_not_been(tmp_path, diffusor, graphs, monkeypatch):
     straight, cut = (tiny_config(tmp_path, run_name=name, **HARD) for name in ("straight", "cut"))
     fit(straight, tiny_splits(), diffusor, CPU)
