@@ -38,10 +38,9 @@ from ex2_compare import as_markdown  # noqa: E402
 from ex2_data import ImageSet, reverse_transform  # noqa: E402
 from ex2_diffusion import sample_in_batches  # noqa: E402
 from ex2_evaluation import build_judge, compare, describe, real_batches  # noqa: E402
+from ex2_fit import Training  # noqa: E402
 from ex2_loader import make_loader  # noqa: E402
-from ex2_main import train  # noqa: E402
 from ex2_model import Unet  # noqa: E402
-from ex2_training import TrainingState  # noqa: E402
 
 SAMPLER_ROWS = (  # name, settings, times visited; None is every time
     ("ddpm (Eq. 8)", {"sampler": "ddpm"}, (None, 100, 25)),
@@ -109,18 +108,29 @@ def noise_images(config: cfg.Config) -> ImageSet:
     return ImageSet(torch.randint(0, 256, shape, dtype=torch.uint8), torch.arange(config.batch_size) % 10)
 
 
-def our_step(config: cfg.Config, device: torch.device) -> Callable[[], object]:
-    """An optimiser step of this package's loop: loader, noise, loss, clipping, AdamW, averaged weights."""
+def our_step(config: cfg.Config, device: torch.device, replayed: bool = True) -> Callable[[], object]:
+    """An optimiser step of this package: batch, noise, loss, clipping, AdamW, averaged weights.
+
+    Args:
+        replayed: as training does it on a GPU; False launches every operation from Python.
+    """
     torch.manual_seed(0)
+    config = dataclasses.replace(config, save_model=False, epochs=10**6, log_interval=10**6)
     model = cfg.build_model(config, 10).to(device)
-    loader = make_loader(noise_images(config), config.batch_size, device, train=True)
-    state = TrainingState(model, config, "", total_steps=10**6, steps_per_epoch=1, device=device)
-    state.start()
-    diffusor = cfg.build_diffusion(config, device)
-    quiet = dataclasses.replace(config, dry_run=True)  # one batch, and no line about it
-    options = {"amp": job.computes_in_bfloat16(config.amp, device), "grad_clip": config.grad_clip}
-    options.update(scheduler=state.scheduler, ema=state.ema)
-    return lambda: train(state.network, loader, state.optimizer, diffusor, 0, device, quiet, **options)
+    loader = make_loader(noise_images(config), config.batch_size, device, train=True, flip=config.flip)
+    training = Training(model, config, cfg.build_diffusion(config, device), loader, "0123456789")
+    training.start()
+    if not replayed:
+        training.step_on = training.eager_step
+    training.network.train()
+    inputs = next(loader.inputs())
+
+    def step():
+        training.take_step(inputs)
+        training.epochs_done = training.step  # epochs of a single batch
+        return training.meter.window.pop()
+
+    return step
 
 
 def skeleton_step(config: cfg.Config, device: torch.device, folder: str) -> Callable[[], object]:
@@ -192,10 +202,12 @@ def bench_training(config: cfg.Config, device, args) -> tuple[list[dict], float]
     """Images per second of the ways to train, the last column against the first row of them; and the peak, 1/s."""
     single = "TensorFloat-32" if device.type == "cuda" else "float32"
     amp = job.computes_in_bfloat16("auto", device) if args.amp is None else args.amp
-    kinds = {single: {"amp": "off"}, **({"bfloat16": {"amp": "on"}} if amp else {})}
+    kinds = {single: {"amp": "off", "compile": "off"}}
+    if amp:
+        kinds["bfloat16"] = {"amp": "on", "compile": "off"}
     ways = {f"eager, {kind}": changes for kind, changes in kinds.items()}
     if args.compile:
-        ways.update({f"compiled, {kind}": {**changes, "compile": True} for kind, changes in kinds.items()})
+        ways.update({f"compiled, {kind}": {**changes, "compile": "on"} for kind, changes in kinds.items()})
     makers = {"skeleton": (skeleton_step, config, device, args.skeleton)} if args.skeleton else {}
     makers.update({name: (our_step, dataclasses.replace(config, **change), device) for name, change in ways.items()})
     steps = {name: in_own_process(*maker) for name, maker in makers.items()}

@@ -33,6 +33,15 @@ class GaussianDenoiser:
         return (1 - abar).sqrt() * (x - abar.sqrt() * mu) / (abar * self.s**2 + 1 - abar)
 
 
+@pytest.fixture(autouse=True)
+def same_precision():
+    """What choosing a device sets for the whole process (TensorFloat-32) ends with the test."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
+    yield
+    torch.set_float32_matmul_precision(before[0])
+    torch.backends.cudnn.benchmark = before[1]
+
+
 @pytest.fixture(scope="session")
 def linear():
     return Diffusion(1000, SCHEDULES["linear"], 4, "cpu")

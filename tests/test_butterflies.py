@@ -101,7 +101,16 @@ def test_butterflies_are_trained_conditional_on_their_species(parquet, tmp_path)
     command += " --class_free_guidance --schedule cosine --square pad --label_column scientific_name --no_cuda"
     where = ["--data_dir", str(parquet), "--cache_dir", str(tmp_path / "cache"), "--results_dir", str(tmp_path)]
     assert ex2_main.main([*command.split(), *where]) == 0
-    sample = ["sample", "--checkpoint", str(tmp_path / "DDPM"), "--n_images", "1", "--out", str(tmp_path / "out")]
+    sample = [
+        "sample",
+        "--no_cuda",
+        "--checkpoint",
+        str(tmp_path / "DDPM"),
+        "--n_images",
+        "1",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert ex2_main.main([*sample, "--classes", "Morpho menelaus"]) == 0
     assert (tmp_path / "out" / "0000_Morpho_menelaus.png").is_file()
 

@@ -83,7 +83,7 @@ def test_test_repeats_the_figures_of_the_training_run(run, capsys):
 
 
 def test_sample_writes_the_chosen_classes_and_a_grid(run, tmp_path):
-    command = ["sample", "--checkpoint", str(run / "ckpt.pt"), "--classes", "moon", "3", "--n_images", "5"]
+    command = ["sample", "--no_cuda", "--checkpoint", str(run / "ckpt.pt"), "--classes", "moon", "3", "--n_images", "5"]
     assert ex2_main.main([*command, "--out", str(tmp_path), "--sample_batch", "2"]) == 0
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == [
@@ -102,7 +102,7 @@ def test_sample_writes_the_chosen_classes_and_a_grid(run, tmp_path):
 
 
 def test_several_guidance_scales_start_from_the_same_noise(run, tmp_path):
-    command = ["sample", "--checkpoint", str(run), "--n_images", "3", "--classes", "moon", "star"]
+    command = ["sample", "--no_cuda", "--checkpoint", str(run), "--n_images", "3", "--classes", "moon", "star"]
     assert ex2_main.main([*command, "--out", str(tmp_path / "all"), "--guidance_scale", "-1", "0", "2"]) == 0
     assert sorted(path.name for path in (tmp_path / "all").iterdir()) == ["guidance_grid.png", "w=-1", "w=0", "w=2"]
     assert ex2_main.main([*command, "--out", str(tmp_path / "one"), "--guidance_scale", "2"]) == 0
@@ -118,7 +118,7 @@ def test_several_guidance_scales_start_from_the_same_noise(run, tmp_path):
 
 def test_calls_of_sample_do_not_mix(run):
     for folder in ("001", "002"):
-        assert ex2_main.main(["sample", "--checkpoint", str(run), "--n_images", "1"]) == 0
+        assert ex2_main.main(["sample", "--no_cuda", "--checkpoint", str(run), "--n_images", "1"]) == 0
         assert sorted(path.name for path in (run / "samples" / folder).iterdir()) == ["0000_circle.png", "grid.png"]
 
 
@@ -164,7 +164,7 @@ def test_dry_run_leaves_the_real_run_alone(run):
 
 def test_unconditional_model_samples_without_classes_and_refuses_them(tmp_path, capsys):
     assert ex2_main.main([*TINY, "--results_dir", str(tmp_path), "--dry_run"]) == 0
-    sample = ["sample", "--checkpoint", str(tmp_path / "DDPM-dry_run"), "--n_images", "3"]
+    sample = ["sample", "--no_cuda", "--checkpoint", str(tmp_path / "DDPM-dry_run"), "--n_images", "3"]
     assert ex2_main.main([*sample, "--out", str(tmp_path / "out")]) == 0
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == ["0000.png", "0001.png", "0002.png", "grid.png"]
@@ -292,7 +292,7 @@ def test_bad_input_is_one_clear_line(flags, message, tmp_path, monkeypatch, caps
     ],
 )
 def test_bad_requests_for_samples(run, flags, message, capsys):
-    assert message in rejected(["sample", "--checkpoint", str(run), *flags], capsys)
+    assert message in rejected(["sample", "--no_cuda", "--checkpoint", str(run), *flags], capsys)
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path, capsys):

@@ -280,9 +280,10 @@ def test_a_killed_process_is_started_again_and_the_run_ends_as_if_nothing_had_ha
 def test_a_process_that_does_not_answer_is_named(tmp_path):
     script = tmp_path / "silent.py"
     script.write_text(
-        "import time, torch\n"
+        "import datetime, time, torch, ex2_distributed\n"
         "from ex2_distributed import ProcessesError, connected, gathered, rank\n"
-        "with connected(False, 0.05):\n"
+        "with connected(False, 1):\n"  # both are there, however slowly they start
+        "    ex2_distributed._timeout = datetime.timedelta(seconds=3)\n"
         "    if rank() == 1: time.sleep(20)\n"
         "    try: gathered(0, 'features of images')\n"
         "    except ProcessesError as error: open(__file__ + '.said', 'w').write(str(error)); raise\n"

@@ -193,7 +193,16 @@ def results(tmp_path_factory, small_shapes):
     folder = tmp_path_factory.mktemp("results")
     for name, flags in (("cond", ["--class_free_guidance"]), ("plain", [])):
         assert ex2_main.main([*TINY, "--results_dir", str(folder), "--run_name", name, *flags]) == 0
-        judge = ["test", "--checkpoint", str(folder / name), "--eval_samples", "140", "--sample_batch", "50"]
+        judge = [
+            "test",
+            "--no_cuda",
+            "--checkpoint",
+            str(folder / name),
+            "--eval_samples",
+            "140",
+            "--sample_batch",
+            "50",
+        ]
         assert ex2_main.main([*judge, "--no_cuda"]) == 0
     return folder
 
@@ -361,14 +370,14 @@ def test_figures_of_samples_stay_when_the_same_weights_are_tested_without_them(r
 
 def test_dry_run_judges_a_handful_and_leaves_no_classifier_behind(results):
     before = sorted((results / "features").iterdir())
-    assert ex2_main.main(["test", "--checkpoint", str(results / "cond"), "--dry_run"]) == 0
+    assert ex2_main.main(["test", "--no_cuda", "--checkpoint", str(results / "cond"), "--dry_run"]) == 0
     assert sorted((results / "features").iterdir()) == before
     assert samples_of(results / "cond-dry_run")["count"] == ex2_evaluation.DRY_RUN_SAMPLES
 
 
 def test_raw_weights_can_be_judged_and_are_named(results, tmp_path):
     flags = ["--weights", "raw", "--eval_samples", "0", "--out", str(tmp_path), "--no_cuda"]
-    assert ex2_main.main(["test", "--checkpoint", str(results / "cond"), *flags]) == 0
+    assert ex2_main.main(["test", "--no_cuda", "--checkpoint", str(results / "cond"), *flags]) == 0
     raw = json.loads((tmp_path / "test_metrics.json").read_text())
     assert raw["weights"] == "raw"
     assert raw["losses"] != json.loads((results / "cond" / "test_metrics.json").read_text())["losses"]
@@ -398,7 +407,7 @@ def test_bad_requests_are_one_line(results, capsys, flags, message):
 
 
 def test_scales_of_an_unconditional_model_are_refused(results, capsys):
-    assert ex2_main.main(["test", "--checkpoint", str(results / "plain"), "--eval_scales", "1"]) == 2
+    assert ex2_main.main(["test", "--no_cuda", "--checkpoint", str(results / "plain"), "--eval_scales", "1"]) == 2
     assert "this model can't be guided" in capsys.readouterr().err
 
 
@@ -406,9 +415,9 @@ def test_missing_and_misfitting_weights_are_one_line(results, tmp_path, capsys):
     saved = ckpt.load_checkpoint(results / "cond")
     content = {name: value for name, value in saved.items() if name not in ("format", "ema")}
     ckpt.save_checkpoint(tmp_path / "ckpt.pt", **content)
-    assert ex2_main.main(["test", "--checkpoint", str(tmp_path)]) == 2
+    assert ex2_main.main(["test", "--no_cuda", "--checkpoint", str(tmp_path)]) == 2
     assert "the checkpoint holds no ema weights: give --weights raw" in capsys.readouterr().err
     content["config"] = {**saved["config"], "dim": 16}
     ckpt.save_checkpoint(tmp_path / "ckpt.pt", **content, ema=saved["ema"])
-    assert ex2_main.main(["sample", "--checkpoint", str(tmp_path)]) == 2
+    assert ex2_main.main(["sample", "--no_cuda", "--checkpoint", str(tmp_path)]) == 2
     assert "weights don't fit the model its settings describe" in capsys.readouterr().err

@@ -1,0 +1,31 @@
+"""The check of a GPU, as far as a CPU can run it."""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import gpu_check  # noqa: E402
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there the check itself is run")
+
+
+@pytest.mark.parametrize("name", ["losses", "speed of tiny", "kernels", "sampling"])
+def test_every_part_gives_a_table(name, tmp_path):
+    args = SimpleNamespace(skeleton=None, data_dir=None, part_file=str(tmp_path / "part"))
+    rows = gpu_check.parts(args)[name](args)
+    assert rows and all(row.keys() == rows[0].keys() for row in rows)
+    if name == "losses":
+        assert rows[0]["largest difference of a loss, relative"] == 0  # on a CPU both ways are the same
+    if name.startswith("speed"):
+        assert rows[0]["images/s"] > 0
+
+
+def test_a_part_that_fails_or_takes_too_long_has_its_row(tmp_path):
+    out = tmp_path / "check.json"
+    assert "failed with exit code" in gpu_check.run_part("no such part", [], out, 60)[-1]["note"]
+    assert gpu_check.run_part("machine", [], out, 0.01)[-1]["note"] == "stopped after 0 s"
