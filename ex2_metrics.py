@@ -201,8 +201,7 @@ def bits_per_dim(model, loader: Iterable, diffusor: Diffusion, draws: int, max_i
         classes = labels_for(model, labels)
         columns = {name: [] for name in VARIANCES}
         for stratum in (range(1), *strata):
-            t = torch.cat([torch.randint(stratum.start, stratum.stop, (1,), generator=g) for g in source])
-            t = t.to(diffusor.device)
+            t = stratum.start + (source.draw((len(images),), torch.rand) * len(stratum)).long().to(diffusor.device)
             x_t = diffusor.q_sample(images, t, randn(images.shape, images.device, source))
             estimate = diffusor.predict_x_zero(x_t, t, model(x_t, t, *classes).float()).clamp(-1, 1)
             if stratum.start == 0:
