@@ -28,11 +28,7 @@ LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}
 
 
 def checked_betas(betas: Tensor, timesteps: int) -> Tensor:
-    """`betas`, once they are T values strictly between 0 and 1.
-
-    Raises:
-        ValueError: they are not, or T is below 1.
-    """
+    """`betas`, or a ValueError where they are not T values strictly between 0 and 1."""
     if betas.shape != (timesteps,):
         raise ValueError(f"the schedule gave betas of shape {tuple(betas.shape)}, expected ({timesteps},)")
     if not ((betas > 0) & (betas < 1)).all():
@@ -77,18 +73,15 @@ def sigmoid_beta_schedule(beta_start: float, beta_end: float, timesteps: int, s_
 def rescaled(schedule: Callable[[float, float, int], Tensor], timesteps: int) -> Tensor:
     """`schedule` from 1e-4 to 0.02 as published for T = 1000, its betas multiplied by 1000/T at any other T.
 
-    Without this, fewer steps add less noise in all: linear betas leave alphas_bar = 0.364 at T = 100, and samples
-    would start from a noise level that the model never saw.
-
-    Raises:
-        ValueError: a beta would reach 1 (T of 20 and below).
+    Otherwise fewer steps add less noise: linear betas leave alphas_bar = 0.364 at T = 100, and samples would start from
+    noise that the model never saw. A ValueError where a beta would reach 1 (T of 20 and below).
     """
     check_timesteps(timesteps)
     beta_end = 0.02 * 1000 / timesteps
     if beta_end >= 1:
         raise ValueError(
-            f"{timesteps} timesteps are too few: scaled by 1000/T the last beta would be {beta_end:g}, and a beta must "
-            "be below 1. Use at least 21 timesteps, or the cosine schedule."
+            f"{timesteps} timesteps are too few: scaled by 1000/T the last beta would be {beta_end:g}, not below 1. "
+            "Use at least 21 timesteps, or the cosine schedule."
         )
     return schedule(1e-4 * 1000 / timesteps, beta_end, timesteps)
 
@@ -109,13 +102,7 @@ def extract(a: Tensor, t: Tensor, x_shape: Sequence[int]) -> Tensor:
 
 
 def check_images(x_zero: Tensor) -> None:
-    """Refuses what is no image batch in [-1, 1].
-
-    Values are looked at on the CPU only: on an accelerator that would make every training step wait for the device.
-
-    Raises:
-        ValueError: integer images, or values outside [-1, 1].
-    """
+    """Raises a ValueError for integer images and, on the CPU, values outside [-1, 1]: a GPU would have to wait."""
     if not x_zero.is_floating_point():
         raise ValueError(f"images must be floats in [-1, 1], got {x_zero.dtype}: divide by 127.5 and subtract 1")
     if x_zero.device.type == "cpu" and x_zero.numel() and (largest := x_zero.abs().amax().item()) > 1 + 1e-4:
@@ -163,11 +150,10 @@ def guided_eps(
     """Classifier-free guidance, the sheet's Eq. 11: (1 + w) eps(x, t, c) - w eps(x, t). 2.4 b.
 
     Args:
-        model: (x, t) -> eps, or (x, t, classes) -> eps; guidance needs its attribute `null_class`, the label of "no
-            class".
+        model: (x, t) -> eps, or (x, t, classes) -> eps with an attribute `null_class`, the label of "no class".
         x: (B, C, H, W) noisy images.  t: (B,) times.  classes: (B,) labels, or None for an unconditional prediction.
-        guidance_scale: w. 0 is the plain conditional prediction and -1 the unconditional one, one network call each on
-            B images; any other w makes both predictions in one call on 2B images.
+        guidance_scale: w. 0 is the conditional and -1 the unconditional prediction; any other w takes both, in one
+            network call on 2B images.
 
     Raises:
         ValueError: guidance without classes, or of a model without a null class.
@@ -199,13 +185,10 @@ class Diffusion:
     """A forward process q with fixed betas, and the reverse process p that a noise-predicting model drives.
 
     Args:
-        timesteps: T, the number of noising steps.
-        get_noise_schedule: T -> betas (T,), for example `SCHEDULES["cosine"]`.
+        timesteps: T, the number of noising steps.  get_noise_schedule: T -> betas (T,), as `SCHEDULES["cosine"]`; a
+            ValueError where they are not strictly between 0 and 1.
         img_size: height and width of the images in pixels.
-        device: where the tables live; None takes CUDA where there is some, else the CPU. It must be the model's.
-
-    Raises:
-        ValueError: the schedule does not give T betas strictly between 0 and 1.
+        device: where the tables live, and the model has to; None takes CUDA where there is some, else the CPU.
     """
 
     def __init__(self, timesteps, get_noise_schedule, img_size, device=None):
@@ -213,8 +196,7 @@ class Diffusion:
         check_timesteps(timesteps)
         betas = checked_betas(torch.as_tensor(get_noise_schedule(timesteps)).to("cpu", torch.float64), timesteps)
 
-        self.timesteps = timesteps
-        self.img_size = img_size
+        self.timesteps, self.img_size = timesteps, img_size
         self.model_times = list(range(timesteps))  # the t that the model is given; `respaced` thins it
 
         alphas = 1 - betas
@@ -226,11 +208,10 @@ class Diffusion:
                 "so samples start from noise the model never saw. Use more timesteps or larger betas.",
                 stacklevel=2,
             )
+        log_snr = torch.log(alphas_bar / (1 - alphas_bar))  # the scale on which schedules can be compared
         self._alphas_bar_exact = tuple(alphas_bar.tolist())  # float64, for `respaced`
-        self._log_snr_exact = tuple(torch.log(alphas_bar / (1 - alphas_bar)).tolist())
-        self.betas = betas
-        self.alphas_bar = alphas_bar
-        self.alphas_bar_prev = alphas_bar_prev
+        self._log_snr_exact = tuple(log_snr.tolist())
+        self.betas, self.alphas_bar, self.alphas_bar_prev, self.log_snr = betas, alphas_bar, alphas_bar_prev, log_snr
         # Eq. 4: x_t = sqrt_alphas_bar * x_zero + sqrt_one_minus_alphas_bar * eps
         self.sqrt_alphas_bar = alphas_bar.sqrt()
         self.sqrt_one_minus_alphas_bar = (1 - alphas_bar).sqrt()
@@ -244,12 +225,7 @@ class Diffusion:
         self.posterior_variance = betas * (1 - alphas_bar_prev) / (1 - alphas_bar)
         # x_t = cos(angle) x_zero + sin(angle) eps
         self.angles = torch.atan2((1 - alphas_bar).sqrt(), alphas_bar.sqrt())
-        # How much of x_t is image: the scale on which different schedules can be compared
-        self.log_snr = torch.log(alphas_bar / (1 - alphas_bar))
-
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.to(device)
+        self.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     def to(self, device) -> Diffusion:
         """Moves the tables to `device` (as float32: some devices have no float64) and returns the diffusor."""
@@ -305,12 +281,9 @@ class Diffusion:
 
         Args:
             denoise_model: (x_t, t) -> eps, or (x_t, t, classes) -> eps where classes are given.
-            x_zero: (B, C, H, W) images in [-1, 1].  t: (B,) times.  noise: the target; None draws it from N(0, I).
+            x_zero: (B, C, H, W) images in [-1, 1], or a ValueError.  t: (B,) times.  noise: the target; None draws it.
             loss_type: "l1" (mean absolute) or "l2" (mean squared).  classes: (B,) labels for a conditional model.
             min_snr: gamma of `min_snr_weights`; None weighs all times alike, as Eq. 9 does.
-
-        Raises:
-            ValueError: images not in [-1, 1] (see `check_images`), or an unknown loss.
         """
         if loss_type not in LOSSES:
             raise ValueError(f"loss_type must be 'l1' or 'l2', got {loss_type!r}")
@@ -360,9 +333,9 @@ class Diffusion:
         return x_zero + (after - now) / (2 * (now - before)) * (x_zero - x_zero_before)
 
     def velocity(self, t: Tensor, eps: Tensor, x_zero: Tensor) -> Tensor:
-        """dx/dangle of the probability-flow ODE, where x = cos(angle) x_zero + sin(angle) eps; (B, C, H, W).
+        """dx/dangle of the probability-flow ODE, where x = cos(angle) x_zero + sin(angle) eps, cos^2 is alphas_bar.
 
-        Salimans and Ho 2022, https://arxiv.org/abs/2202.00512, appendix D: cos(angle)^2 is alphas_bar.
+        Salimans and Ho 2022, appendix D (https://arxiv.org/abs/2202.00512). (B, C, H, W).
         """
         cos, sin = (extract(a, t, eps.shape) for a in (self.sqrt_alphas_bar, self.sqrt_one_minus_alphas_bar))
         return cos * eps - sin * x_zero
@@ -379,8 +352,8 @@ class Diffusion:
     def clamp_eps(self, x: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """The noise that belongs to x_t once the x_zero estimate is clamped to [-1, 1]; x_t itself is never clamped.
 
-        Every image lies in [-1, 1], but an error of eps is divided by sqrt(alphas_bar) on its way to x_zero: at the
-        noisy end of the cosine schedule it grows 20,000 times. Where nothing is clamped this changes nothing.
+        An error of eps is divided by sqrt(alphas_bar) on its way to x_zero: at the noisy end of the cosine schedule it
+        grows 20,000 times. Where nothing is clamped this changes nothing.
         """
         return self.predict_eps(x, t, self.predict_x_zero(x, t, eps).clamp(-1, 1))
 
@@ -390,10 +363,8 @@ class Diffusion:
     ) -> Tensor:
         """One reverse step x_t -> x_{t-1}: Eq. 8 to the letter. 2.2 d.
 
-        Args:
-            model: predicts eps, see `guided_eps`, also for `classes` and `guidance_scale`.
-            x: (B, C, H, W), x_t.  t: (B,), all equal to the integer `t_index`; no noise is added where it is 0.
-            clamp: use the noise of the clamped x_zero estimate (`clamp_eps`).
+        x is x_t (B, C, H, W), t (B,) all equal to the integer `t_index`; at 0 no noise is added. `clamp` uses the noise
+        of the clamped x_zero estimate. Other arguments as in `guided_eps`.
         """
         eps = guided_eps(model, x, t, classes, guidance_scale)
         if clamp:
@@ -402,13 +373,10 @@ class Diffusion:
         return self.ddpm_step(x, t, eps, z)
 
     def respaced(self, steps: int | None) -> Diffusion:
-        """The same process on `steps` of its times, those of `visited_times`; None keeps all of them.
+        """The same process on `steps` of its times, 1 .. T, as in `visited_times`; None keeps all of them.
 
         Its betas follow from alphas_bar at the times that are left (Nichol and Dhariwal 2021, Eq. 19); `model_times`
         holds the t that the model knows them by.
-
-        Raises:
-            ValueError: steps not within 1 .. T.
         """
         if steps is None or steps == self.timesteps:
             return self
@@ -536,10 +504,10 @@ def checked_classes(classes: Tensor | Sequence[int], batch_size: int, null_class
 
 
 def visited_times(timesteps: int, steps: int) -> Tensor:
-    """`steps` of the times 0 .. T-1 in rising order, both ends among them (T-1, if it is one), closer near 0.
+    """`steps` of the times 0 .. T-1 in rising order, both ends among them (T-1, if it is one).
 
-    Between the even and the quadratic spacing of Song et al. 2021 (https://arxiv.org/abs/2010.02502, appendix D.2):
-    pictures get their details where there is little noise, and few steps are missed most there.
+    They lie closer near 0, where pictures get their details: between the even and the quadratic spacing of Song et al.
+    2021 (https://arxiv.org/abs/2010.02502, appendix D.2).
     """
     times = (timesteps - 1) * torch.linspace(0, 1, steps, dtype=torch.float64) ** SPACING
     times[-1] = timesteps - 1  # of a single step, too
@@ -552,10 +520,7 @@ def evenly_spaced(length: int, count: int) -> list[int]:
 
 
 def thin_trajectory(trajectory, length: int, frames: int) -> list[tuple[int, Tensor, Tensor]]:
-    """About `frames` evenly spaced entries of a trajectory of `length` entries, the first and the last among them.
-
-    They are copied to the CPU one by one, so memory grows with `frames` and not with T.
-    """
+    """About `frames` evenly spaced entries of a trajectory of `length` entries, both ends among them, on the CPU."""
     wanted = set(evenly_spaced(length, frames))
     return [(t, x.cpu(), x_zero.cpu()) for i, (t, x, x_zero) in enumerate(trajectory) if i in wanted]
 

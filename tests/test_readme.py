@@ -9,7 +9,7 @@ import ex2_main
 from ex2_cli import parse_args
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = "\n".join(path.read_text("utf-8") for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))])
 
 
 def test_every_test_that_is_named_exists():
@@ -56,10 +56,22 @@ def test_every_flag_that_is_named_exists():
         "eval_samples",
         "eval_scales",
         "inception_weights",
+        "requeue",
     }
     flags -= {"weights", "classes", "n_images", "out", "preset", "signal", "max"}  # of commands, SLURM and torchrun
     names = {f.name for f in dataclasses.fields(cfg.Config)}
     assert {flag.replace("no_", "", 1) if flag.startswith("no_") else flag for flag in flags} <= names
+
+
+def test_every_document_that_is_linked_is_there():
+    links = re.findall(r"\]\(((?:docs/)?\w[\w-]*\.md)\)", README)
+    assert len(links) >= 6
+    for link in links:
+        assert (ROOT / link).is_file() or (ROOT / "docs" / link).is_file(), link
+
+
+def test_the_readme_is_read_in_five_minutes():
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) < 160
 
 
 def test_every_picture_is_there():
