@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import json
 import os
 import pickle
 import sys
@@ -122,6 +123,20 @@ def read_checkpoint(path: Path, device="cpu") -> dict:
     return content
 
 
+def read_json(path: Path) -> dict:
+    """The content of a JSON file of a run; empty where there is none, or, with a line, a damaged one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict) or not content:
+        print(f"{path} is damaged or of another program: left out")
+        return {}
+    return content
+
+
 # ---------------------------------------------------------------------------- log.csv
 
 
@@ -135,8 +150,8 @@ class RunLog:
     def __init__(self, path: Path, epochs_done: int = 0, step: int = 0):
         self.path = path
         rows = self.rows() if step > 0 and path.is_file() else []
-        kept = [row for row in rows if None not in row.values() and self.belongs(row, epochs_done, step)]
-        self.started = time.perf_counter() - (float(kept[-1]["seconds"]) if kept else 0)
+        kept = [row for row in rows if self.belongs(row, epochs_done, step)]
+        self.started = time.perf_counter() - (float(kept[-1]["seconds"] or 0) if kept else 0)
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, LOG_COLUMNS)
         writer.writeheader()
@@ -158,6 +173,19 @@ class RunLog:
 
     @staticmethod
     def read(path: Path) -> list[dict]:
-        """The rows of a log.csv, every cell a string."""
-        with open(path, newline="") as file:
-            return list(csv.DictReader(file))
+        """The whole rows of a log.csv, every cell a string; a row that was cut off or is no row of ours is left out."""
+        try:
+            text = path.read_bytes().decode("utf-8", "replace").replace("\0", "?")
+        except OSError:
+            return []
+        whole = text[: text.rfind("\n") + 1]
+        return [row for row in csv.DictReader(io.StringIO(whole, newline="")) if is_row(row)]
+
+
+def is_row(row: dict) -> bool:
+    """Whether a row has all columns of a log, with numbers in them or nothing."""
+    try:
+        numbers = [float(cell) for cell in row.values() if cell != ""]
+        return tuple(row) == LOG_COLUMNS and len(numbers) >= 3 and int(row["step"]) >= 0 and int(row["epoch"]) >= 0
+    except (TypeError, ValueError):
+        return False

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import re
 from dataclasses import fields
 
-from ex2_config import PRESETS, WEIGHTS, Config
+from ex2_config import PRESETS, WEIGHTS, Config, expanded
 from ex2_data import InputError
 from ex2_pictures import GUIDANCE_SCALES
 
@@ -22,10 +23,22 @@ RUN_FLAGS_OF_TRAIN = (
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse, whose errors are one line without the usage text."""
+    """argparse, whose errors are one line without the usage text, and to which -5e-1 is a number on every Python."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
 
     def error(self, message: str):
         raise InputError(f"{message} (see {self.prog} --help)")
+
+
+def path(text: str) -> str:
+    """The type of every path of the command line that is no setting."""
+    try:
+        return expanded(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def add_flags(parser: argparse.ArgumentParser, groups: tuple[str, ...], leave_out: tuple[str, ...] = ()) -> None:
@@ -56,7 +69,7 @@ def add_flags(parser: argparse.ArgumentParser, groups: tuple[str, ...], leave_ou
 
 def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of every command that starts from a checkpoint."""
-    parser.add_argument("--checkpoint", required=True, help="a run's folder, or its ckpt.pt")
+    parser.add_argument("--checkpoint", type=path, required=True, help="a run's folder, or its ckpt.pt")
     parser.add_argument("--weights", choices=WEIGHTS, default="ema", help="averaged, or as last trained (default: ema)")
 
 
@@ -91,9 +104,12 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         "--eval_scales", type=float, nargs="+", help="guidance scales to judge them at (default: those of the pictures)"
     )
     test.add_argument(
-        "--inception_weights", metavar="FILE", help="torch-fidelity's weights: FID instead of own features"
+        "--inception_weights",
+        type=path,
+        metavar="FILE",
+        help="torch-fidelity's weights, for FID",
     )
-    test.add_argument("--out", help="folder for the figures (default: the run's folder)")
+    test.add_argument("--out", type=path, help="folder for the figures (default: the run's folder)")
     # Another seed would split the data anew, and training images would land in the validation set.
     add_flags(test, ("run", "access to the data", "evaluation", "sampling"), (*RUN_FLAGS_OF_TRAIN, "seed"))
 
@@ -101,7 +117,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add_checkpoint_flags(sample)
     sample.add_argument("--n_images", type=int, default=16, help="how many in all (default: 16)")
     sample.add_argument("--classes", nargs="+", help="class names or numbers, one after the other (default: all)")
-    sample.add_argument("--out", help="folder for the images (default: samples/ in the run's folder)")
+    sample.add_argument("--out", type=path, help="folder for the images (default: samples/ in the run's folder)")
     add_flags(sample, ("run", "sampling"), (*RUN_FLAGS_OF_TRAIN, "guidance_scale"))
     sample.add_argument(
         "--guidance_scale",
@@ -124,7 +140,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add_flags(compare, all_groups, ("save_model",))
 
     report = commands.add_parser("report", help="everything under a results folder as one page")
-    report.add_argument("--results_dir", default="results", help="folder of all runs (default: results)")
+    report.add_argument("--results_dir", type=path, default="results", help="folder of all runs (default: results)")
 
     if not argv or (argv[0] not in commands.choices and argv[0] not in ("-h", "--help")):
         argv = ["train", *argv]

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import itertools
 import json
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 
 import ex2_viz as viz
-from ex2_checkpoint import CHECKPOINT_NAME, RunLog, load_checkpoint, write_atomically
+from ex2_checkpoint import CHECKPOINT_NAME, RunLog, load_checkpoint, read_json, write_atomically
 from ex2_config import Config, build_diffusion, build_model, restore_model
 from ex2_data import InputError
 from ex2_diffusion import sample_in_batches
@@ -98,17 +99,16 @@ def is_judged(config: Config, judge, count: int) -> bool:
     saved = max((path.stat().st_mtime for path in config.run_dir.glob(f"{CHECKPOINT_NAME}*")), default=0)
     if not metrics.is_file() or metrics.stat().st_mtime < saved:
         return False
-    report = json.loads(metrics.read_text())
-    losses, samples = report["losses"]["test"], report.get("samples")
-    if report["weights"] != "ema" or len(losses["t"]) != min(config.eval_timesteps, config.timesteps):
+    report = read_json(metrics)
+    try:
+        losses, samples = report["losses"]["test"], report.get("samples")
+        same = report["weights"] == "ema" and len(losses["t"]) == min(config.eval_timesteps, config.timesteps)
+        same = same and losses["images"] <= config.eval_images == report["eval_images"]
+        same = same and "bits_per_dim" in report and isinstance(samples, dict) == (judge is not None)
+    except (KeyError, TypeError):  # of another version
         return False
-    if losses["images"] > config.eval_images or report["eval_images"] != config.eval_images:
-        return False
-    if judge is None:
-        return samples is None
-    return samples is not None and all(
-        samples.get(name) == value for name, value in how_judged(judge, config, count).items()
-    )
+    wanted = {} if judge is None else how_judged(judge, config, count)
+    return same and all(samples.get(name) == value for name, value in wanted.items())
 
 
 # ---------------------------------------------------------------------------- what comes out
@@ -119,7 +119,7 @@ def write_comparison(
 ) -> None:
     """table.csv, table.md, curves.png and samples.png of judged runs; those that failed have an empty row."""
     done = {name: config for name, config in runs.items() if name not in failed}
-    reports = {name: json.loads((config.run_dir / "test_metrics.json").read_text()) for name, config in done.items()}
+    reports = {name: read_json(config.run_dir / "test_metrics.json") for name, config in done.items()}
     logs = {name: RunLog.read(config.run_dir / "log.csv") for name, config in done.items()}
     rows = []
     for name, config in runs.items():
@@ -127,18 +127,19 @@ def write_comparison(
         rows.append({**row, **(figures_of(config, reports[name], logs[name]) if name in done else {})})
     head = max(rows, key=len)
     rows = [{name: row.get(name) for name in head} for row in rows]
-    with open(out / "table.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(head))
-        writer.writeheader()
-        writer.writerows(rows)
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, list(head))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(out / "table.csv", table.getvalue().encode())
     notes = [NOT_COMPARABLE, *(f"{name} failed: {reason}" for name, reason in failed.items())]
     text = as_markdown(rows) + "\n" + "\n\n".join(notes)
-    (out / "table.md").write_text(text + "\n", encoding="utf-8")
-    print(text)
+    write_atomically(out / "table.md", (text + "\n").encode())
     if done:
         losses = {name: report["losses"]["test"] for name, report in reports.items()}
         viz.plot_comparison(logs, losses, out / "curves.png")
         draw_side_by_side(done, out / "samples.png", device)
+    print(text)
 
 
 def figures_of(config: Config, report: dict, log: list[dict]) -> dict:
@@ -155,7 +156,7 @@ def figures_of(config: Config, report: dict, log: list[dict]) -> dict:
         figures["Fréchet distance"] = own["frechet_distance"]
         figures["precision"], figures["recall"] = own["precision"], own["recall"]
         figures["class accuracy"] = own.get("class_accuracy") if config.class_free_guidance else None
-    figures["seconds"] = round(float(log[-1]["seconds"]))
+    figures["seconds"] = round(float(log[-1]["seconds"])) if log else None
     return figures
 
 

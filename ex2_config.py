@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Optional
@@ -31,7 +33,7 @@ class Config:
     """
 
     run_name: str = setting("DDPM", "run", "everything of the run lands in <results_dir>/<run_name>/", type=str)
-    results_dir: str = setting("results", "run", "folder of all runs", type=str)
+    results_dir: str = setting("results", "run", "folder of all runs", type=str, path=True)
     seed: int = setting(0, "run", "of weights, data order, noise and samples", type=int, minimum=0, maximum=2**32 - 1)
     cuda: Optional[bool] = setting(
         None, "run", "insist on the GPU, or stay off it (default: the GPU where there is one)"
@@ -68,9 +70,11 @@ class Config:
     )
     label_column: Optional[str] = setting(None, "data", "column that gives a butterfly its class", type=str)
     data_dir: Optional[str] = setting(
-        None, "access to the data", "where cifar10, the image folder or a parquet file of butterflies lies", type=str
+        None, "access to the data", "where cifar10, images or a parquet file of butterflies lies", type=str, path=True
     )
-    cache_dir: Optional[str] = setting(None, "access to the data", "where downloaded butterflies are kept", type=str)
+    cache_dir: Optional[str] = setting(
+        None, "access to the data", "where downloaded butterflies are kept", type=str, path=True
+    )
     num_workers: int = setting(0, "access to the data", "processes that read image files", type=int, minimum=0)
 
     timesteps: int = setting(
@@ -162,6 +166,8 @@ class Config:
             value = getattr(self, f.name)
             if "nargs" in f.metadata:
                 object.__setattr__(self, f.name, tuple(value))
+            if "path" in f.metadata and isinstance(value, str):
+                object.__setattr__(self, f.name, expanded(value))
             for item in value if "nargs" in f.metadata else (value,):
                 check_setting(f, item)
         if not self.dim_mults:
@@ -237,6 +243,18 @@ class Config:
             "eta": self.eta,
             "guidance_interval": self.guidance_interval,
         }
+
+
+def expanded(path: str) -> str:
+    """A path as the shell would have it: ~ is the home folder, $NAME an environment variable. For every path there is.
+
+    Raises:
+        InputError: there is no such home folder or variable.
+    """
+    whole = os.path.expandvars(os.path.expanduser(path))
+    if whole.startswith("~") or re.search(r"\$\w|\$\{", whole):
+        raise InputError(f"{path}: no such home folder or environment variable; write the path in full")
+    return whole
 
 
 def check_setting(f: dataclasses.Field, value) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import inspect
 import os
+import signal
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from urllib.error import URLError
 import numpy as np
 import torch
 import torchvision.transforms.functional as TF
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import CIFAR10
@@ -28,6 +29,13 @@ DATASETS = ("cifar10", "shapes", "folder", "butterflies")
 SQUARES = ("crop", "pad")  # what makes an image square: its centre, or white bars
 BUTTERFLIES = "huggan/smithsonian_butterflies_subset"
 RARE = 10  # fewer butterflies of a kind are no class of their own
+EXIF_ORIENTATION = 0x0112
+EXIF_TURNS = dict(
+    zip(
+        range(2, 9),
+        ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"),
+    )
+)
 COURSE_CIFAR10 = Path("/proj/aimi-adl/CIFAR10/")
 SHAPES_COUNT = {"train": 10_000, "test": 2_000}  # of which the usual 10% of train become val
 SHAPES_SEED = 0
@@ -35,6 +43,11 @@ HELD_OUT = 0.1  # share of the training images that become the validation set
 RESIDENT_LIMIT = (
     2 * 1024**3
 )  # bytes of uint8 images that are kept on the device; larger folders are read while training
+
+
+# Everything that a scheduler, a terminal or a limit sends to end a program; what denotes a fault of it is left alone.
+SIGNAL_NAMES = "TERM INT HUP QUIT USR1 USR2 XCPU ALRM VTALRM PWR BREAK".split()
+SIGNALS = [getattr(signal, f"SIG{name}") for name in SIGNAL_NAMES if hasattr(signal, f"SIG{name}")]
 
 
 class InputError(ValueError):
@@ -198,8 +211,12 @@ def find_cifar10(data_dir: str | None) -> Path:
         InputError: an archive or batch file is damaged, or there is no data set and no network.
     """
     chosen = data_dir or os.environ.get("CIFAR10_ROOT")
-    places = [Path(chosen)] if chosen else []
+    places = [Path(chosen).expanduser()] if chosen else []
     places += [COURSE_CIFAR10, Path("data")]
+    if chosen and (places[0] / CIFAR10.train_list[0][0]).is_file():  # the folder of the batches itself
+        if places[0].resolve().name != CIFAR10.base_folder:
+            raise InputError(f"{chosen} holds the batches of CIFAR-10: name it {CIFAR10.base_folder}, give its parent")
+        places[0] = places[0].resolve().parent
     for place in places:
         if (place / CIFAR10.base_folder).is_dir():
             check_cifar10_files(place)
@@ -210,10 +227,15 @@ def find_cifar10(data_dir: str | None) -> Path:
                 raise InputError(
                     f"{archive} is damaged (its md5 is not {CIFAR10.tgz_md5}): delete it and fetch it anew"
                 )
-            extract_archive(str(archive), str(place))
+            try:
+                extract_archive(str(archive), str(place))
+            except OSError as error:
+                place = Path("data")
+                print(f"{archive} can't be unpacked where it lies ({error.strerror}): unpacking it into {place}")
+                extract_archive(str(archive), str(place))
             check_cifar10_files(place)
             return place
-    target = Path(chosen) if chosen else Path("data")
+    target = places[0] if chosen else Path("data")
     try:
         CIFAR10(target, download=True)
     except (URLError, OSError, RuntimeError) as error:
@@ -241,7 +263,8 @@ def check_cifar10_files(root: Path) -> None:
 def load_folder(data_dir: str | None, image_size: int, seed: int, num_workers: int = 0, square: str = "crop"):
     """Images in `train/<class>/*` and `test/<class>/*`; or in `<class>/*`, a seeded tenth of which is the test set.
 
-    Held in memory where they fit `RESIDENT_LIMIT`, else read while training.
+    A folder `train` with folders in it is the training set, else it is a class of that name. Images are held in memory
+    where they fit `RESIDENT_LIMIT`, else read while training.
     """
     if data_dir is None:
         raise InputError(
@@ -249,9 +272,17 @@ def load_folder(data_dir: str | None, image_size: int, seed: int, num_workers: i
         )
     root = Path(data_dir)
     train_dir, test_dir = root / "train", root / "test"
-    class_names = find_classes(train_dir if train_dir.is_dir() else root)
-    train = find_images(train_dir if train_dir.is_dir() else root, class_names, image_size, square)
-    if train_dir.is_dir() and test_dir.is_dir():
+    split = train_dir.is_dir() and any(entry.is_dir() for entry in train_dir.iterdir())
+    others = find_classes(root, ("train", "test")) if split else ()
+    if others:
+        print(f"{root}: {train_dir} holds class folders and is the training set; left out: {', '.join(others)}")
+    class_names = find_classes(train_dir if split else root)
+    if not split and set(class_names) <= {"train", "val", "test"}:
+        class_names = ()  # images without classes
+    if not class_names:
+        raise InputError(f"{root} holds no class folders: put the images into {root / '<class>'}")
+    train = find_images(train_dir if split else root, class_names, image_size, square)
+    if split and test_dir.is_dir():
         if find_classes(test_dir) != class_names:
             raise InputError(f"the classes in {test_dir} differ from those in {train_dir}: both need the same folders")
         test = find_images(test_dir, class_names, image_size, square)
@@ -264,59 +295,87 @@ def load_folder(data_dir: str | None, image_size: int, seed: int, num_workers: i
     return train, test, class_names
 
 
-def find_classes(folder: Path) -> tuple[str, ...]:
-    """The names of the folders in `folder`, sorted."""
+def find_classes(folder: Path, leave_out: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """The names of the folders in `folder`, sorted; says what else lies there.
+
+    Raises:
+        InputError: there is no such folder, or a name that no picture could show.
+    """
     if not folder.is_dir():
         raise InputError(
             f"{folder} is no folder: --data_dir must hold train/<class>/* and test/<class>/*, or <class>/*"
         )
-    names = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."))
-    if not names:
-        raise InputError(f"{folder} holds no class folders: put the images into {folder / '<class>'}")
-    return names
+    entries = [entry for entry in folder.iterdir() if entry.name[0] != "." and entry.name not in leave_out]
+    names = sorted(entry.name for entry in entries if entry.is_dir())
+    for name in names:
+        if any("\ud800" <= letter <= "\udfff" for letter in name):  # what stands for bytes that are no UTF-8
+            raise InputError(f"{folder}: the name of the class folder {name!r} is no UTF-8: rename it")
+    say_skipped(folder, [entry for entry in entries if not entry.is_dir()], "are in no class folder")
+    return tuple(names)
+
+
+def say_skipped(folder: Path, entries: list[Path], why: str) -> None:
+    """Counts what is left out by its kind, and names broken links."""
+    if not entries:
+        return
+    broken = [entry.name for entry in entries if entry.is_symlink() and not entry.exists()]
+    kinds = Counter(entry.suffix or entry.name for entry in entries if entry.name not in broken)
+    kinds.update({"broken links: " + " ".join(sorted(broken)[:5]): len(broken)} if broken else {})
+    found = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+    print(f"{folder}: skipped {len(entries)} entries that {why} ({found})")
 
 
 def find_images(folder: Path, class_names: tuple[str, ...], image_size: int, square: str = "crop") -> ImageFiles:
-    """The image files of every class, in sorted order; says how many other files were skipped."""
-    paths, labels, skipped = [], [], Counter()
+    """The image files of every class, in sorted order; says how much else was skipped."""
+    paths, labels, skipped = [], [], []
     for label, name in enumerate(class_names):
-        files = sorted(path for path in (folder / name).iterdir() if path.is_file())
-        found = [path for path in files if path.suffix.lower() in IMG_EXTENSIONS and path.name[0] != "."]
+        entries = sorted((folder / name).iterdir())
+        found = [path for path in entries if path.suffix.lower() in IMG_EXTENSIONS and path.name[0] != "."]
+        found = [path for path in found if path.is_file()]
         if not found:
             raise InputError(
                 f"{folder / name} holds no images ({', '.join(IMG_EXTENSIONS)}): fill or remove the folder"
             )
-        skipped.update(path.suffix or path.name for path in set(files) - set(found))
+        skipped += sorted(set(entries) - set(found))
         paths += found
         labels += [label] * len(found)
-    if skipped:
-        kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(skipped.items()))
-        print(f"{folder}: skipped {sum(skipped.values())} files that are no images ({kinds})")
+    say_skipped(folder, skipped, "are no images")
     return ImageFiles(tuple(paths), torch.tensor(labels), image_size, square)
 
 
 def read_image(path: Path, image_size: int, square: str = "crop") -> Tensor:
-    """(3, image_size, image_size) uint8 from an image file; see `prepare_image`.
-
-    Raises:
-        InputError: the file can't be decoded.
-    """
+    """(3, image_size, image_size) uint8 from an image file, by `prepare_image`; an InputError names a damaged one."""
     try:
         with Image.open(path) as image:
             return TF.pil_to_tensor(prepare_image(image, image_size, square))
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
+    except Exception as error:  # Pillow raises many kinds for damaged files
         raise InputError(f"{path} can't be read as an image ({error}): repair or delete it") from error
 
 
+def upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF orientation says; damage elsewhere in the metadata is no matter."""
+    try:
+        turn = EXIF_TURNS.get(image.getexif().get(EXIF_ORIENTATION))
+    except Exception:  # the metadata are damaged, and may be: the pixels decide
+        turn = None
+    image.load()  # what is wrong with the pixels shows here
+    return image if turn is None else image.transpose(Image.Transpose[turn])
+
+
 def prepare_image(image: Image.Image, image_size: int, square: str = "crop") -> Image.Image:
-    """An RGB image of image_size x image_size: upright, transparency on white, `square` of `SQUARES`, resized."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits of grey: convert("RGB") would clip them
+    """An RGB image of image_size x image_size: upright, transparency on white, `square` of `SQUARES`, resized.
+
+    Raises:
+        ValueError: pixels whose range is unknown: 32-bit integers and floats.
+    """
+    sixteen_bits = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    if image.mode in ("I", "F") and not sixteen_bits:
+        raise ValueError(f"its pixels are of mode {image.mode}, 32 bits of unknown range: save them with 8 or 16 bits")
+    image = upright(image)
+    if sixteen_bits:  # convert("RGB") would clip them
         image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
-    if image.mode == "F":
-        raise ValueError("its pixels are floats of unknown range")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA") if image.mode != "La" else image.convert("LA").convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("RGB")
     if square == "pad":
@@ -327,9 +386,15 @@ def prepare_image(image: Image.Image, image_size: int, square: str = "crop") -> 
     return TF.center_crop(TF.resize(image, image_size, antialias=True), image_size)
 
 
+def leave_signals_to_main(worker: int) -> None:
+    """For each process that reads images: a signal to the whole group must not end it before its batch is read."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def read_all(files: ImageFiles, num_workers: int) -> ImageSet:
     """Every file, decoded into memory."""
-    loader = DataLoader(files, batch_size=64, num_workers=num_workers)
+    loader = DataLoader(files, batch_size=64, num_workers=num_workers, worker_init_fn=leave_signals_to_main)
     batches = [reverse_transform(images) for images, _ in tqdm(loader, "reading images", leave=False, disable=None)]
     return ImageSet(torch.cat(batches), files.labels)
 
@@ -356,11 +421,11 @@ def load_butterflies(
         raise InputError(f"the butterflies have no column 'image', only {', '.join(rows.column_names)}")
     labels, class_names = column_labels(rows, label_column)
     # The library recognises work that is done by what it is given; of functions it sees the name, so give the code.
-    code = hashlib.sha256(inspect.getsource(prepare_image).encode()).hexdigest()
+    code = hashlib.sha256((inspect.getsource(prepare_image) + inspect.getsource(upright)).encode()).hexdigest()
     settings = {"image_size": image_size, "square": square, "code": code}
     try:
-        rows = rows.select_columns("image").map(prepare_row, fn_kwargs=settings, desc="resizing")
-    except (UnidentifiedImageError, OSError, ValueError, AttributeError) as error:
+        rows = rows.select_columns("image").map(prepare_row, fn_kwargs=settings, desc="resizing", with_indices=True)
+    except Exception as error:  # as in `read_image`
         raise InputError(f"the butterflies hold an image that can't be read ({error})") from error
     images = torch.stack([TF.pil_to_tensor(row["image"]) for row in rows])
     train, test = split_off(ImageSet(images, labels), seed + 1)
@@ -410,9 +475,12 @@ def column_labels(rows, label_column: str | None) -> tuple[Tensor, tuple[str, ..
     return torch.tensor([class_names.index(name) for name in names]), class_names
 
 
-def prepare_row(row: dict, image_size: int, square: str, code: str) -> dict:
+def prepare_row(row: dict, index: int, image_size: int, square: str, code: str) -> dict:
     """The row with its image as `prepare_image`, of that `code`, makes it."""
-    return {"image": prepare_image(row["image"], image_size, square)}
+    try:
+        return {"image": prepare_image(row["image"], image_size, square)}
+    except Exception as error:
+        raise ValueError(f"row {index}: {error}") from error
 
 
 # ---------------------------------------------------------------------------- shapes

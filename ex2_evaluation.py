@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import ex2_viz as viz
-from ex2_checkpoint import write_atomically
+from ex2_checkpoint import read_json, write_atomically
 from ex2_config import Config
 from ex2_data import DataSplits, InputError, reverse_transform, to_model_range
 from ex2_diffusion import SPACING, Diffusion, ImageNoise, evenly_spaced, sample_in_batches
@@ -101,18 +101,17 @@ def write_report(report: dict, config: Config) -> None:
     """
     if not is_main():
         return
-    print_losses(report)
+    path = config.run_dir / "test_metrics.json"
+    before, samples = read_json(path), report.get("samples")
+    kept = {"samples": before["samples"]} if "samples" in before and before.get("losses") == report["losses"] else {}
+    write_atomically(path, (json.dumps({**kept, **report}, indent=2) + "\n").encode())
     viz.plot_loss_over_t(report["losses"], config.run_dir / "loss_over_t.png")
     viz.plot_bits_per_dim(report["bits_per_dim"], config.timesteps, config.run_dir / "bits_per_dim.png")
-    if "samples" in report:
-        print_samples(report["samples"])
-        if len(report["samples"]["by_scale"]) > 1:
-            viz.plot_guidance(report["samples"], config.run_dir / "guidance_curve.png")
-    path = config.run_dir / "test_metrics.json"
-    before = json.loads(path.read_text()) if path.is_file() else {}
-    if "samples" in before and "samples" not in report and before["losses"] == report["losses"]:
-        report = {**report, "samples": before["samples"]}
-    write_atomically(path, (json.dumps(report, indent=2) + "\n").encode())
+    if samples and len(samples["by_scale"]) > 1:
+        viz.plot_guidance(samples, config.run_dir / "guidance_curve.png")
+    print_losses(report)
+    if samples:
+        print_samples(samples)
 
 
 def shapes_accuracy(model, diffusor: Diffusion, config: Config) -> dict:

@@ -32,6 +32,7 @@ from ex2_training import (
     build_optimizer,
     learning_rate,
     set_learning_rate,
+    show_loss,
     test,
     train_step,
 )
@@ -63,11 +64,11 @@ def fit(config: cfg.Config, splits: DataSplits, diffusor: Diffusion, device) -> 
         try:
             loss = training.train_epoch()
             val = test(training.average.model, val_loader, diffusor, device, config)
-        except job.Interrupted:
+            training.end_epoch(loss, sum(val[config.loss_type]) / len(val["t"]))
+        except (job.Interrupted, BrokenPipeError):  # a signal; or nobody reads what is printed
             with job.signals_held():
                 training.save()
             raise
-        training.end_epoch(loss, sum(val[config.loss_type]) / len(val["t"]))
     training.drop_previous()
     return training.average.model.eval()
 
@@ -282,11 +283,12 @@ class Training:
             self.choose_step(compiled=True)
 
     def close_window(self, progress: tqdm) -> None:
-        """Shows and logs the loss since the last time."""
-        loss, norm = self.meter.close_window(progress, self.first_batch)
+        """Logs and shows the loss since the last time."""
+        loss, norm = self.meter.close_window()
         if self.log is not None:
             figures = {"lr": self.lr, "grad_norm": norm, "train_loss": loss}
             self.log.write(step=self.step, epoch=self.epochs_done, **figures)
+        show_loss(progress, self.epochs_done, self.first_batch, loss)
 
     def end_epoch(self, loss: float, val_loss: float) -> None:
         """Says, logs and saves how an epoch ended; where the time is up it stays the last one, as far as it came.

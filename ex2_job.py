@@ -9,22 +9,22 @@ import os
 import shutil
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ex2_data import InputError
+from ex2_data import SIGNALS, InputError
 from ex2_distributed import is_main, is_restart, local_rank, started_by_torchrun, world_size
 from ex2_replay import Replayed
 
-# The end of a SLURM job, Ctrl-C, and SLURM's warning before the end; Windows lacks the last.
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 LOCK_NAME = ".lock"
+BROKEN_PIPE = 128 + 13  # exit code of a program whose output nobody reads, as in `... | head`
 HEARTBEAT = 60  # seconds between two signs of life of a lock
 ABANDONED = 600  # seconds without one, after which a lock of another machine counts no more
 
@@ -45,11 +45,15 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def handled_by(handler) -> Iterator[None]:
-    """`SIGNALS` go to `handler`, afterwards again to whom they went before; in a thread nothing changes."""
+    """`SIGNALS` go to `handler`, afterwards again to whom they went before; in a thread nothing changes.
+
+    What is ignored stays so: nohup starts a program without SIGHUP, a shell one in the background without SIGINT.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, handler) for number in SIGNALS}
+    heeded = [number for number in SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+    before = {number: signal.signal(number, handler) for number in heeded}
     try:
         yield
     finally:
@@ -77,6 +81,34 @@ def signals_held() -> Iterator[list[int]]:
 
     with handled_by(hold):
         yield waiting
+
+
+class Words:
+    """A stream that takes any text, whatever its encoding: what that lacks becomes "?". Lines appear at once."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
+        self.stream.write(text.encode(encoding, "replace").decode(encoding, "replace"))
+        if "\n" in text:  # in a batch job's log, too
+            self.stream.flush()
+        return len(text)
+
+
+@contextmanager
+def any_words() -> Iterator[None]:
+    """Standard output and error as `Words`; where there is none, as in a program without a console, nothing is said."""
+    with ExitStack() as stack:
+        if sys.stdout is not None:
+            stack.enter_context(redirect_stdout(Words(sys.stdout)))
+        if sys.stderr is not None:
+            stack.enter_context(redirect_stderr(Words(sys.stderr)))
+        yield
 
 
 # ---------------------------------------------------------------------------- folder and disk
@@ -144,6 +176,14 @@ def check_abandoned(path: Path, mine: dict) -> None:
 
 def process_runs(pid: int) -> bool:
     """Whether this machine has a process of that number."""
+    if sys.platform == "win32":  # where os.kill(pid, 0) is Ctrl-C
+        import ctypes
+
+        kernel, code = ctypes.windll.kernel32, ctypes.c_ulong()
+        handle = kernel.OpenProcess(0x1000, False, pid)  # PROCESS_QUERY_LIMITED_INFORMATION
+        runs = bool(handle and kernel.GetExitCodeProcess(handle, ctypes.byref(code)) and code.value == 259)  # active
+        kernel.CloseHandle(handle)
+        return runs
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):

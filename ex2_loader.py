@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ex2_data import ImageFiles, ImageSet, to_model_range
+from ex2_data import ImageFiles, ImageSet, leave_signals_to_main, to_model_range
 from ex2_distributed import share_of
 
 
@@ -115,7 +115,8 @@ class FilesLoader(Loader):
     def __init__(self, dataset: ImageFiles, plan: EpochPlan, device, num_workers: int = 0):
         super().__init__(dataset, plan, device)
         # A generator of its own: making an iterator draws a number, and must not from the one that training uses.
-        self.loader = DataLoader(dataset, batch_sampler=plan, num_workers=num_workers, generator=torch.Generator())
+        workers = {"num_workers": num_workers, "worker_init_fn": leave_signals_to_main}
+        self.loader = DataLoader(dataset, batch_sampler=plan, generator=torch.Generator(), **workers)
 
     def inputs(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(images, labels), on the CPU, batch by batch."""

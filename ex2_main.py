@@ -42,8 +42,14 @@ MAX_SAMPLES = 100_000  # of one `sample`: they are held in memory until they are
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 2 for input that can't be used, 1 for a fault while running."""
+    with job.any_words():
+        return run(sys.argv[1:] if argv is None else argv)
+
+
+def run(argv: list[str]) -> int:
+    """`main`, on streams that take any text."""
     try:
-        args = parse_args(sys.argv[1:] if argv is None else argv)
+        args = parse_args(argv)
         timeout = args.given.get("timeout_minutes", cfg.Config.timeout_minutes)
         with job.handled_by(job.interrupt), connected(args.given.get("cuda"), timeout):
             COMMANDS[args.command](args)
@@ -51,6 +57,9 @@ def main(argv: list[str] | None = None) -> int:
         # From a worker process that reads images the message comes with the worker's traceback before it.
         message = str(error).splitlines()[-1].replace("ex2_data.InputError: ", "")
         return failure(message, 2)
+    except BrokenPipeError:
+        sys.stdout = None  # nobody reads it any more
+        return failure("nobody reads the output any more; a training that was going on is saved", job.BROKEN_PIPE)
     except (RunError, ProcessesError, OSError, FloatingPointError) as error:
         full = getattr(error, "errno", None) in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
         advice = "; free some space: the same command goes on from what is saved" if full else ""
@@ -262,5 +271,4 @@ def run_report(args) -> None:
 COMMANDS = {"train": run_train, "test": run_test, "sample": run_sample, "compare": run_compare, "report": run_report}
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)  # in a batch job's log, too, lines appear when they are printed
     sys.exit(main())

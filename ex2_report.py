@@ -9,18 +9,19 @@ import base64
 import csv
 import dataclasses
 import io
-import json
 import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Callable
+from urllib.parse import quote
 
 import imageio.v3 as imageio
 import numpy as np
 from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
-from ex2_checkpoint import RunLog
+from ex2_checkpoint import RunLog, read_json, write_atomically
 from ex2_compare import NOT_COMPARABLE, as_markdown
 from ex2_config import Config, config_of
 from ex2_data import InputError
@@ -61,22 +62,15 @@ class Study:
     runs: list[Run]
 
 
-def read_json(path: Path) -> dict:
-    """The content of a JSON file; empty where there is none, or a damaged one."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
 def read_run(folder: Path) -> Run | None:
-    """The run in a folder; None where there is none, or a dry one."""
+    """The run in a folder; None, with a line where it should be one, for a dry run or settings of another version."""
+    content = read_json(folder / "config.json")
     try:
-        config = dataclasses.asdict(config_of({"config": read_json(folder / "config.json")}, {}))
-    except InputError:
+        config = dataclasses.asdict(config_of({"config": content}, {}))
+    except InputError as error:
+        print(f"{folder} is left out: {error}")
         return None
-    if config["dry_run"] or not (folder / "config.json").is_file():
+    if not content or config["dry_run"]:
         return None
     report = read_json(folder / "test_metrics.json")
     return Run(folder, config, report if all(name in report for name in NEEDED) else {})
@@ -93,11 +87,12 @@ def find_studies(folder: Path) -> list[Study]:
     studies = []
     for path in sorted(folder.glob("*/study.json")):
         plan, table = read_json(path), path.with_name("table.csv")
-        runs = [read_run(path.parent / name) for name in plan.get("runs", ())]
-        runs = [run for run in runs if run is not None and run.report]
+        names = [name for name in plan.get("runs", ()) if (path.parent / str(name)).is_dir()]
+        runs = [run for run in (read_run(path.parent / name) for name in names) if run is not None and run.report]
         if runs and table.is_file():
-            with open(table, newline="", encoding="utf-8") as file:
-                studies.append(Study(path.parent, list(plan["varied"]), list(csv.DictReader(file)), runs))
+            text = table.read_bytes().decode("utf-8", "replace").replace("\0", "?")
+            rows = [row for row in csv.DictReader(io.StringIO(text, newline="")) if None not in (*row, *row.values())]
+            studies.append(Study(path.parent, list(plan.get("varied", ())), rows, runs))
     return studies
 
 
@@ -118,10 +113,29 @@ class Part:
     def add_picture(self, path: Path, shows: str, command: str) -> None:
         """Puts the picture in, or says what makes it."""
         kind = self.animations if path.suffix == ".gif" else self.pictures
-        if path.is_file():
+        if is_picture(path):
             kind.append((path, shows))
         else:
             self.missing.append((f"{path.name}: {shows}", command))
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a file is there and whole, with all its frames."""
+    try:
+        imageio.imread(path, index=None)
+    except Exception:  # many kinds for damaged files
+        return False
+    return True
+
+
+def tried(make: Callable[[Run | Study], Part], subject: Run | Study) -> Part:
+    """What `make` says of a run or a study; where its files are cut off or another program's, just that."""
+    try:
+        return make(subject)
+    except Exception as error:  # whatever a foreign file leads to
+        print(f"{subject.folder}: left out of '{make.__name__}' ({type(error).__name__}: {error})")
+        what = "what its damaged files, or those of another version, should show"
+        return Part(subject.folder.name, missing=[(what, "the command that made them, given again")])
 
 
 @dataclass(frozen=True)
@@ -178,7 +192,7 @@ def network_part(run: Run) -> Part:
 
 def read_rows(path: Path) -> list[dict]:
     """The rows of a log.csv; none where there is no such file."""
-    return RunLog.read(path) if path.is_file() else []
+    return RunLog.read(path)
 
 
 def process_part(run: Run) -> Part:
@@ -359,18 +373,18 @@ def sections(runs: list[Run], studies: list[Study]) -> list[Section]:
     training = [study for study in studies if set(study.varied) - {"schedule", "null_token", "p_uncond"}]
     guided = [run for run in runs if run.config["class_free_guidance"]]
     butterflies = [run for run in runs if run.config["dataset"] == "butterflies"]
-    drawn = [run for run in runs if (run.folder / "schedules.png").is_file()]
+    drawn = [run for run in runs if is_picture(run.folder / "schedules.png")]
     schedules = Part("The schedules")
     for run in drawn[:1]:
         schedules.add_picture(run.folder / "schedules.png", "beta, alpha-bar and log-SNR of each schedule", "")
     return [
-        Section("network", "2.1 The network and its training", [network_part(run) for run in runs] or [train]),
-        Section("process", "2.2 a-d, f: Noising and denoising", [process_part(run) for run in runs] or [train]),
-        Section("quality", "2.2 e: How good is it?", [quality_part(run) for run in runs] or [train]),
+        Section("network", "2.1 The network and its training", [tried(network_part, run) for run in runs] or [train]),
+        Section("process", "2.2 a-d, f: Noising and denoising", [tried(process_part, run) for run in runs] or [train]),
+        Section("quality", "2.2 e: How good is it?", [tried(quality_part, run) for run in runs] or [train]),
         Section(
             "training",
             "2.2 Training with other settings",
-            [study_part(study) for study in training]
+            [tried(study_part, study) for study in training]
             or [missing_part("a study of the learning rate", f"{compare} lr=3e-4,1e-3,3e-3")],
         ),
         Section(
@@ -378,7 +392,7 @@ def sections(runs: list[Run], studies: list[Study]) -> list[Section]:
             "2.3 Beta schedules",
             ([schedules] if drawn else [train])
             + (
-                [study_part(study) for study in schedule]
+                [tried(study_part, study) for study in schedule]
                 or [missing_part("a comparison of the schedules", f"{compare} schedule=linear,cosine,sigmoid")]
             ),
         ),
@@ -386,11 +400,11 @@ def sections(runs: list[Run], studies: list[Study]) -> list[Section]:
             "guidance",
             "2.4 Classifier-free guidance",
             (
-                [guidance_part(run) for run in guided]
+                [tried(guidance_part, run) for run in guided]
                 or [missing_part("a run with classes", "python ex2_main.py --preset quick")]
             )
             + (
-                [study_part(study) for study in null]
+                [tried(study_part, study) for study in null]
                 or [missing_part("a comparison of null tokens", f"{compare} null_token=learned,zero")]
             ),
         ),
@@ -429,8 +443,8 @@ def write_page(results_dir: Path) -> None:
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(data_uri=data_uri, frames=lambda path: list(frames(path)), figure=figure)
     page = environment.get_template("ex2_report.html").render(sections=content)
-    (results_dir / "index.html").write_text(page, encoding="utf-8")
-    (results_dir / "report.md").write_text("\n".join(as_text(content, results_dir)), encoding="utf-8")
+    write_atomically(results_dir / "index.html", page.encode("utf-8", "replace"))
+    write_atomically(results_dir / "report.md", "\n".join(as_text(content, results_dir)).encode("utf-8", "replace"))
 
 
 def figure(value) -> str:
@@ -476,6 +490,6 @@ def as_text(content: Iterable[Section], results_dir: Path) -> Iterator[str]:
             if part.table:
                 yield as_markdown([{name: figure(cell) for name, cell in row.items()} for row in part.table])
             for path, shows in (*part.animations, *part.pictures):
-                yield f"![{shows}]({path.relative_to(results_dir).as_posix().replace(' ', '%20')})\n"
+                yield f"![{shows}]({quote(path.relative_to(results_dir).as_posix())})\n"
             for what, command in part.missing:
                 yield f"Missing: {what}. Made by `{command}`.\n"

@@ -181,7 +181,7 @@ def train(model, trainloader, optimizer, diffusor, epoch, device, args) -> float
         loss, norm = train_step(model, optimizer, diffusor, images.to(device), labels.to(device))
         meter.add(loss, norm, len(images), lr)
         if args.dry_run or step == len(trainloader) or len(meter.window) == args.log_interval:
-            meter.close_window(progress, step)
+            show_loss(progress, epoch, step, meter.close_window()[0])
         if args.dry_run:
             break
     return meter.mean
@@ -200,6 +200,13 @@ def test(model, testloader, diffusor, device, args) -> dict:
     losses = loss_over_timesteps(model, testloader, diffusor, times, max_images=max_images)
     model.train(training)
     return losses
+
+
+def show_loss(progress: tqdm, epoch: int, step: int, loss: float) -> None:
+    """The loss beside the bar or, where there is no terminal, as in a batch job, as a line."""
+    progress.set_postfix(loss=f"{loss:.4f}")
+    if progress.disable:
+        print(f"epoch {epoch + 1}, step {step}/{progress.total or step}: loss {loss:.4f}")
 
 
 class LossMeter:
@@ -235,12 +242,8 @@ class LossMeter:
             )
         return losses, norms, counts
 
-    def close_window(self, progress: tqdm, step: int) -> tuple[float, float]:
+    def close_window(self) -> tuple[float, float]:
         """Mean loss over the images and mean gradient norm over the steps of the window, which starts anew.
-
-        Args:
-            progress: shows the loss; where it is no terminal, as in a batch job, a line is printed instead.  step:
-                number of the last step.
 
         Raises:
             RunError: a loss or a gradient of the window is not finite.
@@ -251,11 +254,7 @@ class LossMeter:
         self.images += int(counts.sum())
         self.steps += len(counts)
         self.window.clear()
-        loss = window_total / int(counts.sum())
-        progress.set_postfix(loss=f"{loss:.4f}")
-        if progress.disable:
-            print(f"epoch {self.epoch + 1}, step {step}/{progress.total or step}: loss {loss:.4f}")
-        return loss, norms.mean().item()
+        return window_total / int(counts.sum()), norms.mean().item()
 
     @property
     def mean(self) -> float:

@@ -6,20 +6,54 @@ t + 1.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import io
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import imageio.v3 as imageio
 import numpy as np
 import torch
-from matplotlib.figure import Figure  # without pyplot: needs no display and leaves a notebook's backend alone
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from ex2_checkpoint import write_atomically
 from ex2_data import reverse_transform
 
+notebooks_backend = os.environ.pop("MPLBACKEND", None)  # may be missing here, and matplotlib would not import
+import matplotlib.style  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402  without pyplot: needs no display, leaves a notebook's backend alone
+
+if notebooks_backend is not None:
+    os.environ["MPLBACKEND"] = notebooks_backend
+    with suppress(ValueError):
+        matplotlib.rcParams["backend"] = notebooks_backend
+
+TALLEST = 30_000  # pixels of a grid: matplotlib draws at most 65,535
 CELL = 64  # pixels: small images are enlarged to about this size, so that they can be seen
+
+
+@contextmanager
+def drawing(path: str | Path, size: tuple[float, float], **saving) -> Iterator[Figure]:
+    """A figure of `size` inches, saved as a PNG file at the end, in our own style: no setting of the user reaches it.
+
+    A letter that the font lacks is drawn as a box.
+    """
+    with matplotlib.style.context("default"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        figure = Figure(figsize=size)
+        yield figure
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", **saving)
+    write_atomically(Path(path), buffer.getvalue())
+
+
+def plain(texts: Iterable[str]) -> list[str]:
+    """Labels without what can't be drawn: halves of letters, as in file names that are no UTF-8."""
+    return [str(text).encode("utf-8", "replace").decode() for text in texts]
 
 
 # ---------------------------------------------------------------------------- images
@@ -34,7 +68,7 @@ def enlarged(images: Tensor) -> Tensor:
 def save_images(images: Tensor, paths: Sequence[Path]) -> None:
     """One PNG per image of (N, 3, H, W) in [-1, 1], at its own size."""
     for image, path in zip(reverse_transform(images), paths):
-        imageio.imwrite(path, image.permute(1, 2, 0).cpu().numpy())
+        write_atomically(Path(path), imageio.imwrite("<bytes>", image.permute(1, 2, 0).cpu().numpy(), extension=".png"))
 
 
 def save_grid(
@@ -52,26 +86,33 @@ def save_grid(
         columns: images in a row; None makes the grid about square.
     """
     columns = columns or int(np.ceil(np.sqrt(len(images))))
+    side = images.shape[-1] * max(1, round(CELL / images.shape[-1])) + 16
+    rows = max(1, TALLEST // side)
+    if len(images) > rows * columns:
+        print(f"{path} shows the first {rows} of {-(-len(images) // columns)} rows: more would be too tall to draw")
+        images, row_labels, labels = images[: rows * columns], row_labels[:rows], labels[: rows * columns]
     tiles = enlarged(reverse_transform(images.cpu()))
     padding = 16 if labels else 2
     grid = make_grid(tiles, nrow=columns, padding=padding, pad_value=255).permute(1, 2, 0).numpy()
     height, width = tiles.shape[-2] + padding, tiles.shape[-1] + padding
 
     dpi = 100
-    figure = Figure(figsize=(grid.shape[1] / dpi, grid.shape[0] / dpi), dpi=dpi)
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.imshow(grid, interpolation="nearest")
-    axes.xaxis.tick_top()
-    axes.set_xticks([padding + width * (i + 0.5) for i in range(len(column_labels))], column_labels, parse_math=False)
-    axes.set_yticks([padding + height * (i + 0.5) for i in range(len(row_labels))], row_labels, parse_math=False)
-    for i, label in enumerate(labels):
-        row, column = divmod(i, columns)
-        axes.text(padding + width * column, height * (row + 1) + 1, label, fontsize=7, va="top", parse_math=False)
-    axes.tick_params(length=0)
-    axes.set_title(title, fontsize=11, pad=10)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    figure.savefig(path, dpi=dpi, bbox_inches="tight", pad_inches=0.1)
+    size = (grid.shape[1] / dpi, grid.shape[0] / dpi)
+    with drawing(path, size, dpi=dpi, bbox_inches="tight", pad_inches=0.1) as figure:
+        axes = figure.add_axes((0, 0, 1, 1))
+        axes.imshow(grid, interpolation="nearest")
+        axes.xaxis.tick_top()
+        places = [padding + width * (i + 0.5) for i in range(len(column_labels))]
+        axes.set_xticks(places, plain(column_labels), parse_math=False)
+        places = [padding + height * (i + 0.5) for i in range(len(row_labels))]
+        axes.set_yticks(places, plain(row_labels), parse_math=False)
+        for i, label in enumerate(plain(labels)):
+            row, column = divmod(i, columns)
+            axes.text(padding + width * column, height * (row + 1) + 1, label, fontsize=7, va="top", parse_math=False)
+        axes.tick_params(length=0)
+        axes.set_title(title, fontsize=11, pad=10)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
 
 
 def save_guidance_grid(
@@ -108,7 +149,8 @@ def save_gif(frames: Iterable, path: str | Path, fps: float = 10) -> None:
     frames = [as_frame(frame) for frame in frames]
     durations = [1000 / fps] * (len(frames) - 1) + [2000]  # milliseconds
     duration = durations if len(frames) > 1 else durations[0]
-    imageio.imwrite(path, np.stack(frames), extension=".gif", duration=duration, loop=0)
+    content = imageio.imwrite("<bytes>", np.stack(frames), extension=".gif", duration=duration, loop=0)
+    write_atomically(Path(path), content)
 
 
 def caption(images: Tensor, text: str) -> np.ndarray:
@@ -129,48 +171,49 @@ def save_process_gif(steps: Sequence[tuple[int, Tensor]], path: str | Path, fps:
 # ---------------------------------------------------------------------------- curves
 
 
-def curve_axes(count: int):
-    """(figure, axes) for `count` plots side by side, over the time or the steps."""
-    figure = Figure(figsize=(4 * count, 3.6), layout="tight")
-    axes = figure.subplots(1, count)
-    for ax in axes:
-        ax.grid(alpha=0.3)
-        ax.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+@contextmanager
+def curve_axes(path: str | Path, count: int) -> Iterator:
+    """The axes of `count` plots side by side, over the time or the steps; saved at the end."""
+    with drawing(path, (4 * count, 3.6), dpi=110) as figure:
+        figure.set_layout_engine("tight")
+        axes = figure.subplots(1, count)
+        for ax in axes:
+            ax.grid(alpha=0.3)
+            ax.spines[["top", "right"]].set_visible(False)
+        yield axes
 
 
 def plot_schedules(schedules: Mapping[str, Tensor], path: str | Path) -> None:
     """2.3: beta, alphas_bar and log-SNR of each schedule, name -> betas (T,), over its own T steps."""
-    figure, axes = curve_axes(3)
-    for name, betas in schedules.items():
-        betas = betas.double().cpu()
-        alphas_bar = torch.cumprod(1 - betas, dim=0)
-        t = np.arange(1, len(betas) + 1)
-        axes[0].plot(t, betas, label=name)
-        axes[1].plot(t, alphas_bar, label=name)
-        axes[2].plot(t, torch.log(alphas_bar / (1 - alphas_bar)), label=name)
-    axes[0].set(title=r"noise added in step t, $\beta_t$", yscale="log")
-    axes[1].set(title=r"signal left after t steps, $\bar\alpha_t$")
-    axes[2].set(title=r"log-SNR, $\log\,\bar\alpha_t / (1 - \bar\alpha_t)$")
-    for ax in axes:
-        ax.set_xlabel("t")
-        ax.legend()
-    figure.savefig(path, dpi=110)
+    with curve_axes(path, 3) as axes:
+        for name, betas in schedules.items():
+            betas = betas.double().cpu()
+            alphas_bar = torch.cumprod(1 - betas, dim=0)
+            t = np.arange(1, len(betas) + 1)
+            axes[0].plot(t, betas, label=name)
+            axes[1].plot(t, alphas_bar, label=name)
+            axes[2].plot(t, torch.log(alphas_bar / (1 - alphas_bar)), label=name)
+        axes[0].set(title=r"noise added in step t, $\beta_t$", yscale="log")
+        axes[1].set(title=r"signal left after t steps, $\bar\alpha_t$")
+        axes[2].set(title=r"log-SNR, $\log\,\bar\alpha_t / (1 - \bar\alpha_t)$")
+        for ax in axes:
+            ax.set_xlabel("t")
+            ax.legend()
 
 
 def plot_time_embedding(embedding: Tensor, path: str | Path) -> None:
     """2.1: the positional encoding (T, dim) that tells the network the time; each row is a sine or cosine over t."""
-    figure = Figure(figsize=(8, 3.2), layout="tight")
-    axes = figure.add_subplot()
-    picture = axes.imshow(
-        embedding.detach().cpu().T.numpy(),
-        aspect="auto",
-        cmap="RdBu",
-        extent=(1, len(embedding), embedding.shape[1], 0),
-    )
-    axes.set(title="sinusoidal embedding of the time", xlabel="t", ylabel="dimension")
-    figure.colorbar(picture)
-    figure.savefig(path, dpi=80)
+    with drawing(path, (8, 3.2), dpi=80) as figure:
+        figure.set_layout_engine("tight")
+        axes = figure.add_subplot()
+        picture = axes.imshow(
+            embedding.detach().cpu().T.numpy(),
+            aspect="auto",
+            cmap="RdBu",
+            extent=(1, len(embedding), embedding.shape[1], 0),
+        )
+        axes.set(title="sinusoidal embedding of the time", xlabel="t", ylabel="dimension")
+        figure.colorbar(picture)
 
 
 def plot_training(rows: Sequence[Mapping[str, str]], path: str | Path) -> None:
@@ -180,35 +223,33 @@ def plot_training(rows: Sequence[Mapping[str, str]], path: str | Path) -> None:
         filled = [row for row in rows if row[name] != ""]
         return [int(row["step"]) for row in filled], [float(row[name]) for row in filled]
 
-    figure, axes = curve_axes(3)
-    axes[0].plot(*column("train_loss"), alpha=0.5, label="train, mean since the last row")
-    axes[0].plot(*column("epoch_loss"), "o-", label="train, mean of the epoch")
-    axes[0].plot(*column("val_loss"), "o-", label="val, EMA weights, fixed t and noise")
-    axes[0].set(title="loss of the predicted noise", yscale="log")
-    axes[0].legend(fontsize=8)
-    axes[1].plot(*column("lr"))
-    axes[1].set(title="learning rate")
-    axes[2].plot(*column("grad_norm"))
-    axes[2].set(title="gradient norm before clipping, mean", yscale="log")
-    for ax in axes:
-        ax.set_xlabel("optimiser step")
-    figure.savefig(path, dpi=110)
+    with curve_axes(path, 3) as axes:
+        axes[0].plot(*column("train_loss"), alpha=0.5, label="train, mean since the last row")
+        axes[0].plot(*column("epoch_loss"), "o-", label="train, mean of the epoch")
+        axes[0].plot(*column("val_loss"), "o-", label="val, EMA weights, fixed t and noise")
+        axes[0].set(title="loss of the predicted noise", yscale="log")
+        axes[0].legend(fontsize=8)
+        axes[1].plot(*column("lr"))
+        axes[1].set(title="learning rate")
+        axes[2].plot(*column("grad_norm"))
+        axes[2].set(title="gradient norm before clipping, mean", yscale="log")
+        for ax in axes:
+            ax.set_xlabel("optimiser step")
 
 
 def plot_loss_over_t(curves: Mapping[str, Mapping], path: str | Path) -> None:
     """2.2 e: loss of the noise and of the x_0 estimate over the time; name -> what `loss_over_timesteps` gives."""
-    figure, axes = curve_axes(3)
-    titles = {
-        "l1": "l1 loss of the predicted noise",
-        "l2": "l2 loss of the predicted noise",
-        "x_zero_l2": r"l2 error of the $x_0$ estimate",
-    }
-    for ax, (loss, title) in zip(axes, titles.items()):
-        for (name, curve), style in zip(curves.items(), ("o-", "s--", "^:", "v-.")):
-            ax.plot([t + 1 for t in curve["t"]], curve[loss], style, label=name.replace("_", ", "), alpha=0.8)
-        ax.set(title=title, xlabel="t", yscale="log")
-        ax.legend()
-    figure.savefig(path, dpi=110)
+    with curve_axes(path, 3) as axes:
+        titles = {
+            "l1": "l1 loss of the predicted noise",
+            "l2": "l2 loss of the predicted noise",
+            "x_zero_l2": r"l2 error of the $x_0$ estimate",
+        }
+        for ax, (loss, title) in zip(axes, titles.items()):
+            for (name, curve), style in zip(curves.items(), ("o-", "s--", "^:", "v-.")):
+                ax.plot([t + 1 for t in curve["t"]], curve[loss], style, label=name.replace("_", ", "), alpha=0.8)
+            ax.set(title=title, xlabel="t", yscale="log")
+            ax.legend()
 
 
 def plot_comparison(logs: Mapping[str, Sequence[Mapping]], losses: Mapping[str, Mapping], path: str | Path) -> None:
@@ -217,53 +258,55 @@ def plot_comparison(logs: Mapping[str, Sequence[Mapping]], losses: Mapping[str, 
     Args:
         logs: name -> rows of its log.csv.  losses: name -> what `loss_over_timesteps` gives.
     """
-    figure, axes = curve_axes(3)
-    for name, rows in logs.items():
-        for ax, column, style in ((axes[0], "train_loss", "-"), (axes[1], "val_loss", "o-")):
-            filled = [row for row in rows if row[column] != ""]
-            steps, values = [int(row["step"]) for row in filled], [float(row[column]) for row in filled]
-            ax.plot(steps, values, style, label=name, alpha=0.8)
-        axes[2].plot(losses[name]["log_snr"], losses[name]["l2"], "o-", label=name, alpha=0.8)
-    axes[0].set(title="training loss", xlabel="optimiser step", yscale="log")
-    axes[1].set(title="validation loss, EMA weights", xlabel="optimiser step", yscale="log")
-    axes[2].set(title="test l2 loss at equal noise level", xlabel="log-SNR: noise left, image right", yscale="log")
-    for ax in axes:
-        ax.legend(fontsize=7)
-    figure.savefig(path, dpi=110)
+    with curve_axes(path, 3) as axes:
+        for name, rows in logs.items():
+            for ax, column, style in ((axes[0], "train_loss", "-"), (axes[1], "val_loss", "o-")):
+                filled = [row for row in rows if row[column] != ""]
+                steps, values = [int(row["step"]) for row in filled], [float(row[column]) for row in filled]
+                ax.plot(steps, values, style, label=name, alpha=0.8)
+            axes[2].plot(losses[name]["log_snr"], losses[name]["l2"], "o-", label=name, alpha=0.8)
+        axes[0].set(title="training loss", xlabel="optimiser step", yscale="log")
+        axes[1].set(title="validation loss, EMA weights", xlabel="optimiser step", yscale="log")
+        axes[2].set(title="test l2 loss at equal noise level", xlabel="log-SNR: noise left, image right", yscale="log")
+        for ax in axes:
+            ax.legend(fontsize=7)
 
 
 def plot_bits_per_dim(bound: Mapping, timesteps: int, path: str | Path) -> None:
     """2.2 e: the terms of the variational bound over the time, and their running sum; `bound` of `bits_per_dim`."""
-    figure, axes = curve_axes(2)
-    starts = [1, *(t + 1 for t in bound["t"])]  # the decoder's time, then those of the strata, counted as in the paper
-    sizes = np.diff([*starts, timesteps + 1])
-    for name, label in (("beta", r"$\sigma_t^2 = \beta_t$"), ("beta_tilde", r"$\sigma_t^2 = \tilde\beta_t$")):
-        terms = np.array([bound[name]["decoder"], *bound[name]["terms"]])
-        axes[0].step([*starts, timesteps + 1], [*terms, terms[-1]], where="post", label=label)
-        axes[1].plot([*starts, timesteps + 1], [0, *np.cumsum(sizes * terms)], "o-", label=label, markersize=3)
-    axes[0].set(title=r"$L_{t-1}$ of the bound, bits per dimension", yscale="log")
-    axes[1].set(title="their sum up to t")
-    for ax in axes:
-        ax.set(xlabel="t", xscale="log")
-        ax.legend()
-    figure.savefig(path, dpi=110)
+    with curve_axes(path, 2) as axes:
+        starts = [
+            1,
+            *(t + 1 for t in bound["t"]),
+        ]  # of the decoder, then of the strata; as in the paper
+        sizes = np.diff([*starts, timesteps + 1])
+        for name, label in (("beta", r"$\sigma_t^2 = \beta_t$"), ("beta_tilde", r"$\sigma_t^2 = \tilde\beta_t$")):
+            terms = np.array([bound[name]["decoder"], *bound[name]["terms"]])
+            axes[0].step([*starts, timesteps + 1], [*terms, terms[-1]], where="post", label=label)
+            axes[1].plot([*starts, timesteps + 1], [0, *np.cumsum(sizes * terms)], "o-", label=label, markersize=3)
+        axes[0].set(title=r"$L_{t-1}$ of the bound, bits per dimension", yscale="log")
+        axes[1].set(title="their sum up to t")
+        for ax in axes:
+            ax.set(xlabel="t", xscale="log")
+            ax.legend()
 
 
 def plot_guidance(report: Mapping, path: str | Path) -> None:
     """2.4 c: figures of samples over the guidance scale, with those of test images as dashed lines; `judge_samples`."""
-    figure, axes = curve_axes(3)
-    rows, test = report["by_scale"], report["test_images"]
-    panels = {"class_accuracy": 0, "precision": 1, "recall": 1, "frechet_distance": 2}
-    for name, panel in panels.items():
-        if name in rows[0]:
-            values = [row[name] for row in rows]
-            line = axes[panel].plot([row["guidance_scale"] for row in rows], values, "o-", label=name.replace("_", " "))
-            if test[name] is not None:
-                axes[panel].axhline(test[name], color=line[0].get_color(), linestyle="--", alpha=0.6)
-    axes[0].set(title="samples that show their class", ylim=(0, 1.05))
-    axes[1].set(title="precision and recall", ylim=(0, 1.05))
-    axes[1].legend()
-    axes[2].set(title="Fréchet distance", yscale="log")
-    for ax in axes:
-        ax.set_xlabel("guidance scale w (dashed: test images)")
-    figure.savefig(path, dpi=110)
+    with curve_axes(path, 3) as axes:
+        rows, test = report["by_scale"], report["test_images"]
+        panels = {"class_accuracy": 0, "precision": 1, "recall": 1, "frechet_distance": 2}
+        for name, panel in panels.items():
+            if name in rows[0]:
+                values = [row[name] for row in rows]
+                line = axes[panel].plot(
+                    [row["guidance_scale"] for row in rows], values, "o-", label=name.replace("_", " ")
+                )
+                if test[name] is not None:
+                    axes[panel].axhline(test[name], color=line[0].get_color(), linestyle="--", alpha=0.6)
+        axes[0].set(title="samples that show their class", ylim=(0, 1.05))
+        axes[1].set(title="precision and recall", ylim=(0, 1.05))
+        axes[1].legend()
+        axes[2].set(title="Fréchet distance", yscale="log")
+        for ax in axes:
+            ax.set_xlabel("guidance scale w (dashed: test images)")

@@ -220,7 +220,7 @@ def test_sixteen_bits_of_grey_are_scaled(tmp_path):
 
 def test_floating_point_images_are_refused(tmp_path):
     Image.fromarray(np.zeros((8, 8), np.float32)).save(tmp_path / "x.tiff")
-    with pytest.raises(InputError, match="floats of unknown range"):
+    with pytest.raises(InputError, match="32 bits of unknown range"):
         read_image(tmp_path / "x.tiff", 8)
 
 
@@ -256,7 +256,7 @@ def test_other_files_are_skipped_and_counted(tmp_path, capsys):
     (tmp_path / "a" / "._000.png").write_text("macOS")
     train, test, _ = load_folder(str(tmp_path), 8, 0, 0)
     assert len(train) + len(test) == 12
-    assert "skipped 3 files" in capsys.readouterr().out
+    assert "skipped 3 entries" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n"])

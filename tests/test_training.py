@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny import random_set
-from tqdm import tqdm
 
 import ex2_main
 from ex2_diffusion import evenly_spaced
@@ -17,7 +16,6 @@ from ex2_model import Unet
 from ex2_training import Average, LossMeter, RunError, learning_rate, train_step
 
 CPU = torch.device("cpu")
-QUIET = tqdm(disable=True)
 SKELETON_ARGS = SimpleNamespace(log_interval=100, dry_run=False, batch_size=8, timesteps=50)
 
 
@@ -61,7 +59,7 @@ def test_epoch_loss_is_the_mean_over_images_with_a_smaller_last_batch():
     meter = LossMeter(0)
     for loss, count in ((1.0, 8), (2.0, 8), (7.0, 4)):
         meter.add(torch.tensor(loss), torch.tensor(1.0), count, 1e-3)
-        meter.close_window(QUIET, 1)
+        meter.close_window()
     assert meter.mean == pytest.approx((8 + 16 + 28) / 20)
 
 
@@ -73,7 +71,7 @@ def test_window_loss_does_not_depend_on_the_log_interval():
         for i, step in enumerate(losses):
             meter.add(*step)
             if (i + 1) % interval == 0:
-                meter.close_window(QUIET, 1)
+                meter.close_window()
         means.append(meter.mean)
     assert means == pytest.approx([means[0]] * 3)
 
@@ -134,7 +132,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_too():
     for i, norm in enumerate((1.0, float("inf"), 1.0)):
         meter.add(torch.tensor(0.5), torch.tensor(norm), 4, 0.1 * (i + 1))
     with pytest.raises(RunError, match=r"step 2 of epoch 3 \(learning rate 0.2\)"):
-        meter.close_window(QUIET, 1)
+        meter.close_window()
 
 
 def test_bfloat16_training_stays_near_float32(diffusor):
