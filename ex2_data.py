@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import hashlib
 import inspect
+import multiprocessing
 import os
 import signal
 from collections import Counter
@@ -390,6 +392,14 @@ def leave_signals_to_main(worker: int) -> None:
     """For each process that reads images: a signal to the whole group must not end it before its batch is read."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def end_readers() -> None:
+    """Ends what still reads when the program ends: by force, as SIGTERM, by which Python would, is ignored there."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def read_all(files: ImageFiles, num_workers: int) -> ImageSet:

@@ -197,6 +197,8 @@ def run_sample(args) -> None:
     by_scale = [dataclasses.replace(config, guidance_scale=w) for w in args.scales or [config.guidance_scale]]
     count = 1 if config.dry_run else args.n_images
     out = config.run_dir if args.out else from_main(lambda: next_free(config.run_dir / "samples"), "the folder")
+    if args.out and from_main(lambda: any(out.rglob("*.png")), "the folder"):
+        raise InputError(f"--out: {out} holds images of an earlier call: empty it, or choose another folder")
     make_run_dir(out)
     diffusor = cfg.build_diffusion(config, device)
     model = for_sampling(cfg.restore_model(checkpoint, config, device, args.weights), config, device)

@@ -112,7 +112,8 @@ def sample_and_save_images(
     batch_size=100,
     **sampling,
 ) -> torch.Tensor:
-    """Samples images and saves them one by one, the first as `grid.png` too; returns (n_images, C, H, W) on the CPU.
+    """Samples images and saves them one by one in `images/`, which holds nothing else, as tools that judge folders want
+    it; the first ones stand in `grid.png` beside it. Returns (n_images, C, H, W) on the CPU.
 
     Each process samples its share; the first one saves.
 
@@ -128,9 +129,10 @@ def sample_and_save_images(
     model.train(training)
     if not is_main():
         return images
-    store_path.mkdir(parents=True, exist_ok=True)
+    folder = store_path / "images"
+    folder.mkdir(parents=True, exist_ok=True)
     labels = [] if classes is None else [class_names[c] if class_names else str(c) for c in classes.tolist()]
     suffixes = [re.sub(r"[^\w.-]+", "_", f"_{label}") for label in labels] or [""] * n_images
-    viz.save_images(images, [store_path / f"{i:04d}{suffix}.png" for i, suffix in enumerate(suffixes)])
+    viz.save_images(images, [folder / f"{i:04d}{suffix}.png" for i, suffix in enumerate(suffixes)])
     viz.save_grid(images[:GRID_IMAGES], store_path / "grid.png", labels=labels[:GRID_IMAGES])
     return images

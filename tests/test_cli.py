@@ -85,19 +85,13 @@ def test_test_repeats_the_figures_of_the_training_run(run, capsys):
 def test_sample_writes_the_chosen_classes_and_a_grid(run, tmp_path):
     command = ["sample", "--no_cuda", "--checkpoint", str(run / "ckpt.pt"), "--classes", "moon", "3", "--n_images", "5"]
     assert ex2_main.main([*command, "--out", str(tmp_path), "--sample_batch", "2"]) == 0
-    names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == [
-        "0000_moon.png",
-        "0001_diamond.png",
-        "0002_moon.png",
-        "0003_diamond.png",
-        "0004_moon.png",
-        "grid.png",
-    ]
-    assert imageio.imread(tmp_path / names[0]).shape == (8, 8, 3)
-    again = tmp_path / "again"
+    names = sorted(path.name for path in (tmp_path / "images").iterdir())
+    assert names == ["0000_moon.png", "0001_diamond.png", "0002_moon.png", "0003_diamond.png", "0004_moon.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["grid.png", "images"]
+    assert imageio.imread(tmp_path / "images" / names[0]).shape == (8, 8, 3)
+    again = tmp_path.with_name("again")
     assert ex2_main.main([*command, "--out", str(again), "--sample_batch", "5"]) == 0
-    first, second = (imageio.imread(folder / names[1]).astype(int) for folder in (tmp_path, again))
+    first, second = (imageio.imread(folder / "images" / names[1]).astype(int) for folder in (tmp_path, again))
     assert np.abs(first - second).max() <= 1
 
 
@@ -107,19 +101,22 @@ def test_several_guidance_scales_start_from_the_same_noise(run, tmp_path):
     assert sorted(path.name for path in (tmp_path / "all").iterdir()) == ["guidance_grid.png", "w=-1", "w=0", "w=2"]
     assert ex2_main.main([*command, "--out", str(tmp_path / "one"), "--guidance_scale", "2"]) == 0
     for name in ("0000_moon.png", "0001_star.png", "0002_moon.png"):
-        alone, together = (imageio.imread(tmp_path / folder / name) for folder in ("one", "all/w=2"))
+        alone, together = (imageio.imread(tmp_path / folder / "images" / name) for folder in ("one", "all/w=2"))
         assert np.array_equal(alone, together)
-        assert not np.array_equal(alone, imageio.imread(tmp_path / "all" / "w=0" / name))
+        assert not np.array_equal(alone, imageio.imread(tmp_path / "all" / "w=0" / "images" / name))
     # Without a class, two images of different classes from the same noise would be one.
-    free = imageio.imread(tmp_path / "all" / "w=-1" / "0000_moon.png")
+    free = imageio.imread(tmp_path / "all" / "w=-1" / "images" / "0000_moon.png")
     assert ex2_main.main([*command[:-2], "ring", "--out", str(tmp_path / "ring"), "--guidance_scale", "-1"]) == 0
-    assert np.array_equal(free, imageio.imread(tmp_path / "ring" / "0000_ring.png"))
+    assert np.array_equal(free, imageio.imread(tmp_path / "ring" / "images" / "0000_ring.png"))
 
 
 def test_calls_of_sample_do_not_mix(run):
     for folder in ("001", "002"):
         assert ex2_main.main(["sample", "--no_cuda", "--checkpoint", str(run), "--n_images", "1"]) == 0
-        assert sorted(path.name for path in (run / "samples" / folder).iterdir()) == ["0000_circle.png", "grid.png"]
+        assert sorted(path.name for path in (run / "samples" / folder).rglob("*.png")) == [
+            "0000_circle.png",
+            "grid.png",
+        ]
 
 
 def test_class_names_come_before_class_numbers():
@@ -166,7 +163,7 @@ def test_unconditional_model_samples_without_classes_and_refuses_them(tmp_path, 
     assert ex2_main.main([*TINY, "--results_dir", str(tmp_path), "--dry_run"]) == 0
     sample = ["sample", "--no_cuda", "--checkpoint", str(tmp_path / "DDPM-dry_run"), "--n_images", "3"]
     assert ex2_main.main([*sample, "--out", str(tmp_path / "out")]) == 0
-    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    names = sorted(path.name for path in (tmp_path / "out").rglob("*.png"))
     assert names == ["0000.png", "0001.png", "0002.png", "grid.png"]
     capsys.readouterr()
     assert "this model is unconditional" in rejected([*sample, "--classes", "moon"], capsys)
@@ -186,8 +183,8 @@ def test_sample_and_save_images_with_the_skeletons_arguments(run, tmp_path):
     model, diffusor = cfg.restore_model(saved, config, "cpu").train(), cfg.build_diffusion(config, "cpu")
     images = ex2_main.sample_and_save_images(2, diffusor, model, "cpu", tmp_path / "out")
     assert images.shape == (2, 3, 8, 8) and model.training
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0000.png", "0001.png", "grid.png"]
-    png = torch.from_numpy(imageio.imread(tmp_path / "out" / "0000.png")).permute(2, 0, 1)
+    assert sorted(path.name for path in (tmp_path / "out").rglob("*.png")) == ["0000.png", "0001.png", "grid.png"]
+    png = torch.from_numpy(imageio.imread(tmp_path / "out" / "images" / "0000.png")).permute(2, 0, 1)
     assert torch.equal(png, ex2_data.reverse_transform(images[0]))
 
 
@@ -198,7 +195,7 @@ def test_grids_show_the_first_images_of_many(run, tmp_path, monkeypatch):
     command = ["sample", "--checkpoint", str(run), "--guidance_scale", "0", "1", "--sample_steps", "1", "--no_cuda"]
     for count in ("2", "5"):
         assert ex2_main.main([*command, "--n_images", count, "--out", str(tmp_path / count)]) == 0
-    assert len(list((tmp_path / "5" / "w=0").glob("0*.png"))) == 5
+    assert len(list((tmp_path / "5" / "w=0" / "images").glob("0*.png"))) == 5
     for name in ("w=0/grid.png", "guidance_grid.png"):
         two, five = (imageio.imread(tmp_path / count / name) for count in ("2", "5"))
         np.testing.assert_array_equal(two, five)
@@ -210,7 +207,7 @@ def test_class_names_become_file_names(run, tmp_path):
     model, diffusor = cfg.restore_model(saved, config, "cpu"), cfg.build_diffusion(config, "cpu")
     names = ["../a b/c", *saved["class_names"][1:]]
     ex2_main.sample_and_save_images(1, diffusor, model, "cpu", tmp_path, classes=[0], class_names=names, steps=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["0000_.._a_b_c.png", "grid.png"]
+    assert sorted(path.name for path in tmp_path.rglob("*.png")) == ["0000_.._a_b_c.png", "grid.png"]
 
 
 @pytest.mark.parametrize("name", cfg.PRESETS)
@@ -437,3 +434,55 @@ def test_the_test_set_is_used_after_training_only(tmp_path, monkeypatch):
         monkeypatch.setattr(ex2_main, name, lambda *args: None)
     assert ex2_main.main([*TINY, "--results_dir", str(tmp_path), "--dry_run"]) == 0
     assert used == [900, 100, "evaluation"]
+
+
+# ------------------------------------------------------------------ paths and numbers
+
+
+PATHS = [f.name for f in cfg.dataclasses.fields(cfg.Config) if "path" in f.metadata]
+
+
+def test_home_and_variables_are_meant_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WHERE", "data")
+    args = parse_args(["test", "--checkpoint=~/x", "--out", "$WHERE/y", "--inception_weights", "~/${WHERE}"])
+    assert (args.checkpoint, args.out, args.inception_weights) == (f"{tmp_path}/x", "data/y", f"{tmp_path}/data")
+    assert parse_args(["sample", "--checkpoint", "~", "--out=~/o"]).out == f"{tmp_path}/o"
+    assert parse_args(["report", "--results_dir=~"]).results_dir == str(tmp_path)
+    dataset = {"data_dir": "folder", "cache_dir": "butterflies"}
+    for name in PATHS:
+        config = cfg.Config(**{name: "~/$WHERE", "dataset": dataset.get(name, "shapes")})
+        assert getattr(config, name) == f"{tmp_path}/data"
+    assert set(PATHS) == {"results_dir", "data_dir", "cache_dir"}
+
+
+@pytest.mark.parametrize("path", ["~nobody_of_that_name/x", "$NO_SUCH_VARIABLE/x", "${NO_SUCH_VARIABLE}"])
+@pytest.mark.parametrize("flag", ["--results_dir", "--data_dir", "--cache_dir"])
+def test_a_home_or_variable_that_is_not_there_is_refused_at_once(path, flag, capsys):
+    line = rejected(["--dataset", "butterflies", flag, path], capsys)
+    assert f"{path}: no such home folder or environment variable" in line
+    assert "no such home folder" in rejected(["sample", "--checkpoint", path], capsys)
+
+
+@pytest.mark.parametrize("number", ["-5e-1", "-.5", "-0.5", "-5E-1", "-50e-2", "-5.e-1"])
+def test_negative_numbers_are_numbers_on_every_python(number):
+    assert parse_args(["sample", "--checkpoint", "x", "--guidance_scale", number, "1"]).scales == [-0.5, 1.0]
+    assert parse_args(["test", "--checkpoint", "x", "--eval_scales", number]).eval_scales == [-0.5]
+    assert parse_args(["--class_free_guidance", "--guidance_scale", number]).given["guidance_scale"] == -0.5
+
+
+def test_a_folder_with_images_of_an_earlier_call_is_refused_and_untouched(run, tmp_path, capsys):
+    command = ["sample", "--no_cuda", "--checkpoint", str(run), "--n_images", "2", "--out", str(tmp_path)]
+    assert ex2_main.main(command) == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.png")}
+    capsys.readouterr()
+    assert "holds images of an earlier call" in rejected([*command, "--seed", "5"], capsys)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.png")} == before
+
+
+def test_single_images_lie_where_torch_fidelity_finds_them_and_nothing_else(run, tmp_path):
+    utils = pytest.importorskip("torch_fidelity.utils", reason="an extra")
+    command = ["sample", "--no_cuda", "--checkpoint", str(run), "--n_images", "3", "--out", str(tmp_path)]
+    assert ex2_main.main(command) == 0
+    found = utils.glob_samples_paths(str(tmp_path / "images"), False, "png,jpg,jpeg", "jpg,jpeg", False)
+    assert sorted(found) == sorted(str(path) for path in (tmp_path / "images").iterdir()) and len(found) == 3

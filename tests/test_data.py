@@ -3,9 +3,13 @@
 import hashlib
 import os
 import pickle
+import struct
+import sys
 import tarfile
 import urllib.error
 import urllib.request
+import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -434,3 +438,174 @@ def test_a_mirrored_moon_is_no_moon_and_shapes_are_not_mirrored():
     assert (told == SHAPES.index("moon"))[moon].sum() == 0
     assert not Config(dataset="shapes").flip and not PRESETS["quick"].flip
     assert Config(dataset="shapes", flip=True).flip and all(Config(dataset=d).flip for d in ("cifar10", "butterflies"))
+
+
+# ------------------------------------------------------------------ what people's files are like
+
+
+@pytest.fixture(scope="module")
+def photograph(tmp_path_factory):
+    """A JPEG of 16x8 pixels, left half red, whose EXIF says that it is to be turned by 90 degrees."""
+    path = tmp_path_factory.mktemp("photograph") / "x.jpg"
+    image = Image.new("RGB", (16, 8), (0, 0, 255))
+    image.paste((255, 0, 0), (0, 0, 8, 8))
+    exif = Image.Exif()
+    exif[0x0112], exif[0x011B] = 6, (72, 1)
+    image.save(path, exif=exif, quality=95)
+    return path
+
+
+def test_an_exif_that_cannot_be_written_back_turns_the_image_all_the_same(photograph, tmp_path):
+    """YResolution -1/0, for which Pillow raises struct.error when it turns an image."""
+    data = photograph.read_bytes()
+    order = ">" if struct.pack(">II", 72, 1) in data else "<"
+    at = data.index(struct.pack(order + "II", 72, 1))
+    (tmp_path / "x.jpg").write_bytes(data[:at] + struct.pack(order + "iI", -1, 0) + data[at + 8 :])
+    image = read_image(tmp_path / "x.jpg", 8, "pad")
+    assert torch.equal(image, read_image(photograph, 8, "pad"))
+    assert image[0, 1].float().mean() > 120 and image[2, 1, 4] < 80 and image[0, -2, 4] < 80  # red above blue
+
+
+def test_no_damage_to_the_metadata_decides_over_the_pixels(photograph, tmp_path):
+    """Every byte of the EXIF block set to 0, 255 and its complement: an image each time, upright or as it lies."""
+    data, path = photograph.read_bytes(), tmp_path / "x.jpg"
+    start = data.index(b"Exif")
+    end = start + int.from_bytes(data[start - 2 : start], "big") - 2
+    tried = 0
+    for position in range(start, end):
+        for value in {0, 255, 255 - data[position]}:
+            path.write_bytes(data[:position] + bytes([value]) + data[position + 1 :])
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                assert read_image(path, 8).shape == (3, 8, 8)
+            tried += 1
+    assert tried > 100
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".gif", ".bmp", ".tif", ".webp", ".ppm"])
+def test_a_damaged_image_is_an_image_or_named(tmp_path, suffix):
+    """Cut off at every place, and with every seventh byte changed."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 9, 3), np.uint8))
+    path = tmp_path / f"x{suffix}"
+    image.save(path)
+    data = path.read_bytes()
+    variants = [data[:n] for n in range(0, len(data), 3)]
+    variants += [data[:n] + bytes([data[n] ^ 0xFF]) + data[n + 1 :] for n in range(0, len(data), 7)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for content in variants:
+            path.write_bytes(content)
+            try:
+                assert read_image(path, 8).shape == (3, 8, 8)
+            except InputError as error:
+                assert str(path) in str(error) and "\n" not in str(error).strip()
+
+
+MODES = ("1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "YCbCr", "HSV", "I", "F", "I;16", "PA")
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".ppm", ".jpg", ".gif", ".bmp", ".webp"])
+def test_every_mode_of_every_format_is_scaled_by_its_range_or_refused(tmp_path, mode, suffix):
+    """Grey of 127, in 16 bits 127 * 257: read as 127 (or as what the format itself kept), or refused; never black."""
+    value = 127 * 257 if mode == "I;16" or (mode == "I" and suffix in (".png", ".ppm")) else 127
+    pixels = np.full((8, 8), value, {"I": np.int32, "F": np.float32, "I;16": np.uint16}.get(mode, np.uint8))
+    image = Image.fromarray(pixels) if mode in ("I", "F", "I;16") else None
+    try:
+        if image is None:
+            grey = Image.fromarray(np.full((8, 8, 3), 127, np.uint8))
+            image = grey.convert("LA").convert("PA") if mode == "PA" else grey.convert(mode)
+        image.save(tmp_path / f"x{suffix}")
+    except (OSError, ValueError, KeyError):
+        pytest.skip(f"Pillow doesn't write {mode} as {suffix}")
+    try:
+        mean = read_image(tmp_path / f"x{suffix}", 8).float().mean().item()
+    except InputError as error:
+        assert "range" in str(error)
+    else:
+        with Image.open(tmp_path / f"x{suffix}") as kept:
+            eight_bits = kept.mode not in ("I", "F") and not kept.mode.startswith("I;16")
+            expected = np.asarray(kept.convert("RGB")).mean() if eight_bits else 127
+        assert mean == pytest.approx(expected, abs=3)
+
+
+def test_a_32_bit_tiff_of_small_values_is_refused_and_not_black(tmp_path):
+    Image.fromarray(np.full((8, 8), 127, np.int32)).save(tmp_path / "x.tif")
+    with pytest.raises(InputError, match=r"x\.tif .*mode I, 32 bits of unknown range"):
+        read_image(tmp_path / "x.tif", 8)
+
+
+def test_a_class_named_train_is_a_class(tmp_path):
+    make_tree(tmp_path, {"train": 20, "car": 20})
+    _, _, names = load_folder(str(tmp_path), 8, 0, 0)
+    assert names == ("car", "train")
+
+
+def test_a_training_set_leaves_nothing_out_without_a_word(tmp_path, capsys):
+    make_tree(tmp_path, {"train/cat": 12, "train/dog": 12, "test/cat": 3, "test/dog": 3, "birds": 2})
+    (tmp_path / "train" / "cat" / "more").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "loose.png")
+    train, _, names = load_folder(str(tmp_path), 8, 0, 0)
+    said = capsys.readouterr().out
+    assert names == ("cat", "dog") and len(train) == 24
+    assert "left out: birds" in said and "skipped 1 entries that are no images (1 more)" in said
+    assert "skipped 1 entries that are in no class folder (1 .png)" in said
+
+
+def test_images_without_classes_are_refused(tmp_path):
+    make_tree(tmp_path, {"train": 20, "test": 20})
+    with pytest.raises(InputError, match="holds no class folders"):
+        load_folder(str(tmp_path), 8, 0, 0)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs links")
+def test_links_to_nothing_are_counted_and_named(tmp_path, capsys):
+    make_tree(tmp_path, {"cat": 12, "dog": 12})
+    (tmp_path / "cat" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "fish").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "dog" / "good.png").symlink_to(tmp_path / "cat" / "000.png")
+    train, test, names = load_folder(str(tmp_path), 8, 0, 0)
+    said = capsys.readouterr().out
+    assert names == ("cat", "dog") and len(train) + len(test) == 25
+    assert "1 broken links: gone.png" in said and "1 broken links: fish" in said
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs file names of bytes")
+def test_a_class_whose_name_is_no_utf8_is_refused_before_training(tmp_path):
+    make_tree(tmp_path, {"cat": 12})
+    os.mkdir(os.fsencode(tmp_path) + b"/caf\xe9")
+    with pytest.raises(InputError, match=r"'caf\\udce9' is no UTF-8: rename it"):
+        load_folder(str(tmp_path), 8, 0, 0)
+
+
+def fake_batches(folder):
+    folder.mkdir(parents=True)
+    (folder / "data_batch_1").write_bytes(b"x")
+
+
+def test_the_folder_of_the_batches_itself_can_be_given(tmp_path, monkeypatch):
+    fake_batches(tmp_path / "cifar-10-batches-py")
+    monkeypatch.setattr(ex2_data, "check_cifar10_files", lambda root: None)
+    assert ex2_data.find_cifar10(str(tmp_path / "cifar-10-batches-py")) == tmp_path
+    fake_batches(tmp_path / "renamed")
+    with pytest.raises(InputError, match="name it cifar-10-batches-py, give its parent"):
+        ex2_data.find_cifar10(str(tmp_path / "renamed"))
+
+
+def test_an_archive_in_a_read_only_folder_is_unpacked_elsewhere(tmp_path, monkeypatch, capsys):
+    archive = tmp_path / "shared" / ex2_data.CIFAR10.filename
+    archive.parent.mkdir()
+    archive.write_bytes(b"x")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ex2_data, "check_integrity", lambda *args: True)
+    unpacked = []
+
+    def extract(source, target):
+        if target != "data":
+            raise PermissionError(13, "Permission denied")
+        unpacked.append((source, target))
+
+    monkeypatch.setattr(ex2_data, "extract_archive", extract)
+    assert ex2_data.find_cifar10(str(archive.parent)) == Path("data")
+    assert unpacked == [(str(archive), "data")]
+    assert "can't be unpacked where it lies (Permission denied): unpacking it into data" in capsys.readouterr().out

@@ -203,3 +203,68 @@ def test_where_nothing_can_be_compiled_auto_goes_on_without(tmp_path, model, dif
         ends.append(torch.cat([p.flatten() for p in training.average.model.parameters()]))
     assert torch.equal(*ends)
     assert capsys.readouterr().out.count("can't compile the network here (no Triton): going on without\n") == 1
+
+
+CHANGES = {
+    "timesteps": 40, "schedule": "cosine", "p_uncond": 0.5, "dropout": 0.3, "epochs": 7, "batch_size": 10, "lr": 1e-4,
+    "adam_beta1": 0.5, "warmup_steps": 3, "loss_type": "l1", "grad_clip": 0.01, "ema_images": 40.0, "min_snr": 2.0,
+    "max_minutes": 3.0, "amp": "off", "seed": 9, "flip": True,
+}  # fmt: skip
+NEW_MODEL = ("dim", "dim_mults", "class_free_guidance", "null_token")  # weights that don't fit are refused
+NEW_DATA = ("dataset", "image_size", "square", "label_column")  # read before: tests give the images
+
+
+def first_step(training):
+    """What the next step computes, and the state after it."""
+    training.choose_step(compiled=False)
+    training.network.train()
+    training.loader.set_epoch(training.epochs_done)
+    training.take_step(next(training.loader.inputs()))
+    loss, norm, _, lr = training.meter.window[-1]
+    weights = [p.detach().clone() for p in (*training.model.parameters(), *training.average.weights)]
+    return [loss, norm, torch.tensor(lr, dtype=torch.float64), *weights]
+
+
+def test_every_setting_is_in_the_loop_below():
+    fields = [f for f in cfg.dataclasses.fields(cfg.Config) if f.metadata["group"] in cfg.TRAINING_GROUPS]
+    assert {f.name for f in fields} | {"seed"} == {*CHANGES, *NEW_MODEL, *NEW_DATA}
+
+
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory):
+    """The checkpoint of a run that was cut off in its first epoch."""
+    config = tiny_config(tmp_path_factory.mktemp("short"), amp="on", log_interval=1)
+    training = built(config)
+    training.start()
+    training.loader.set_epoch(0)
+    training.network.train()
+    for inputs in training.loader.inputs():
+        training.take_step(inputs)
+    training.save()
+    return config
+
+
+def built(config):
+    torch.manual_seed(config.seed)
+    model = cfg.build_model(config, 3)
+    loader = make_loader(random_set(40), config.batch_size, CPU, train=True, flip=config.flip, seed=config.seed)
+    return Training(model, config, cfg.build_diffusion(config, CPU), loader, "abc")
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_changed_setting_holds_from_the_first_step_of_a_resumed_run(short_run, name):
+    """The same as of a new run with that setting, which is given weights and moments."""
+    config = cfg.dataclasses.replace(short_run, allow_changes=True, **{name: CHANGES[name]})
+    saved = ckpt.load_checkpoint(short_run.run_dir)
+    assert saved["step"] == 3
+    resumed = built(config)
+    resumed.resume()
+    new = built(cfg.dataclasses.replace(config, results_dir=f"{short_run.results_dir}/new", save_model=False))
+    new.load_weights(saved)
+    new.seconds = saved["seconds"]
+    unchanged = built(short_run)
+    unchanged.load_weights(saved)
+    a, b, c = map(first_step, (resumed, new, unchanged))
+    assert all(torch.equal(x, y) for x, y in zip(a, b))
+    later = ("epochs", "max_minutes", "warmup_steps")  # which show in the learning rate of later steps alone
+    assert name in later or not all(torch.equal(x, y) for x, y in zip(a, c))

@@ -1,6 +1,9 @@
 """Nothing is lost on a shared machine: resuming anywhere, checkpoints, signals, locks, memory."""
 
 import csv
+import ctypes
+import encodings.aliases
+import io
 import json
 import os
 import signal
@@ -9,9 +12,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny import TINY, random_set, tiny_config
 
 import ex2_checkpoint as ckpt
@@ -20,7 +26,7 @@ import ex2_fit
 import ex2_job
 import ex2_main
 from ex2_data import InputError
-from ex2_job import FittingModel, Interrupted, batch_that_fits, check_space, locked, signals_held
+from ex2_job import FittingModel, Interrupted, any_words, batch_that_fits, check_space, locked, signals_held
 from ex2_loader import make_loader
 from ex2_training import LossMeter, RunError, train_step
 
@@ -436,3 +442,170 @@ def test_a_network_that_cannot_be_compiled_is_one_line(tmp_path, monkeypatch, ca
         "error: --compile on: torch can't compile the network here (no working C++ compiler); give --compile auto or "
         "off\n"
     )
+
+
+# ------------------------------------------------------------------ streams
+
+
+class Strict(io.StringIO):
+    """A stream of a given encoding that fails for every other letter; without `reconfigure`, as in a notebook."""
+
+    reconfigure = None
+
+    def __init__(self, encoding):
+        super().__init__()
+        self._encoding = encoding
+
+    @property
+    def encoding(self):
+        return self._encoding
+
+    def write(self, text):
+        text.encode(self._encoding)
+        return super().write(text)
+
+
+ENCODINGS = [name for name in sorted(set(encodings.aliases.aliases.values())) if name not in ("idna", "punycode")]
+
+
+def test_any_encoding_takes_any_words(monkeypatch):
+    """All of Python's: what a stream can't show becomes another letter, and never an error."""
+    tried = 0
+    for name in ENCODINGS:
+        try:
+            "a".encode(name)
+        except (LookupError, TypeError, UnicodeError):  # no encoding of text
+            continue
+        monkeypatch.setattr(sys, "stdout", Strict(name))
+        monkeypatch.setattr(sys, "stderr", Strict(name))
+        with any_words():
+            print("Fréchet 蝴蝶 \udce9 \U0001f98b")
+            print("error", file=sys.stderr)
+        assert "chet" in sys.stdout.getvalue() or name.startswith(("cp", "utf_7"))
+        tried += 1
+    assert tried > 80
+
+
+def test_without_any_stream_nothing_is_said_and_nothing_fails(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert ex2_main.main(["report", "--results_dir", str(tmp_path)]) == 2
+
+
+def start(*command, **options):
+    script = [sys.executable, str(ROOT / "ex2_main.py"), *command]
+    return subprocess.Popen(script, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_figures_are_written_before_they_are_printed_in_any_encoding(tmp_path):
+    environment = {**os.environ, "PYTHONIOENCODING": "cp932"}
+    small = [*RUN, "--results_dir", str(tmp_path), "--dry_run"]
+    process = start(*small, env=environment)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    test = ["test", "--checkpoint", str(tmp_path / "DDPM-dry_run"), "--dry_run", "--no_cuda"]
+    process = start(*test, env=environment)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    assert "samples" in json.loads((tmp_path / "DDPM-dry_run-dry_run" / "test_metrics.json").read_text())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs pipes that break")
+def test_a_broken_pipe_ends_in_order_and_saved(tmp_path):
+    process = start(*RUN, "--results_dir", str(tmp_path), "--epochs", "500", "--log_interval", "1")
+    for line in process.stdout:
+        if "step 3/" in line:
+            break
+    process.stdout.close()
+    error = process.stderr.read()
+    assert process.wait(timeout=60) == 141
+    assert (
+        "nobody reads the output any more; a training that was going on is saved" in error and "Traceback" not in error
+    )
+    assert ckpt.load_checkpoint(tmp_path / "DDPM")["step"] >= 3
+    assert not (tmp_path / "DDPM" / ".lock").exists()
+
+
+# ------------------------------------------------------------------ every signal, to every process
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("photographs")
+    rng = np.random.default_rng(0)
+    for i in range(60):
+        (root / "ab"[i % 2]).mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(root / "ab"[i % 2] / f"{i}.png")
+    return root
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs process groups")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGXCPU"])
+def test_a_signal_to_the_whole_group_ends_a_training_in_order(photographs, tmp_path, name):
+    """The processes that read files while it trains have it, too."""
+    script = tmp_path / "reading.py"
+    script.write_text("import sys, ex2_data, ex2_main\nex2_data.RESIDENT_LIMIT = 0\nsys.exit(ex2_main.main())\n")
+    data = ["--dataset", "folder", "--data_dir", str(photographs), "--num_workers", "1", "--batch_size", "5"]
+    long = [*RUN, *data, "--results_dir", str(tmp_path), "--epochs", "500", "--log_interval", "1"]
+    process = subprocess.Popen(
+        [sys.executable, str(script), *long],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        start_new_session=True,
+    )
+    for line in process.stdout:
+        if "step 3/" in line:
+            break
+    os.killpg(process.pid, getattr(signal, name))
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + getattr(signal, name), error
+    assert error.splitlines()[-1].startswith(f"interrupted by {name}; a training") and "Traceback" not in error
+    assert ckpt.load_checkpoint(tmp_path / "DDPM")["step"] >= 3
+
+
+@pytest.mark.parametrize("number", ex2_job.SIGNALS)
+def test_every_signal_waits_for_the_end_of_the_step(number):
+    with signals_held() as waiting:
+        os.kill(os.getpid(), number)
+        assert waiting == [number]
+
+
+def test_all_that_would_end_a_program_and_denotes_no_fault_is_heeded():
+    faults = "SEGV BUS FPE ILL ABRT IOT TRAP SYS EMT STKFLT KILL STOP PIPE CHLD CLD CONT TSTP TTIN TTOU URG WINCH INFO"
+    others = "PROF IO POLL XFSZ RTMIN RTMAX LOST"  # of profilers; ignored or an error of writing in Python
+    known = {getattr(signal, f"SIG{name}") for name in f"{faults} {others}".split() if hasattr(signal, f"SIG{name}")}
+    named = {number for number in signal.valid_signals() if isinstance(number, signal.Signals)}
+    assert named - known == set(ex2_job.SIGNALS)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Unix")
+def test_what_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with signals_held() as waiting:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        assert waiting == []
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("handle, code, runs", [(0, 0, False), (7, 259, True), (7, 1, False)])
+def test_on_windows_no_signal_is_sent_to_ask_whether_a_process_lives(monkeypatch, handle, code, runs):
+    class Kernel:
+        def OpenProcess(self, access, inherit, pid):
+            return handle
+
+        def GetExitCodeProcess(self, opened, out):
+            out._obj.value = code
+            return 1
+
+        def CloseHandle(self, opened):
+            pass
+
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(ctypes, "windll", SimpleNamespace(kernel32=Kernel()), raising=False)
+    monkeypatch.setattr(os, "kill", lambda *args: pytest.fail("that is Ctrl-C there"))
+    assert ex2_job.process_runs(1234) is runs

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 from pathlib import Path
+from urllib.parse import unquote
 
 import imageio.v3 as imageio
 import numpy as np
@@ -17,6 +18,7 @@ from tiny import TINY
 import ex2_config as cfg
 import ex2_main
 import ex2_report
+from ex2_checkpoint import RunLog, read_json
 from ex2_cli import parse_args
 from ex2_diffusion import SCHEDULES, Diffusion, evenly_spaced
 from ex2_report import Run, Study, find_runs, find_studies, loss_at, samples_sentences, study_part, train_command
@@ -262,3 +264,84 @@ def test_tables_show_four_digits_and_a_dash_for_nothing():
 def test_commands_of_runs_know_the_defaults_of_the_data_set(tmp_path, given, flags):
     run = Run(tmp_path, dataclasses.asdict(cfg.Config(**given)), None)
     assert train_command(run) == f"python ex2_main.py {flags}"
+
+
+# ------------------------------------------------------------------ what an earlier run left behind
+
+
+@pytest.fixture
+def copy(results, tmp_path):
+    """The run and the study in a folder of their own."""
+    for name in ("guided", "compare-schedule"):
+        shutil.copytree(results / name, tmp_path / name, ignore=shutil.ignore_patterns("ckpt.pt*", "features"))
+    return tmp_path
+
+
+def files_of(folder):
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def test_every_file_may_be_missing_empty_cut_or_of_another_program(copy, monkeypatch):
+    """Of the run every file in turn: the page is there, whole, and shows what is left."""
+    monkeypatch.setattr(ex2_report, "as_uri", lambda image, colours: "data:,")  # what takes the time
+    contents = (None, b"", b"\x00\xff", b"{}", b"[1, 2]", b'{"losses": 3}', b"a,b\n1,2\n", 0.3, 0.9)
+    tried = 0
+    study = [copy / "compare-schedule" / name for name in ("study.json", "table.csv")]
+    for path in [*files_of(copy / "guided"), *study]:
+        good = path.read_bytes()
+        for content in contents if path.suffix in (".json", ".csv") else (None, b"", 0.5):
+            if content is None:
+                path.unlink()
+            else:
+                path.write_bytes(good[: int(len(good) * content)] if isinstance(content, float) else content)
+            assert ex2_main.main(["report", "--results_dir", str(copy)]) == 0, (path, content)
+            page = (copy / "index.html").read_text("utf-8")
+            assert page.rstrip().endswith("</html>") and page.count("<h2>") == 7
+            tried += 1
+        path.write_bytes(good)
+    assert tried > 60
+
+
+def test_an_empty_config_is_named_as_damaged_and_shows_no_defaults(copy, capsys):
+    (copy / "guided" / "config.json").write_bytes(b"")
+    assert ex2_main.main(["report", "--results_dir", str(copy)]) == 0
+    assert f"{copy / 'guided' / 'config.json'} is damaged" in capsys.readouterr().out
+    assert "<h3>guided</h3>" not in (copy / "index.html").read_text("utf-8")
+
+
+def test_json_and_logs_are_read_however_they_were_cut(copy, tmp_path):
+    """At every byte."""
+    cut = tmp_path / "cut"
+    for name, read in (("config.json", read_json), ("test_metrics.json", read_json), ("log.csv", RunLog.read)):
+        good = (copy / "guided" / name).read_bytes()
+        whole = read(copy / "guided" / name)
+        for length in range(len(good)):
+            cut.write_bytes(good[:length])
+            found = read(cut)
+            assert found in ({}, whole) if isinstance(found, dict) else found == whole[: len(found)]
+    assert len(whole) >= 2
+
+
+def test_a_picture_of_no_bytes_leaves_the_page_whole_without_it(copy):
+    (copy / "guided" / "class_grid.png").write_bytes(b"")
+    assert ex2_main.main(["report", "--results_dir", str(copy)]) == 0
+    assert "Missing: class_grid.png" in (copy / "report.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("name", ["a#b", "100%", "a b", "x?y", "ü[1](2)"])
+def test_links_to_any_run_work(copy, name):
+    (copy / "guided").rename(copy / name)
+    assert ex2_main.main(["report", "--results_dir", str(copy)]) == 0
+    links = re.findall(r"!\[[^]]*\]\((\S+)\)", (copy / "report.md").read_text("utf-8"))
+    assert len(links) > 10
+    assert all((copy / unquote(link)).is_file() for link in links)
+    assert not any(set("#? ()[]") & set(link) for link in links)
+
+
+def test_figures_of_a_test_survive_damaged_ones_of_an_earlier_call(results, copy):
+    shutil.copy(results / "guided" / "ckpt.pt", copy / "guided")
+    for content in ("", "[]", '{"samples": 1}', '{"losses": {}}'):
+        (copy / "guided" / "test_metrics.json").write_text(content)
+        command = ["test", "--checkpoint", str(copy / "guided"), "--eval_samples", "0", "--no_cuda"]
+        assert ex2_main.main(command) == 0
+        assert json.loads((copy / "guided" / "test_metrics.json").read_text())["losses"]["test"]["l2"]

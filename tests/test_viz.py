@@ -1,8 +1,15 @@
 """Pictures: brightness, order, labels, shapes; no display needed."""
 
+import contextlib
+import os
+import re
 import subprocess
 import sys
+import warnings
+from pathlib import Path
 
+import imageio.v3 as imageio
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -10,6 +17,8 @@ from PIL import Image
 
 import ex2_viz as viz
 from ex2_diffusion import SCHEDULES
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def frames_of(path):
@@ -116,3 +125,102 @@ def test_curves_are_drawn(tmp_path):
     viz.plot_bits_per_dim({"t": [1, 3], "beta": terms, "beta_tilde": terms}, 10, tmp_path / "d.png")
     for name in ("a.png", "b.png", "c.png", "d.png"):
         assert np.asarray(Image.open(tmp_path / name)).std() > 5
+
+
+# ------------------------------------------------------------------ settings of the user
+
+
+def every_picture(folder):
+    """One picture of each kind that has text, as bytes."""
+    images = torch.zeros(4, 3, 8, 8)
+    viz.save_grid(images, folder / "grid.png", 2, ["a", "b"], ["c", "d"], title="title")
+    viz.save_grid(images, folder / "labels.png", labels=list("abcd"))
+    viz.plot_schedules({"cosine": SCHEDULES["cosine"](20)}, folder / "curves.png")
+    viz.plot_time_embedding(torch.eye(5), folder / "embedding.png")
+    return [(folder / f"{name}.png").read_bytes() for name in ("grid", "labels", "curves", "embedding")]
+
+
+def other_value(value):
+    """Another valid-looking value for a setting of matplotlib."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, (int, float)):
+        return value * 2 + 1
+    if isinstance(value, str):
+        return {"black": "red", "white": "blue", "large": "small", "medium": "large"}.get(value, "green")
+    return value
+
+
+def test_no_setting_of_the_users_matplotlib_reaches_a_picture(tmp_path):
+    """All of its settings, one by one where a picture is cheap enough, then all at once."""
+    expected, changed = every_picture(tmp_path), {}
+    for name, value in matplotlib.rcParamsDefault.items():
+        if name.startswith(("backend", "interactive", "toolbar", "webagg", "tk.", "keymap", "animation", "date")):
+            continue
+        with (
+            contextlib.suppress(ValueError, TypeError, RuntimeError),
+            warnings.catch_warnings(),
+            matplotlib.rc_context(),
+        ):
+            warnings.simplefilter("ignore")
+            matplotlib.rcParams[name] = other_value(value)
+            changed[name] = other_value(value)
+    changed["text.usetex"] = True
+    assert len(changed) > 150
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        matplotlib.rcParams.update(changed)
+        assert every_picture(tmp_path) == expected
+    odd = {"text.usetex": True, "font.family": "No such font", "savefig.dpi": 7, "path.sketch": (1, 100, 2)}
+    for name, value in odd.items():
+        with matplotlib.rc_context({name: value}):
+            assert every_picture(tmp_path) == expected, name
+
+
+@pytest.mark.parametrize(
+    "backend", ["module://matplotlib_inline.backend_inline", "module://no.such.module", "TkAgg", ""]
+)
+def test_the_backend_of_a_notebook_changes_nothing(tmp_path, backend):
+    code = (
+        "import sys, os, pathlib; sys.path[:0] = ['.', 'tests']\n"
+        "import ex2_viz, test_viz\n"
+        f"assert os.environ['MPLBACKEND'] == {backend!r}\n"
+        "test_viz.every_picture(pathlib.Path(sys.argv[1]))\n"
+    )
+    environment = {**os.environ, "MPLBACKEND": backend}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment, cwd=ROOT, check=True, timeout=120)
+    here = tmp_path / "here"
+    here.mkdir()
+    assert every_picture(here) == [(tmp_path / path.name).read_bytes() for path in sorted(here.iterdir(), key=age)]
+
+
+def age(path):
+    return path.stat().st_mtime_ns
+
+
+@pytest.mark.parametrize("name", ["蝴蝶", "a$b_{", "half \udce9 letter", "_hidden", "\U0001f98b", "", "a\nb", "\x00"])
+def test_any_class_name_is_drawn(tmp_path, name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        viz.save_grid(torch.zeros(4, 3, 8, 8), tmp_path / "g.png", 2, [name] * 2, [name] * 2, [name] * 4)
+    assert imageio.imread(tmp_path / "g.png").shape[2] in (3, 4)
+
+
+def test_a_grid_of_a_thousand_classes_is_cut_and_says_so(tmp_path, capsys):
+    viz.save_grid(torch.zeros(2000, 3, 32, 32), tmp_path / "g.png", 2, [str(i) for i in range(1000)])
+    assert imageio.imread(tmp_path / "g.png").shape[0] < 2**15
+    assert re.search(r"shows the first \d+ of 1000 rows", capsys.readouterr().out)
+
+
+def test_a_picture_is_whole_or_not_there(tmp_path, monkeypatch):
+    viz.save_grid(torch.zeros(4, 3, 8, 8), tmp_path / "g.png")
+    before = (tmp_path / "g.png").read_bytes()
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ex2_checkpoint.os.fsync", full)
+    for save, images in ((viz.save_grid, torch.ones(4, 3, 8, 8)), (viz.save_gif, torch.ones(2, 3, 8, 8))):
+        with pytest.raises(OSError):
+            save(images, tmp_path / "g.png")
+        assert (tmp_path / "g.png").read_bytes() == before
