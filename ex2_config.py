@@ -20,7 +20,12 @@ TRAINING_GROUPS = ("data", "diffusion process", "model", "training")  # what a r
 
 
 def setting(default, group: str, help: str, **rules):
-    """A Config field; `rules` are `minimum`, `maximum`, `choices` and, for the command line, `type` and `nargs`."""
+    """A Config field; `rules` are `minimum`, `maximum`, `choices` and, for the command line, `type` and `nargs`.
+
+    The type is that of the default, where there is one.
+    """
+    if default is not None and not isinstance(default, (bool, tuple)):
+        rules["type"] = type(default)
     return field(default=default, metadata={"group": group, "help": help, **rules})
 
 
@@ -32,130 +37,79 @@ class Config:
         InputError: a value out of range, named with its flag and what is allowed.
     """
 
-    run_name: str = setting("DDPM", "run", "everything of the run lands in <results_dir>/<run_name>/", type=str)
-    results_dir: str = setting("results", "run", "folder of all runs", type=str, path=True)
-    seed: int = setting(0, "run", "of weights, data order, noise and samples", type=int, minimum=0, maximum=2**32 - 1)
-    cuda: Optional[bool] = setting(
-        None, "run", "insist on the GPU, or stay off it (default: the GPU where there is one)"
-    )
+    run_name: str = setting("DDPM", "run", "everything of the run lands in <results_dir>/<run_name>/")
+    results_dir: str = setting("results", "run", "folder of all runs", path=True)
+    seed: int = setting(0, "run", "of weights, data order, noise and samples", minimum=0, maximum=2**32 - 1)
+    cuda: Optional[bool] = setting(None, "run", "insist on the GPU, or stay off it (default: where there is one)")
     dry_run: bool = setting(False, "run", "one batch of every phase, to see that all works")
-    log_interval: int = setting(100, "run", "optimiser steps between two rows of log.csv", type=int, minimum=1)
+    log_interval: int = setting(100, "run", "optimiser steps between two rows of log.csv", minimum=1)
     save_model: bool = setting(True, "run", "write ckpt.pt, from which the same command goes on")
-    save_minutes: float = setting(10.0, "run", "minutes between two checkpoints within an epoch", type=float, above=0)
+    save_minutes: float = setting(10.0, "run", "minutes between two checkpoints within an epoch", above=0)
     resume: Optional[bool] = setting(
-        None, "run", "insist on a checkpoint to go on from, or start anew (default: go on where there is one)"
+        None, "run", "insist on a checkpoint, or start anew (default: go on where there is one)"
     )
     allow_changes: bool = setting(False, "run", "go on from a checkpoint of other settings")
     compile: str = setting(
-        "auto",
-        "run",
-        "compile the network for training: waits first, then runs faster; auto: on a GPU, for long trainings",
-        type=str,
-        choices=("auto", "on", "off"),
+        "auto", "run", "compile the network first; auto: for long trainings on a GPU", choices=("auto", "on", "off")
     )
     num_threads: Optional[int] = setting(None, "run", "CPU threads (default: torch's choice)", type=int, minimum=1)
-    timeout_minutes: float = setting(
-        30.0, "run", "of several processes (torchrun): how long one may keep the others waiting", type=float, above=0
-    )
+    timeout_minutes: float = setting(30.0, "run", "how long a process may keep the others waiting", above=0)
 
-    dataset: str = setting("cifar10", "data", "the data set", type=str, choices=DATASETS)
+    dataset: str = setting("cifar10", "data", "the data set", choices=DATASETS)
     image_size: Optional[int] = setting(
-        None, "data", "height and width in pixels (default: 128 for butterflies, else 32)", type=int, minimum=8
+        None, "data", "pixels (default: 128 for butterflies, else 32)", type=int, minimum=8
     )
-    flip: Optional[bool] = setting(
-        None, "data", "mirror training images at random (default: all but shapes, whose moon is open to the right)"
-    )
-    square: str = setting(
-        "crop", "data", "what makes folder's and butterflies' images square", type=str, choices=SQUARES
-    )
+    flip: Optional[bool] = setting(None, "data", "mirror training images at random (default: all but shapes)")
+    square: str = setting("crop", "data", "what makes images square", choices=SQUARES)
     label_column: Optional[str] = setting(None, "data", "column that gives a butterfly its class", type=str)
-    data_dir: Optional[str] = setting(
-        None, "access to the data", "where cifar10, images or a parquet file of butterflies lies", type=str, path=True
-    )
-    cache_dir: Optional[str] = setting(
-        None, "access to the data", "where downloaded butterflies are kept", type=str, path=True
-    )
-    num_workers: int = setting(0, "access to the data", "processes that read image files", type=int, minimum=0)
+    data_dir: Optional[str] = setting(None, "access to the data", "where the data set lies", type=str, path=True)
+    cache_dir: Optional[str] = setting(None, "access to the data", "for downloaded butterflies", type=str, path=True)
+    num_workers: int = setting(0, "access to the data", "processes that read image files", minimum=0)
 
-    timesteps: int = setting(
-        1000, "diffusion process", "T, the number of noising steps", type=int, minimum=1, maximum=10**6
-    )
-    schedule: str = setting("linear", "diffusion process", "beta schedule", type=str, choices=tuple(SCHEDULES))
+    timesteps: int = setting(1000, "diffusion process", "T, the number of noising steps", minimum=1, maximum=10**6)
+    schedule: str = setting("linear", "diffusion process", "beta schedule", choices=tuple(SCHEDULES))
 
-    dim: int = setting(32, "model", "base width of the U-Net", type=int, minimum=4, maximum=4096)
+    dim: int = setting(32, "model", "base width of the U-Net", minimum=4, maximum=4096)
     dim_mults: tuple = setting((1, 2, 4), "model", "width of each level over dim", type=int, nargs="+", minimum=1)
     class_free_guidance: bool = setting(False, "model", "condition on the class, for classifier-free guidance")
-    p_uncond: float = setting(0.1, "model", "share of labels dropped in training", type=float, minimum=0, maximum=1)
-    null_token: str = setting("learned", "model", "what stands for no class", type=str, choices=NULL_TOKENS)
+    p_uncond: float = setting(0.1, "model", "share of labels dropped in training", minimum=0, maximum=1)
+    null_token: str = setting("learned", "model", "what stands for no class", choices=NULL_TOKENS)
 
-    dropout: float = setting(
-        0.0, "model", "share of activations dropped in training", type=float, minimum=0, maximum=0.9
-    )
+    dropout: float = setting(0.0, "model", "share of activations dropped", minimum=0, maximum=0.9)
 
-    epochs: int = setting(5, "training", "passes over the training images", type=int, minimum=1)
-    batch_size: int = setting(64, "training", "images per optimiser step", type=int, minimum=1, maximum=10**6)
-    lr: float = setting(1e-3, "training", "peak learning rate of AdamW", type=float, above=0)
+    epochs: int = setting(5, "training", "passes over the training images", minimum=1)
+    batch_size: int = setting(64, "training", "images per optimiser step", minimum=1, maximum=10**6)
+    lr: float = setting(1e-3, "training", "peak learning rate of AdamW", above=0)
     adam_beta1: float = setting(
-        0.9, "training", "how much of the mean gradient AdamW keeps at a step", type=float, minimum=0, maximum=0.999
+        0.9, "training", "share of its mean gradient that AdamW keeps", minimum=0, maximum=0.999
     )
-    warmup_steps: int = setting(
-        200, "training", "optimiser steps to the peak, at most a tenth of all", type=int, minimum=0
-    )
-    loss_type: str = setting("l2", "training", "error of the predicted noise", type=str, choices=("l1", "l2"))
-    grad_clip: float = setting(1.0, "training", "largest gradient norm", type=float, above=0)
-    ema_images: float = setting(
-        50_000.0, "training", "images seen in which the averaged weights forget half", type=float, above=0
-    )
+    warmup_steps: int = setting(200, "training", "steps to the peak, at most a tenth", minimum=0)
+    loss_type: str = setting("l2", "training", "error of the predicted noise", choices=("l1", "l2"))
+    grad_clip: float = setting(1.0, "training", "largest gradient norm", above=0)
+    ema_images: float = setting(50_000.0, "training", "in which the averaged weights forget half", above=0)
     min_snr: Optional[float] = setting(
-        None,
-        "training",
-        "gamma of min-SNR loss weights, for example 5 (default: all times weigh alike)",
-        type=float,
-        above=0,
+        None, "training", "gamma of min-SNR loss weights, for example 5", type=float, above=0
     )
-    max_minutes: Optional[float] = setting(
-        None,
-        "training",
-        "minutes after which training ends at the latest, annealed (default: none)",
-        type=float,
-        above=0,
-    )
+    max_minutes: Optional[float] = setting(None, "training", "of training at most, annealed", type=float, above=0)
     amp: str = setting(
-        "auto",
-        "training",
-        "bfloat16 where torch deems it safe; auto: on GPUs and CPUs that compute in it",
-        type=str,
-        choices=("auto", "on", "off"),
+        "auto", "training", "bfloat16; auto: where the hardware computes in it", choices=("auto", "on", "off")
     )
 
-    eval_images: int = setting(512, "evaluation", "images of val and test that are evaluated", type=int, minimum=1)
-    eval_timesteps: int = setting(
-        10, "evaluation", "times at which the loss is taken, and the bound", type=int, minimum=1
-    )
+    eval_images: int = setting(512, "evaluation", "images of val and test that are evaluated", minimum=1)
+    eval_timesteps: int = setting(10, "evaluation", "times of losses and bound", minimum=1)
 
-    sampler: str = setting("ddpm", "sampling", "ancestral (Eq. 8) or one for few steps", type=str, choices=SAMPLERS)
+    sampler: str = setting("ddpm", "sampling", "ancestral (Eq. 8) or one for few steps", choices=SAMPLERS)
     sample_steps: Optional[int] = setting(
-        None, "sampling", "times visited per image, a network call each, heun two (default: all T)", type=int, minimum=1
+        None, "sampling", "times visited per image (default: all T)", type=int, minimum=1
     )
-    eta: float = setting(0.0, "sampling", "share of fresh noise of ddim and dpmpp_2m", type=float, minimum=0, maximum=1)
+    eta: float = setting(0.0, "sampling", "share of fresh noise of ddim and dpmpp_2m", minimum=0, maximum=1)
     guidance_interval: tuple = setting(
-        (0.0, 1.0),
-        "sampling",
-        "shares of T between which samples are guided",
-        type=float,
-        nargs=2,
-        minimum=0,
-        maximum=1,
+        (0.0, 1.0), "sampling", "shares of T that are guided", type=float, nargs=2, minimum=0, maximum=1
     )
     guidance_scale: Optional[float] = setting(
-        None,
-        "sampling",
-        "w of Eq. 11 (default: 1 for class-conditional models)",
-        type=float,
-        minimum=-1000,
-        maximum=1000,
+        None, "sampling", "w of Eq. 11 (default: 1)", type=float, minimum=-1000, maximum=1000
     )
-    sample_batch: int = setting(100, "sampling", "images that are sampled at a time", type=int, minimum=1)
+    sample_batch: int = setting(100, "sampling", "images that are sampled at a time", minimum=1)
 
     def __post_init__(self):
         if self.image_size is None:

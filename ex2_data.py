@@ -32,21 +32,14 @@ SQUARES = ("crop", "pad")  # what makes an image square: its centre, or white ba
 BUTTERFLIES = "huggan/smithsonian_butterflies_subset"
 RARE = 10  # fewer butterflies of a kind are no class of their own
 EXIF_ORIENTATION = 0x0112
-EXIF_TURNS = dict(
-    zip(
-        range(2, 9),
-        ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"),
-    )
+EXIF_TURNS = dict(  # what undoes an orientation of 2, 3, ...
+    enumerate("FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split(), 2)
 )
 COURSE_CIFAR10 = Path("/proj/aimi-adl/CIFAR10/")
 SHAPES_COUNT = {"train": 10_000, "test": 2_000}  # of which the usual 10% of train become val
 SHAPES_SEED = 0
 HELD_OUT = 0.1  # share of the training images that become the validation set
-RESIDENT_LIMIT = (
-    2 * 1024**3
-)  # bytes of uint8 images that are kept on the device; larger folders are read while training
-
-
+RESIDENT_LIMIT = 2 * 1024**3  # bytes of images that are kept on the device; larger folders are read while training
 # Everything that a scheduler, a terminal or a limit sends to end a program; what denotes a fault of it is left alone.
 SIGNAL_NAMES = "TERM INT HUP QUIT USR1 USR2 XCPU ALRM VTALRM PWR BREAK".split()
 SIGNALS = [getattr(signal, f"SIG{name}") for name in SIGNAL_NAMES if hasattr(signal, f"SIG{name}")]
@@ -269,9 +262,7 @@ def load_folder(data_dir: str | None, image_size: int, seed: int, num_workers: i
     where they fit `RESIDENT_LIMIT`, else read while training.
     """
     if data_dir is None:
-        raise InputError(
-            "--dataset folder needs --data_dir, a folder with train/<class>/* and test/<class>/* or <class>/*"
-        )
+        raise InputError("--dataset folder needs --data_dir: train/<class>/* and test/<class>/*, or <class>/*")
     root = Path(data_dir)
     train_dir, test_dir = root / "train", root / "test"
     split = train_dir.is_dir() and any(entry.is_dir() for entry in train_dir.iterdir())
@@ -279,9 +270,7 @@ def load_folder(data_dir: str | None, image_size: int, seed: int, num_workers: i
     if others:
         print(f"{root}: {train_dir} holds class folders and is the training set; left out: {', '.join(others)}")
     class_names = find_classes(train_dir if split else root)
-    if not split and set(class_names) <= {"train", "val", "test"}:
-        class_names = ()  # images without classes
-    if not class_names:
+    if not class_names or (not split and set(class_names) <= {"train", "val", "test"}):
         raise InputError(f"{root} holds no class folders: put the images into {root / '<class>'}")
     train = find_images(train_dir if split else root, class_names, image_size, square)
     if split and test_dir.is_dir():
@@ -298,15 +287,9 @@ def load_folder(data_dir: str | None, image_size: int, seed: int, num_workers: i
 
 
 def find_classes(folder: Path, leave_out: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """The names of the folders in `folder`, sorted; says what else lies there.
-
-    Raises:
-        InputError: there is no such folder, or a name that no picture could show.
-    """
+    """The names of the folders in `folder`, sorted; says what else lies there. All have to be UTF-8."""
     if not folder.is_dir():
-        raise InputError(
-            f"{folder} is no folder: --data_dir must hold train/<class>/* and test/<class>/*, or <class>/*"
-        )
+        raise InputError(f"{folder} is no folder: --data_dir must hold train/<class>/*, or <class>/*")
     entries = [entry for entry in folder.iterdir() if entry.name[0] != "." and entry.name not in leave_out]
     names = sorted(entry.name for entry in entries if entry.is_dir())
     for name in names:
@@ -335,9 +318,7 @@ def find_images(folder: Path, class_names: tuple[str, ...], image_size: int, squ
         found = [path for path in entries if path.suffix.lower() in IMG_EXTENSIONS and path.name[0] != "."]
         found = [path for path in found if path.is_file()]
         if not found:
-            raise InputError(
-                f"{folder / name} holds no images ({', '.join(IMG_EXTENSIONS)}): fill or remove the folder"
-            )
+            raise InputError(f"{folder / name} holds no images ({', '.join(IMG_EXTENSIONS)}): fill or remove it")
         skipped += sorted(set(entries) - set(found))
         paths += found
         labels += [label] * len(found)
@@ -367,8 +348,7 @@ def upright(image: Image.Image) -> Image.Image:
 def prepare_image(image: Image.Image, image_size: int, square: str = "crop") -> Image.Image:
     """An RGB image of image_size x image_size: upright, transparency on white, `square` of `SQUARES`, resized.
 
-    Raises:
-        ValueError: pixels whose range is unknown: 32-bit integers and floats.
+    A ValueError for pixels whose range is unknown: 32-bit integers and floats.
     """
     sixteen_bits = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
     if image.mode in ("I", "F") and not sixteen_bits:

@@ -255,7 +255,7 @@ class Training:
 
     def too_large(self, inputs: tuple) -> RunError:
         """The error that names a batch which fits the GPU's memory. The search for it spoils the weights."""
-        size = len(inputs[0])
+        size, self.network = len(inputs[0]), self.model  # without the other processes, which don't search
         fits = job.batch_that_fits(lambda n: self.eager_step(*(part[:n] for part in inputs)), size)
         advice = f"--batch_size {fits * world_size()} fits" if fits else "not even one image does"
         size *= world_size()

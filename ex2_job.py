@@ -68,14 +68,14 @@ def interrupt(number: int, frame) -> None:
 
 @contextmanager
 def signals_held() -> Iterator[list[int]]:
-    """Signals wait in the list that is yielded, so that a training step ends in order; a second one doesn't wait.
+    """Signals wait in the list that is yielded, so that a training step ends in order; a Ctrl-C after one doesn't wait.
 
     Under torchrun it does: there a signal often comes twice, from its sender and from torchrun, which kills in the end.
     """
     waiting: list[int] = []
 
     def hold(number: int, frame) -> None:
-        if waiting and not started_by_torchrun():
+        if waiting and number == signal.SIGINT and not started_by_torchrun():
             raise Interrupted(number)
         waiting.append(number)
 

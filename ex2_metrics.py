@@ -140,11 +140,6 @@ def transition_terms(diffusor: Diffusion, x_zero: Tensor, estimate: Tensor, t: T
     return terms
 
 
-def continuous_log_likelihood(x: Tensor, mean: Tensor, sigma: float) -> Tensor:
-    """Elementwise log density of N(mean, sigma^2) at x."""
-    return -0.5 * ((x - mean) / sigma).square() - math.log(sigma) - 0.5 * math.log(2 * math.pi)
-
-
 def discretised_log_likelihood(x: Tensor, mean: Tensor, sigma: float) -> Tensor:
     """Elementwise log probability of 8-bit pixels x in [-1, 1] under N(mean, sigma^2); Ho et al. 2020, Eq. 13.
 
