@@ -51,6 +51,11 @@ class Run:
     def can_guide(self) -> bool:
         return self.config["class_free_guidance"] and self.config["p_uncond"] > 0
 
+    @property
+    def may_show_data(self) -> bool:
+        """Whether pictures of the data set belong to the page: photographs may have terms that forbid it."""
+        return self.config["dataset"] == "shapes"
+
 
 @dataclass(frozen=True)
 class Study:
@@ -110,12 +115,12 @@ class Part:
     animations: list[tuple[Path, str]] = field(default_factory=list)
     missing: list[tuple[str, str]] = field(default_factory=list)  # (what, command that makes it)
 
-    def add_picture(self, path: Path, shows: str, command: str) -> None:
-        """Puts the picture in, or says what makes it."""
+    def add_picture(self, path: Path, shows: str, command: str, needed: bool = True) -> None:
+        """Puts the picture in or, where it is needed, says what makes it."""
         kind = self.animations if path.suffix == ".gif" else self.pictures
         if is_picture(path):
             kind.append((path, shows))
-        else:
+        elif needed:
             self.missing.append((f"{path.name}: {shows}", command))
 
 
@@ -197,10 +202,10 @@ def read_rows(path: Path) -> list[dict]:
 
 def process_part(run: Run) -> Part:
     """2.2 a-d, f: forward and reverse process as pictures."""
-    part, train = Part(run.name), train_command(run)
-    part.add_picture(run.folder / "forward.gif", "forward process: test images on their way to noise", train)
+    part, train, data = Part(run.name), train_command(run), run.may_show_data
+    part.add_picture(run.folder / "forward.gif", "forward process: test images on their way to noise", train, data)
     part.add_picture(run.folder / "reverse.gif", "reverse process: noise on its way to images", train)
-    part.add_picture(run.folder / "forward_strip.png", "forward process, x_t over t", train)
+    part.add_picture(run.folder / "forward_strip.png", "forward process, x_t over t", train, data)
     part.add_picture(run.folder / "reverse_strip.png", "reverse process, x_t over t", train)
     part.add_picture(run.folder / "x_zero_strip.png", "the model's estimate of x_0 at each t", train)
     if not run.config["class_free_guidance"]:
@@ -218,7 +223,8 @@ def quality_part(run: Run) -> Part:
     if "samples" in report:
         part.sentences += samples_sentences(report["samples"])
         part.table = samples_table(report["samples"])
-        part.add_picture(run.folder / "nearest.png", "samples and their nearest training images", test_again)
+        shows = "samples and their nearest training images"
+        part.add_picture(run.folder / "nearest.png", shows, test_again, run.may_show_data)
     else:
         part.missing.append(("figures of samples (Fréchet distance, precision and recall)", test_again))
     part.add_picture(run.folder / "loss_over_t.png", "loss over the time", test_again)
@@ -288,6 +294,15 @@ def guidance_part(run: Run) -> Part:
         part.add_picture(run.folder / "guidance_grid.png", "the same noise at growing guidance scale", train)
         shows = "class accuracy, precision, recall and distance over w"
         part.add_picture(run.folder / "guidance_curve.png", shows, test_command(run))
+    return part
+
+
+def butterflies_part(run: Run) -> Part:
+    """2.5: what the butterflies look like."""
+    part, conditional = Part(run.name), run.config["class_free_guidance"]
+    part.sentences.append(f"At {run.config['image_size']} pixels; the sections above have its figures.")
+    name = "class_grid.png" if conditional else "samples.png"
+    part.add_picture(run.folder / name, f"samples{' of every species' if conditional else ''}", train_command(run))
     return part
 
 
@@ -372,7 +387,7 @@ def sections(runs: list[Run], studies: list[Study]) -> list[Section]:
     schedule, null = studies_of(studies, {"schedule"}), studies_of(studies, {"null_token", "p_uncond"})
     training = [study for study in studies if set(study.varied) - {"schedule", "null_token", "p_uncond"}]
     guided = [run for run in runs if run.config["class_free_guidance"]]
-    butterflies = [run for run in runs if run.config["dataset"] == "butterflies"]
+    butterflies = [run for run in runs if run.config["dataset"] == "butterflies" or "butterfl" in run.name]
     drawn = [run for run in runs if is_picture(run.folder / "schedules.png")]
     schedules = Part("The schedules")
     for run in drawn[:1]:
@@ -411,7 +426,7 @@ def sections(runs: list[Run], studies: list[Study]) -> list[Section]:
         Section(
             "butterflies",
             "2.5 Butterflies",
-            [Part(run.name, [f"See {run.name} in the sections above."]) for run in butterflies]
+            [tried(butterflies_part, run) for run in butterflies]
             or [missing_part("a run on butterflies", "python ex2_main.py --preset butterflies")],
         ),
     ]
