@@ -19,6 +19,7 @@ from ex2_config import Config, build_diffusion, build_model, restore_model
 from ex2_data import InputError
 from ex2_diffusion import sample_in_batches
 from ex2_evaluation import how_judged
+from ex2_job import FittingModel
 
 VARIABLE_GROUPS = ("diffusion process", "model", "training")  # the data and the seed are the same for all runs
 LOSS_SHARES = (0.1, 0.5, 0.9)  # of T: the times whose test loss stands in the table
@@ -177,7 +178,7 @@ def draw_side_by_side(runs: dict[str, Config], path: Path, device) -> None:
         classes = torch.arange(COLUMNS_SHOWN) % len(names) if config.class_free_guidance else None
         batches = sample_in_batches(
             build_diffusion(config, device),
-            restore_model(checkpoint, config, device),
+            FittingModel(restore_model(checkpoint, config, device)),
             COLUMNS_SHOWN,
             config.sample_batch,
             config.seed,

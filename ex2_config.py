@@ -205,6 +205,8 @@ def expanded(path: str) -> str:
     Raises:
         InputError: there is no such home folder or variable.
     """
+    if os.path.isabs(path) and os.path.exists(path):  # expanded before; its name may hold a $
+        return path
     whole = os.path.expandvars(os.path.expanduser(path))
     if whole.startswith("~") or re.search(r"\$\w|\$\{", whole):
         raise InputError(f"{path}: no such home folder or environment variable; write the path in full")
@@ -244,7 +246,7 @@ PRESETS = {
         class_free_guidance=True,
         epochs=2,
         batch_size=16,
-        adam_beta1=0.5,  # with 0.9 it takes more than half as many steps again, see README
+        adam_beta1=0.5,  # with 0.9 it takes more than half as many steps again, see docs/recipes.md
         eval_images=128,
         sampler="ddim",  # with eta = 1 ancestral sampling too, but on 30 steps Eq. 8's wider noise would leave grain
         eta=1.0,
@@ -367,7 +369,10 @@ def config_of(checkpoint: dict, given: dict) -> Config:
         InputError: a value out of range, or settings that this version does not know.
     """
     try:
-        config = Config(**checkpoint["config"])
+        settings = dict(checkpoint["config"])
+        if isinstance(settings.get("compile"), bool):  # as of versions until 2026-11-26
+            settings["compile"] = "on" if settings["compile"] else "auto"
+        config = Config(**settings)
     except (KeyError, TypeError) as error:
         raise InputError(f"the checkpoint's settings are not this version's ({error}): train anew") from error
     return dataclasses.replace(config, **given)

@@ -265,7 +265,7 @@ def load_folder(data_dir: str | None, image_size: int, seed: int, num_workers: i
         raise InputError("--dataset folder needs --data_dir: train/<class>/* and test/<class>/*, or <class>/*")
     root = Path(data_dir)
     train_dir, test_dir = root / "train", root / "test"
-    split = train_dir.is_dir() and any(entry.is_dir() for entry in train_dir.iterdir())
+    split = train_dir.is_dir() and any(entry.is_dir() and entry.name[0] != "." for entry in train_dir.iterdir())
     others = find_classes(root, ("train", "test")) if split else ()
     if others:
         print(f"{root}: {train_dir} holds class folders and is the training set; left out: {', '.join(others)}")
@@ -337,11 +337,11 @@ def read_image(path: Path, image_size: int, square: str = "crop") -> Tensor:
 
 def upright(image: Image.Image) -> Image.Image:
     """The image turned as its EXIF orientation says; damage elsewhere in the metadata is no matter."""
+    image.load()  # what is wrong with the pixels shows here; of a TIFF Pillow turns them, and takes the tag away
     try:
         turn = EXIF_TURNS.get(image.getexif().get(EXIF_ORIENTATION))
     except Exception:  # the metadata are damaged, and may be: the pixels decide
         turn = None
-    image.load()  # what is wrong with the pixels shows here
     return image if turn is None else image.transpose(Image.Transpose[turn])
 
 

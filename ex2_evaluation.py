@@ -1,7 +1,7 @@
 """The figures of a trained model: losses, bits per dimension, and what its samples are worth (2.2 e, 2.4 c).
 
 `evaluate` ends every training; `judge_samples` is what the `test` command adds to it. Both fill the report that becomes
-`test_metrics.json`; README has its schema.
+`test_metrics.json`; docs/metrics.md has its schema.
 """
 
 from __future__ import annotations

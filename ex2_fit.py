@@ -66,10 +66,12 @@ def fit(config: cfg.Config, splits: DataSplits, diffusor: Diffusion, device) -> 
             val = test(training.average.model, val_loader, diffusor, device, config)
             training.end_epoch(loss, sum(val[config.loss_type]) / len(val["t"]))
         except (job.Interrupted, BrokenPipeError):  # a signal; or nobody reads what is printed
-            with job.signals_held():
-                training.save()
+            if not training.within_step:
+                with job.signals_held():
+                    training.save()
             raise
     training.drop_previous()
+    training.step_on = None  # and with it the memory of its recording
     return training.average.model.eval()
 
 
@@ -113,6 +115,7 @@ class Training:
         self.average = Average(model, config.ema_images, config.batch_size)
         self.agreement = Agreement()
         self.log = None  # the first process has one
+        self.within_step = False  # then it must not be saved: a second Ctrl-C ends it there
         self.step, self.epochs_done, self.seconds, self.lr = 0, 0, 0.0, config.lr
         self.meter = LossMeter(0, shared=True)
         self.started = self.saved_at = time.monotonic()
@@ -194,7 +197,7 @@ class Training:
         Raises:
             RunError: the batch doesn't fit the GPU's memory; says which would.
         """
-        rows = self.prepare_step()
+        rows, self.within_step = self.prepare_step(), True
         try:
             loss, norm = self.step_on(*inputs) if rows is None else self.step_on(*inputs, rows=rows)
         except torch.cuda.OutOfMemoryError:
@@ -209,6 +212,7 @@ class Training:
             raise self.too_large(inputs)
         self.meter.add(loss, norm, self.loader.plan.images_in(self.first_batch), self.lr)
         self.step += 1
+        self.within_step = False
         self.tell_time()
 
     def prepare_step(self) -> Rows | None:
@@ -255,7 +259,8 @@ class Training:
 
     def too_large(self, inputs: tuple) -> RunError:
         """The error that names a batch which fits the GPU's memory. The search for it spoils the weights."""
-        size, self.network = len(inputs[0]), self.model  # without the other processes, which don't search
+        # Without the memory of a recording, and without the other processes, which don't search.
+        self.step_on, self.network, size = self.eager_step, self.model, len(inputs[0])
         fits = job.batch_that_fits(lambda n: self.eager_step(*(part[:n] for part in inputs)), size)
         advice = f"--batch_size {fits * world_size()} fits" if fits else "not even one image does"
         size *= world_size()

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -282,33 +283,35 @@ class FittingModel:
     """
 
     def __init__(self, model, amp: bool = False):
-        self.model, self.amp = model, amp
+        self.model = model
         self.largest = None  # images per call; None while all have fitted
+        self.predict = partial(predict, model, amp)
         self.replayed = Replayed(self.predict, what="the network call")
 
     def __getattr__(self, name: str):
         return getattr(self.model, name)
 
-    @torch.no_grad()
-    def predict(self, x: Tensor, *conditions: Tensor) -> tuple[Tensor]:
-        """A single call of the network."""
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
-            return (self.model(x, *conditions).float(),)
-
     def __call__(self, x: Tensor, *conditions: Tensor) -> Tensor:
         """Arguments as the model's: each has one entry per image."""
-        predict = self.replayed if x.device.type == "cuda" else self.predict
+        call = self.replayed if x.device.type == "cuda" else self.predict
         while True:
             size = self.largest or len(x)
             parts = zip(*(argument.split(size) for argument in (x, *conditions)))
             try:
-                return torch.cat([predict(*part)[0] for part in parts])
+                return torch.cat([call(*part)[0] for part in parts])
             except torch.cuda.OutOfMemoryError:
                 if size == 1:
                     raise
                 self.largest = (min(size, len(x)) + 1) // 2
             torch.cuda.empty_cache()  # after the except block, which kept the failed call's tensors alive
             print(f"the GPU's memory is full: going on with {self.largest} images per network call")
+
+
+@torch.no_grad()
+def predict(model, amp: bool, x: Tensor, *conditions: Tensor) -> tuple[Tensor]:
+    """A single call of the network, in bfloat16 where `amp` says so."""
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
+        return (model(x, *conditions).float(),)
 
 
 def batch_that_fits(attempt, batch_size: int) -> int:

@@ -56,7 +56,8 @@ class WeightStandardizedConv2d(nn.Conv2d):
         self.kept: tuple | None = None  # (state of the weights, their standardised form), while nothing trains
 
     def train(self, mode: bool = True) -> WeightStandardizedConv2d:
-        self.kept = None  # an optimiser that works on all weights in one pass changes them without a new version
+        if mode:  # an optimiser that works on all weights in one pass changes them without a new version
+            self.kept = None
         return super().train(mode)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -210,7 +211,7 @@ class Residual(nn.Module):
 def attention(dim: int, kind: type[nn.Module]) -> nn.Module:
     """Attention beside a shortcut. What it adds starts at zero, as in the code of Dhariwal and Nichol 2021.
 
-    With torch's usual start trainings take longer; README has figures under "The recipes".
+    With torch's usual start trainings take longer; docs/recipes.md has figures.
     """
     return Residual(PreNorm(dim, kind(dim)))
 

@@ -9,6 +9,7 @@ import base64
 import csv
 import dataclasses
 import io
+import math
 import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -92,12 +93,13 @@ def find_studies(folder: Path) -> list[Study]:
     studies = []
     for path in sorted(folder.glob("*/study.json")):
         plan, table = read_json(path), path.with_name("table.csv")
+        plan = {name: value if isinstance(value, list) else [] for name, value in plan.items()}
         names = [name for name in plan.get("runs", ()) if (path.parent / str(name)).is_dir()]
         runs = [run for run in (read_run(path.parent / name) for name in names) if run is not None and run.report]
         if runs and table.is_file():
             text = table.read_bytes().decode("utf-8", "replace").replace("\0", "?")
             rows = [row for row in csv.DictReader(io.StringIO(text, newline="")) if None not in (*row, *row.values())]
-            studies.append(Study(path.parent, list(plan.get("varied", ())), rows, runs))
+            studies.append(Study(path.parent, list(map(str, plan.get("varied", ()))), rows, runs))
     return studies
 
 
@@ -469,6 +471,8 @@ def figure(value) -> str:
     try:
         number = float(value)
     except ValueError:
+        return str(value)
+    if not math.isfinite(number):
         return str(value)
     return f"{number:.0f}" if number == round(number) or abs(number) >= 1000 else f"{number:.4g}"
 

@@ -105,9 +105,11 @@ def build_optimizer(model, lr: float, beta1: float = 0.9) -> AdamW:
     device = next(model.parameters()).device
     settings = {"lr": torch.tensor(lr, device=device), "betas": (beta1, 0.999), "capturable": device.type == "cuda"}
     try:
-        return AdamW(model.parameters(), **settings, fused=True)
+        optimizer = AdamW(model.parameters(), **settings, fused=True)
     except RuntimeError:  # of a CPU before torch 2.4
-        return AdamW(model.parameters(), **settings)
+        optimizer = AdamW(model.parameters(), **settings)
+    optimizer._warned_capturable_if_run_uncaptured = True  # the first steps are: no news worth a warning
+    return optimizer
 
 
 def set_learning_rate(optimizer, lr: float) -> None:

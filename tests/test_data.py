@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.datasets import CIFAR10
 
 import ex2_data
@@ -466,6 +466,18 @@ def test_an_exif_that_cannot_be_written_back_turns_the_image_all_the_same(photog
     assert image[0, 1].float().mean() > 120 and image[2, 1, 4] < 80 and image[0, -2, 4] < 80  # red above blue
 
 
+@pytest.mark.parametrize("orientation", range(9))
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif", ".webp"])
+def test_every_orientation_in_every_format_is_upright(tmp_path, suffix, orientation):
+    exif, path = Image.Exif(), tmp_path / f"x{suffix}"
+    exif[0x0112] = orientation
+    Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3)).resize((40, 24)).save(path, exif=exif)
+    with Image.open(path) as image:
+        expected = ImageOps.pad(ImageOps.exif_transpose(image).convert("RGB"), (8, 8), color="white")
+    difference = read_image(path, 8, "pad").float() - torch.from_numpy(np.array(expected)).permute(2, 0, 1).float()
+    assert difference.abs().max() <= 2
+
+
 def test_no_damage_to_the_metadata_decides_over_the_pixels(photograph, tmp_path):
     """Every byte of the EXIF block set to 0, 255 and its complement: an image each time, upright or as it lies."""
     data, path = photograph.read_bytes(), tmp_path / "x.jpg"
@@ -536,7 +548,7 @@ def test_a_32_bit_tiff_of_small_values_is_refused_and_not_black(tmp_path):
 
 
 def test_a_class_named_train_is_a_class(tmp_path):
-    make_tree(tmp_path, {"train": 20, "car": 20})
+    make_tree(tmp_path, {"train": 20, "car": 20, "train/.ipynb_checkpoints": 2})
     _, _, names = load_folder(str(tmp_path), 8, 0, 0)
     assert names == ("car", "train")
 

@@ -73,3 +73,14 @@ def test_the_same_seed_gives_the_same_noise_on_the_gpu_whatever_the_batch():
     whole = ImageNoise(3, 0, 40, GPU).draw((40, 3, 4, 4))
     assert whole.device.type == "cuda"
     assert torch.equal(ImageNoise(3, 20, 7, GPU).draw((7, 3, 4, 4)), whole[20:27])
+
+
+def test_what_cannot_be_recorded_goes_on_eagerly_and_draws_random_numbers(capsys):
+    def waits_for_the_gpu(x):
+        return (x * float(torch.rand((), device=GPU).item()),)
+
+    replayed = Replayed(waits_for_the_gpu)
+    for _ in range(6):
+        assert replayed(torch.ones(3, device=GPU))[0].isfinite().all()
+    assert "can't be replayed on this GPU" in capsys.readouterr().out
+    assert torch.rand(2, device=GPU).unique().numel() == 2

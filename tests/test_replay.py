@@ -164,6 +164,34 @@ def test_a_full_memory_in_an_eager_call_is_the_callers_business(graphs):
         Replayed(hungry)(torch.ones(2))
 
 
+def test_where_memory_is_too_small_for_a_recording_there_is_none(graphs, capsys):
+    """The eager call fits alone, but not beside a recording: in the check of the first replay, and in another shape."""
+    for fails in (WARM_UP + 2, WARM_UP + 3):
+        function, right = Accumulator(), Accumulator()
+
+        def hungry(x, function=function, fails=fails):
+            outputs = function(x)
+            if function.calls == fails:
+                raise torch.cuda.OutOfMemoryError("out of memory")
+            return outputs
+
+        replayed = Replayed(hungry, function.state)
+        for step, size in enumerate([3] * (WARM_UP + 5)):
+            torch.manual_seed(step)
+            expected = right(torch.ones(size) * step)
+            torch.manual_seed(step)
+            assert torch.equal(replayed(torch.ones(size) * step)[0], expected[0])
+        assert torch.equal(function.total, right.total)
+    assert capsys.readouterr().out.count("(too little memory for both)") == 1  # the second never came to it
+
+
+def test_shapes_that_take_turns_are_recorded_a_few_times_and_then_no_more(graphs):
+    replayed = Replayed(lambda x: (x.sum(),))
+    for size in ([2] * 5 + [4] * 5) * 6:
+        assert replayed(torch.ones(size))[0] == size
+    assert graphs["recorded"] == ex2_replay.MOST
+
+
 # ------------------------------------------------------------------ training
 
 needs_fused = pytest.mark.skipif(

@@ -285,6 +285,11 @@ def test_every_file_may_be_missing_empty_cut_or_of_another_program(copy, monkeyp
     """Of the run every file in turn: the page is there, whole, and shows what is left."""
     monkeypatch.setattr(ex2_report, "as_uri", lambda image, colours: "data:,")  # what takes the time
     contents = (None, b"", b"\x00\xff", b"{}", b"[1, 2]", b'{"losses": 3}', b"a,b\n1,2\n", 0.3, 0.9)
+    contents += (
+        b'{"runs": null, "varied": 3}',
+        b'{"runs": ["schedule=linear"], "varied": [[1]]}',
+        b'{"parameters": NaN}',
+    )
     tried = 0
     study = [copy / "compare-schedule" / name for name in ("study.json", "table.csv")]
     for path in [*files_of(copy / "guided"), *study]:
