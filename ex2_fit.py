@@ -107,7 +107,8 @@ class Training:
         self.model = self.network = model
         self.config, self.diffusor, self.loader = config, diffusor, loader
         self.device = diffusor.device
-        self.amp = job.computes_in_bfloat16(config.amp, self.device)
+        self.settings = {name: getattr(config, name) for name in ("loss_type", "grad_clip", "min_snr")}
+        self.settings["amp"] = job.computes_in_bfloat16(config.amp, self.device)
         self.class_names = list(class_names)
         self.epochs, self.steps_per_epoch = (1, 1) if config.dry_run else (config.epochs, len(loader))
         self.total_steps = self.epochs * self.steps_per_epoch
@@ -235,18 +236,9 @@ class Training:
 
     def eager_step(self, *inputs, rows: Rows | None = None):
         """`train_step` on what the loader's `inputs` gave, with the settings of the run."""
-        config = self.config
+        batch = self.loader.batch(*inputs)
         return train_step(
-            self.network,
-            self.optimizer,
-            self.diffusor,
-            *self.loader.batch(*inputs),
-            average=self.average,
-            rows=rows,
-            loss_type=config.loss_type,
-            grad_clip=config.grad_clip,
-            min_snr=config.min_snr,
-            amp=self.amp,
+            self.network, self.optimizer, self.diffusor, *batch, average=self.average, rows=rows, **self.settings
         )
 
     def changed_by_step(self) -> dict[str, list]:
