@@ -93,7 +93,7 @@ def find_studies(folder: Path) -> list[Study]:
     studies = []
     for path in sorted(folder.glob("*/study.json")):
         plan, table = read_json(path), path.with_name("table.csv")
-        plan = {name: value if isinstance(value, list) else [] for name, value in plan.items()}
+        plan = {name: value if isinstance(value, (list, dict)) else [] for name, value in plan.items()}
         names = [name for name in plan.get("runs", ()) if (path.parent / str(name)).is_dir()]
         runs = [run for run in (read_run(path.parent / name) for name in names) if run is not None and run.report]
         if runs and table.is_file():

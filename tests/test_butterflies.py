@@ -112,7 +112,7 @@ def test_butterflies_are_trained_conditional_on_their_species(parquet, tmp_path)
         str(tmp_path / "out"),
     ]
     assert ex2_main.main([*sample, "--classes", "Morpho menelaus"]) == 0
-    assert (tmp_path / "out" / "0000_Morpho_menelaus.png").is_file()
+    assert (tmp_path / "out" / "images" / "0000_Morpho_menelaus.png").is_file()
 
 
 @pytest.mark.parametrize(
