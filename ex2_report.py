@@ -26,8 +26,10 @@ from ex2_checkpoint import RunLog, read_json, write_atomically
 from ex2_compare import NOT_COMPARABLE, as_markdown
 from ex2_config import Config, config_of
 from ex2_data import InputError
+from ex2_diffusion import evenly_spaced
 
 TEMPLATES = Path(__file__).parent
+FRAMES = 17  # of an animation, at most: the page is one file
 CLEAR = 1.05  # ratio of two figures from which on one is called smaller: less is chance
 NEEDED = ("parameters", "losses", "bits_per_dim")  # of test_metrics.json
 NOT_IN_COMMANDS = ("cuda", "resume", "allow_changes", "num_threads", "dry_run", "log_interval")
@@ -480,13 +482,14 @@ def figure(value) -> str:
 def data_uri(path: Path) -> str:
     """A PNG file as the text that puts it into a page."""
     with Image.open(path) as image:
-        return as_uri(image.convert("RGB"), colours=256)
+        return as_uri(image.convert("RGB"), colours=64)
 
 
 def frames(path: Path) -> Iterator[str]:
-    """The frames of a GIF, each as `data_uri` of a PNG: a page can't stop a GIF, but it can leaf through pictures."""
-    for frame in imageio.imread(path, index=None):
-        yield as_uri(Image.fromarray(frame), colours=64)
+    """Frames of a GIF, each as `data_uri` of a PNG: a page can't stop a GIF, but it can leaf through pictures."""
+    pictures = imageio.imread(path, index=None)
+    for i in evenly_spaced(len(pictures), FRAMES):
+        yield as_uri(Image.fromarray(pictures[i]), colours=32)
 
 
 def as_uri(image: Image.Image, colours: int) -> str:
