@@ -74,7 +74,6 @@ class Config:
     class_free_guidance: bool = setting(False, "model", "condition on the class, for classifier-free guidance")
     p_uncond: float = setting(0.1, "model", "share of labels dropped in training", minimum=0, maximum=1)
     null_token: str = setting("learned", "model", "what stands for no class", choices=NULL_TOKENS)
-
     dropout: float = setting(0.0, "model", "share of activations dropped", minimum=0, maximum=0.9)
 
     epochs: int = setting(5, "training", "passes over the training images", minimum=1)

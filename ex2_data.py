@@ -41,8 +41,8 @@ SHAPES_SEED = 0
 HELD_OUT = 0.1  # share of the training images that become the validation set
 RESIDENT_LIMIT = 2 * 1024**3  # bytes of images that are kept on the device; larger folders are read while training
 # Everything that a scheduler, a terminal or a limit sends to end a program; what denotes a fault of it is left alone.
-SIGNAL_NAMES = "TERM INT HUP QUIT USR1 USR2 XCPU ALRM VTALRM PWR BREAK".split()
-SIGNALS = [getattr(signal, f"SIG{name}") for name in SIGNAL_NAMES if hasattr(signal, f"SIG{name}")]
+ENDINGS = "TERM INT HUP QUIT USR1 USR2 XCPU ALRM VTALRM PWR BREAK"
+SIGNALS = [getattr(signal, f"SIG{name}") for name in ENDINGS.split() if hasattr(signal, f"SIG{name}")]
 
 
 class InputError(ValueError):

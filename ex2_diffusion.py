@@ -51,7 +51,7 @@ def linear_beta_schedule(beta_start: float, beta_end: float, timesteps: int) -> 
 def cosine_beta_schedule(timesteps: int, s: float = 0.008) -> Tensor:
     """Betas whose alphas_bar follows a squared cosine; Nichol and Dhariwal 2021, Eq. 17. (T,) in float64.
 
-    `s` keeps the first betas from vanishing. Betas are clipped at 0.999 as in the paper: at T = 1000 only the last.
+    `s` keeps the first betas from vanishing. As in the paper they are clipped at 0.999.
     """
     check_timesteps(timesteps)
     u = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64)
@@ -240,8 +240,7 @@ class Diffusion:
     def q_sample(self, x_zero: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
         """Draws x_t ~ q(x_t | x_zero) in one step; the sheet's Eqs. 4 and 5. 2.2 c.
 
-        Args:
-            x_zero: (B, C, H, W) images in [-1, 1].  t: (B,) times.  noise: eps like x_zero; None draws it from N(0, I).
+        x_zero: (B, C, H, W) images in [-1, 1].  t: (B,) times.  noise: eps like x_zero; None draws it from N(0, I).
         """
         if noise is None:
             noise = torch.randn_like(x_zero)
@@ -270,9 +269,8 @@ class Diffusion:
 
     def q_posterior(self, x_zero: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Mean (B, C, H, W) and variance (B, 1, 1, 1) of q(x_{t-1} | x_t, x_zero); Ho et al. 2020, Eqs. 6 and 7."""
-        mean = extract(self.posterior_mean_x_zero, t, x_t.shape) * x_zero
-        mean = mean + extract(self.posterior_mean_x_t, t, x_t.shape) * x_t
-        return mean, extract(self.posterior_variance, t, x_t.shape)
+        of_x_zero, of_x_t = (extract(a, t, x_t.shape) for a in (self.posterior_mean_x_zero, self.posterior_mean_x_t))
+        return of_x_zero * x_zero + of_x_t * x_t, extract(self.posterior_variance, t, x_t.shape)
 
     # ------------------------------------------------------------------------ training
 
@@ -298,10 +296,7 @@ class Diffusion:
         return (self.min_snr_weights(t, min_snr) * errors).mean()
 
     def min_snr_weights(self, t: Tensor, gamma: float) -> Tensor:
-        """min(SNR, gamma) / SNR, (B,): less weight for the times with little noise, whose eps is hard to tell.
-
-        Hang et al. 2023, https://arxiv.org/abs/2303.09556, section 3.4, for the prediction of eps.
-        """
+        """min(SNR, gamma) / SNR, (B,): less weight for little noise; Hang et al. 2023, https://arxiv.org/abs/2303.09556."""
         return (gamma * torch.exp(-self.log_snr.gather(-1, t))).clamp(max=1)
 
     # ------------------------------------------------------------------------ reverse process
@@ -325,26 +320,19 @@ class Diffusion:
         return alphas_bar_prev.sqrt() * x_zero + direction * eps + variance.sqrt() * z
 
     def extrapolated(self, index: int, x_zero: Tensor, x_zero_before: Tensor) -> Tensor:
-        """The image estimate halfway to the next time, from those at times `index` and `index` + 1; Lu et al., Alg. 2.
-
-        Time is measured in log(alpha / sigma), which is half of `log_snr`.
-        """
+        """The image estimate halfway to the next time (in log-SNR), from those at two times; Lu et al., Alg. 2."""
         before, now, after = (self._log_snr_exact[index + k] for k in (1, 0, -1))
         return x_zero + (after - now) / (2 * (now - before)) * (x_zero - x_zero_before)
 
     def velocity(self, t: Tensor, eps: Tensor, x_zero: Tensor) -> Tensor:
-        """dx/dangle of the probability-flow ODE, where x = cos(angle) x_zero + sin(angle) eps, cos^2 is alphas_bar.
-
-        Salimans and Ho 2022, appendix D (https://arxiv.org/abs/2202.00512). (B, C, H, W).
-        """
+        """dx/dangle of the probability-flow ODE for x = cos(angle) x_zero + sin(angle) eps; Salimans and Ho 2022."""
         cos, sin = (extract(a, t, eps.shape) for a in (self.sqrt_alphas_bar, self.sqrt_one_minus_alphas_bar))
         return cos * eps - sin * x_zero
 
     def heun_step(self, x: Tensor, t: Tensor, velocity: Tensor, velocity_after: Tensor) -> Tensor:
         """x_{t-1} from x_t by the mean of the velocities at both ends; Karras et al. 2022, Alg. 1, over the angle.
 
-        https://arxiv.org/abs/2206.00364. They step over sigma / alpha = tan(angle), which is 20,000 where cosine
-        schedules start: there every digit would be lost.
+        They step over sigma / alpha = tan(angle): 20,000 where cosine schedules start, all digits would be lost.
         """
         turn = extract(self.angles, t - 1, x.shape) - extract(self.angles, t, x.shape)
         return x + turn * (velocity + velocity_after) / 2
@@ -352,8 +340,7 @@ class Diffusion:
     def clamp_eps(self, x: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """The noise that belongs to x_t once the x_zero estimate is clamped to [-1, 1]; x_t itself is never clamped.
 
-        An error of eps is divided by sqrt(alphas_bar) on its way to x_zero: at the noisy end of the cosine schedule it
-        grows 20,000 times. Where nothing is clamped this changes nothing.
+        An error of eps is divided by sqrt(alphas_bar) for x_zero: it grows 20,000 times where cosine schedules start.
         """
         return self.predict_eps(x, t, self.predict_x_zero(x, t, eps).clamp(-1, 1))
 
@@ -373,10 +360,9 @@ class Diffusion:
         return self.ddpm_step(x, t, eps, z)
 
     def respaced(self, steps: int | None) -> Diffusion:
-        """The same process on `steps` of its times, 1 .. T, as in `visited_times`; None keeps all of them.
+        """The same process on `steps` of its times (`visited_times`), 1 .. T; Nichol and Dhariwal 2021, Eq. 19.
 
-        Its betas follow from alphas_bar at the times that are left (Nichol and Dhariwal 2021, Eq. 19); `model_times`
-        holds the t that the model knows them by.
+        None keeps all of them. `model_times` holds the t that the model knows them by.
         """
         if steps is None or steps == self.timesteps:
             return self
@@ -408,8 +394,7 @@ class Diffusion:
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Algorithm 2 of Ho et al. 2020, step by step: yields (t, x_t, x_zero estimate), last (-1, sample, sample).
 
-        One batch is alive at a time; keep what you need of it (`thin_trajectory`). The model's train / eval mode is the
-        caller's business.
+        One batch is alive at a time, see `thin_trajectory`. The model's train / eval mode is the caller's business.
 
         Args:
             model: predicts eps; see `guided_eps`, also for `classes` (B,) and `guidance_scale`.
@@ -425,16 +410,15 @@ class Diffusion:
 
         Raises:
             ValueError: unknown sampler, or eta, steps, classes or guidance out of range.
-            FloatingPointError: a prediction of the model was not finite; says at which t. Raised at the end: looking at
-                every step would make it wait for the GPU.
+            FloatingPointError: a prediction was not finite; says at which t, at the end, so that no step waits for it.
         """
         first, last = guidance_interval
         if sampler not in SAMPLERS:
             raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
         if not 0 <= eta <= 1 or (eta > 0 and sampler not in WITH_ETA):
+            with_eta = " and ".join(WITH_ETA)
             raise ValueError(
-                f"eta must lie within 0 .. 1, and be 0 for any sampler but {' and '.join(WITH_ETA)}; "
-                f"got {eta:g} for {sampler}"
+                f"eta must lie within 0 .. 1, and be 0 for any sampler but {with_eta}; got {eta:g} for {sampler}"
             )
         if not 0 <= first <= last <= 1:
             raise ValueError(f"guidance_interval must be two shares of T, 0 <= first <= last <= 1; got {first}, {last}")

@@ -223,14 +223,8 @@ def open_checkpoint(args):
     out = Path(args.out or run_dir_of(args.checkpoint)).resolve()
     if not out.name:
         raise InputError(f"--out: {out} is no folder for pictures")
-    now = {
-        "cuda": None,
-        "dry_run": False,
-        "num_threads": None,
-        **args.given,
-        "results_dir": str(out.parent),
-        "run_name": out.name,
-    }
+    now = {"cuda": None, "dry_run": False, "num_threads": None, **args.given}
+    now.update(results_dir=str(out.parent), run_name=out.name)
     config = cfg.config_of(checkpoint, now)
     return checkpoint, config, job.pick_device(config.cuda, config.num_threads)
 
