@@ -58,8 +58,7 @@ def to_model_range(images: Tensor) -> Tensor:
 
 
 def reverse_transform(images: Tensor) -> Tensor:
-    """Model outputs to uint8 pixels: -1 -> 0, 0 -> 128, 1 -> 255, rounded, values outside clamped; the inverse of
-    `to_model_range`. Any shape."""
+    """Model outputs to uint8 pixels: -1 -> 0, 0 -> 128, 1 -> 255, rounded, values outside clamped. Any shape."""
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
@@ -346,10 +345,7 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def prepare_image(image: Image.Image, image_size: int, square: str = "crop") -> Image.Image:
-    """An RGB image of image_size x image_size: upright, transparency on white, `square` of `SQUARES`, resized.
-
-    A ValueError for pixels whose range is unknown: 32-bit integers and floats.
-    """
+    """An RGB image of image_size x image_size: upright, on white, `square` of `SQUARES`; a ValueError for 32 bits."""
     sixteen_bits = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
     if image.mode in ("I", "F") and not sixteen_bits:
         raise ValueError(f"its pixels are of mode {image.mode}, 32 bits of unknown range: save them with 8 or 16 bits")

@@ -72,8 +72,7 @@ class EpochPlan:
 class Loader:
     """Batches of a data set as its `EpochPlan` says: an iterable over (images (B, 3, H, W) in [-1, 1], labels (B,)).
 
-    A batch comes in two steps, so that the second can be a part of what a GPU records: `inputs` yields what tells a
-    batch from the others, and `batch` makes the images of it.
+    `inputs` yields what tells a batch from the others, `batch` makes its images, as a part of what a GPU records.
     """
 
     def __init__(self, dataset, plan: EpochPlan, device):
