@@ -73,9 +73,11 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", choices=WEIGHTS, default="ema", help="averaged, or as last trained (default: ema)")
 
 
-def add_samples_flag(parser: argparse.ArgumentParser) -> None:
-    """The flag of every command that judges samples."""
+def add_samples_flags(parser: argparse.ArgumentParser, default_scales: str) -> None:
+    """The flags of every command that judges samples."""
     parser.add_argument("--eval_samples", type=int, default=1000, help="samples to judge (default: 1000; 0: none)")
+    help = f"guidance scales to judge them at (default: {default_scales})"
+    parser.add_argument("--eval_scales", type=float, nargs="+", default=[], help=help)
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -99,10 +101,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
     test = commands.add_parser("test", help="evaluate a checkpoint: losses, bits per dimension, quality of its samples")
     add_checkpoint_flags(test)
-    add_samples_flag(test)
-    test.add_argument(
-        "--eval_scales", type=float, nargs="+", help="guidance scales to judge them at (default: those of the pictures)"
-    )
+    add_samples_flags(test, "those of the pictures")
     test.add_argument(
         "--inception_weights",
         type=path,
@@ -136,7 +135,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         metavar="SETTING=VALUE,...",
         help="a setting and its values, for example schedule=linear,cosine; several --vary make all combinations",
     )
-    add_samples_flag(compare)
+    compare.add_argument(
+        "--seeds", type=int, default=1, help="runs of each, with seeds one after another: intervals (default: 1)"
+    )
+    add_samples_flags(compare, "the run's own")
     add_flags(compare, all_groups, ("save_model",))
 
     report = commands.add_parser("report", help="everything under a results folder as one page")
@@ -173,17 +175,25 @@ def choose_classes(wanted: list[str] | None, names: list[str], config: Config) -
     return [numbers[name] for name in wanted] if wanted else list(range(len(names)))
 
 
-def choose_scales(args, config: Config) -> list[float]:
-    """The guidance scales at which `test` judges samples; checks its other flags for them too."""
+def check_scales(args) -> list[float]:
+    """The guidance scales at which samples are judged, as far as they were given."""
     if args.eval_samples < 0:
         raise InputError(f"--eval_samples must be at least 0, got {args.eval_samples}")
-    if args.eval_samples == 0 and (args.eval_scales or args.inception_weights):
-        raise InputError("--eval_scales and --inception_weights are for judged samples: drop --eval_samples 0")
-    if not config.can_guide:
-        if args.eval_scales:
-            raise InputError("--eval_scales: this model can't be guided; train one with --class_free_guidance")
-        return []
-    for scale in args.eval_scales or ():
+    if args.eval_samples == 0 and args.eval_scales:
+        raise InputError("--eval_scales are for judged samples: drop --eval_samples 0")
+    for scale in args.eval_scales:
         if not -1000 <= scale <= 1000:
             raise InputError(f"--eval_scales must lie within -1000 .. 1000, got {scale:g}")
-    return args.eval_scales or list(GUIDANCE_SCALES)
+    return args.eval_scales
+
+
+def choose_scales(args, config: Config) -> list[float]:
+    """The guidance scales at which `test` judges samples; checks its other flags for them too."""
+    scales = check_scales(args)
+    if args.eval_samples == 0 and args.inception_weights:
+        raise InputError("--inception_weights are for judged samples: drop --eval_samples 0")
+    if config.can_guide:
+        return scales or list(GUIDANCE_SCALES)
+    if scales:
+        raise InputError("--eval_scales: this model can't be guided; train one with --class_free_guidance")
+    return []

@@ -1,5 +1,5 @@
-"""The training study: a grid of runs from one configuration, as a table, as curves and as samples from the same noise
-(2.2 training, 2.3 compare the schedules, 2.4 null token).
+"""The training study: a grid of runs from one configuration, with several seeds each, as a table with intervals, as
+curves and as samples from the same noise (2.2 training, 2.3 compare the schedules, 2.4 null token and guidance).
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ import dataclasses
 import io
 import itertools
 import json
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -24,6 +26,8 @@ from ex2_job import FittingModel
 VARIABLE_GROUPS = ("diffusion process", "model", "training")  # the data and the seed are the same for all runs
 LOSS_SHARES = (0.1, 0.5, 0.9)  # of T: the times whose test loss stands in the table
 COLUMNS_SHOWN = 10
+# Student's t, the 97.5% quantile for n seeds: n - 1 degrees of freedom.
+T_QUANTILES = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 NOT_COMPARABLE = (
     "Raw losses of different schedules or numbers of timesteps are not comparable: at the same t each has another "
     "noise level, and their means weigh the noise levels (log-SNR) differently. Compare the losses at equal log-SNR, "
@@ -68,15 +72,21 @@ def parse_value(text: str, kind: type):
     return text.lower() == "true"
 
 
-def grid_of_runs(base: Config, varied: dict[str, list], num_classes: int) -> dict[str, Config]:
-    """name -> Config of every combination of the varied settings; all run in folders of `base`'s run folder.
+def grid_of_runs(base: Config, varied: dict[str, list], num_classes: int, seeds: int = 1) -> dict[str, Config]:
+    """name -> Config of every combination of the varied settings, each with `base`'s seed and those after it.
+
+    All run in folders of `base`'s run folder. The first seed is not in the name, so that seeds can be added later.
 
     Raises:
-        InputError: a combination of which no model or no process can be made.
+        InputError: a combination of which no model or no process can be made, or too many seeds.
     """
+    if not 1 <= seeds <= max(T_QUANTILES):
+        raise InputError(f"--seeds must be at least 1 and at most {max(T_QUANTILES)}, got {seeds}")
     runs = {}
-    for values in itertools.product(*varied.values()):
+    for *values, seed in itertools.product(*varied.values(), range(base.seed, base.seed + seeds)):
         changes = dict(zip(varied, values))
+        if seed != base.seed:
+            changes["seed"] = seed
         name = ",".join(f"{setting}={value}" for setting, value in changes.items())
         try:
             runs[name] = dataclasses.replace(base, results_dir=str(base.run_dir), run_name=name, **changes)
@@ -94,7 +104,7 @@ def write_study(out: Path, varied: dict[str, list], runs: dict[str, Config]) -> 
     write_atomically(out / "study.json", text.encode())
 
 
-def is_judged(config: Config, judge, count: int) -> bool:
+def is_judged(config: Config, judge, count: int, scales: Sequence[float] = ()) -> bool:
     """Whether an earlier call left the figures of the finished run, and what they are of is asked for now, too."""
     metrics = config.run_dir / "test_metrics.json"
     saved = max((path.stat().st_mtime for path in config.run_dir.glob(f"{CHECKPOINT_NAME}*")), default=0)
@@ -106,6 +116,8 @@ def is_judged(config: Config, judge, count: int) -> bool:
         same = report["weights"] == "ema" and len(losses["t"]) == min(config.eval_timesteps, config.timesteps)
         same = same and losses["images"] <= config.eval_images == report["eval_images"]
         same = same and "bits_per_dim" in report and isinstance(samples, dict) == (judge is not None)
+        if judge is not None and config.can_guide:
+            same = same and set(scales) <= {row["guidance_scale"] for row in samples["by_scale"]}
     except (KeyError, TypeError):  # of another version
         return False
     wanted = {} if judge is None else how_judged(judge, config, count)
@@ -118,14 +130,18 @@ def is_judged(config: Config, judge, count: int) -> bool:
 def write_comparison(
     runs: dict[str, Config], varied: dict[str, list], failed: dict[str, str], out: Path, device
 ) -> None:
-    """table.csv, table.md, curves.png and samples.png of judged runs; those that failed have an empty row."""
+    """table.csv, table.md, curves.png and samples.png of judged runs; those that failed have an empty row.
+
+    table.csv has a row per run and guidance scale, table.md the means over the seeds.
+    """
     done = {name: config for name, config in runs.items() if name not in failed}
     reports = {name: read_json(config.run_dir / "test_metrics.json") for name, config in done.items()}
     logs = {name: RunLog.read(config.run_dir / "log.csv") for name, config in done.items()}
     rows = []
     for name, config in runs.items():
-        row = {setting: getattr(config, setting) for setting in varied}
-        rows.append({**row, **(figures_of(config, reports[name], logs[name]) if name in done else {})})
+        settings = {setting: getattr(config, setting) for setting in (*varied, "seed")}
+        figures = figures_of(config, reports[name], logs[name]) if name in done else [{}]
+        rows += [{**settings, **row} for row in figures]
     head = max(rows, key=len)
     rows = [{name: row.get(name) for name in head} for row in rows]
     table = io.StringIO(newline="")
@@ -134,31 +150,69 @@ def write_comparison(
     writer.writerows(rows)
     write_atomically(out / "table.csv", table.getvalue().encode())
     notes = [NOT_COMPARABLE, *(f"{name} failed: {reason}" for name, reason in failed.items())]
-    text = as_markdown(rows) + "\n" + "\n\n".join(notes)
+    text = as_markdown(over_seeds(rows, list(varied))) + "\n" + "\n\n".join(notes)
     write_atomically(out / "table.md", (text + "\n").encode())
     if done:
         losses = {name: report["losses"]["test"] for name, report in reports.items()}
-        viz.plot_comparison(logs, losses, out / "curves.png")
-        draw_side_by_side(done, out / "samples.png", device)
+        groups = {
+            name: ",".join(f"{setting}={getattr(config, setting)}" for setting in varied)
+            for name, config in done.items()
+        }
+        viz.plot_comparison(logs, losses, groups, out / "curves.png")
+        first = min(config.seed for config in done.values())
+        draw_side_by_side({name: c for name, c in done.items() if c.seed == first}, out / "samples.png", device)
     print(text)
 
 
-def figures_of(config: Config, report: dict, log: list[dict]) -> dict:
-    """One run's figures; the losses are l2 on the test set, at the tested times nearest to `LOSS_SHARES` of T."""
+def figures_of(config: Config, report: dict, log: list[dict]) -> list[dict]:
+    """One run's figures, a row per guidance scale it was judged at.
+
+    The losses are l2 on the test set, at the tested times nearest to `LOSS_SHARES` of T.
+    """
     losses, figures = report["losses"]["test"], {}
     for share in LOSS_SHARES:
         k = min(range(len(losses["t"])), key=lambda k: abs(losses["t"][k] + 1 - share * config.timesteps))
         figures[f"loss near {share:g} T"] = losses["l2"][k]
     figures["bits/dim"] = min(report["bits_per_dim"][name]["total"] for name in ("beta", "beta_tilde"))
-    if "samples" in report:
-        scale = config.sampling["guidance_scale"]
-        own = next(row for row in report["samples"]["by_scale"] if row["guidance_scale"] == scale)
-        figures["w"] = scale
-        figures["Fréchet distance"] = own["frechet_distance"]
-        figures["precision"], figures["recall"] = own["precision"], own["recall"]
-        figures["class accuracy"] = own.get("class_accuracy") if config.class_free_guidance else None
-    figures["seconds"] = round(float(log[-1]["seconds"])) if log else None
-    return figures
+    rows = []
+    for judged in report["samples"]["by_scale"] if "samples" in report else ():
+        row = {"w": judged["guidance_scale"], "Fréchet distance": judged["frechet_distance"]}
+        row["precision"], row["recall"] = judged["precision"], judged["recall"]
+        row["class accuracy"] = judged.get("class_accuracy") if config.class_free_guidance else None
+        rows.append(row)
+    seconds = {"seconds": round(float(log[-1]["seconds"])) if log else None}
+    return [{**figures, **row, **seconds} for row in rows or [{}]]
+
+
+def over_seeds(rows: list[dict], varied: Sequence[str]) -> list[dict]:
+    """One row per combination and guidance scale: means over the seeds, with 95% intervals ("mean ± half its width").
+
+    Args:
+        rows: of table.csv, as numbers or as text.  varied: the settings that were varied.
+    """
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row.get(name) for name in (*varied, "w")), []).append(row)
+    summary = []
+    for group in groups.values():
+        summary.append({})
+        for name in group[0]:
+            values = [float(row[name]) for row in group if name not in varied and row[name] not in (None, "")]
+            if name in varied or (name == "w" and values):
+                summary[-1][name] = group[0][name]
+            elif name == "seed":
+                summary[-1]["runs"] = len(group)
+            else:
+                summary[-1][name] = mean_and_interval(values)
+    return summary
+
+
+def mean_and_interval(values: list[float]) -> float | str | None:
+    """The mean; from two values on as text, with half the width of its 95% interval (Student's t)."""
+    if len(values) < 2:
+        return values[0] if values else None
+    half = T_QUANTILES[len(values)] * statistics.stdev(values) / len(values) ** 0.5
+    return f"{statistics.mean(values):.4g} ± {half:.2g}"
 
 
 def as_markdown(rows: list[dict]) -> str:

@@ -23,7 +23,7 @@ import ex2_config as cfg
 import ex2_job as job
 import ex2_viz as viz
 from ex2_checkpoint import load_checkpoint
-from ex2_cli import choose_classes, choose_scales, parse_args
+from ex2_cli import check_scales, choose_classes, choose_scales, parse_args
 from ex2_compare import grid_of_runs, is_judged, parse_vary, write_comparison, write_study
 from ex2_data import DataSplits, InputError
 from ex2_distributed import ProcessesError, connected, from_main, is_main, name_of_process, world_size
@@ -101,17 +101,18 @@ def run_train(args) -> None:
 
 
 def run_compare(args) -> None:
-    """`compare`: trains and judges a run for every combination of varied settings; finished ones are kept. 2.3.
+    """`compare`: trains and judges runs of every combination of varied settings; finished ones are kept. 2.2 to 2.4.
 
     Raises:
         RunError: a run failed; the others have their place in the table.
     """
     varied = parse_vary(args.vary)
+    scales = check_scales(args)
     args.given.setdefault("run_name", f"compare-{'-'.join(varied)}")
     base, device = prepare_training(args)
     with job.locked(base.run_dir):
         splits = cfg.load_data(base)
-        runs = grid_of_runs(base, varied, len(splits.class_names))
+        runs = grid_of_runs(base, varied, len(splits.class_names), args.seeds)
         if is_main():
             write_study(base.run_dir, varied, runs)
         judge = None
@@ -121,7 +122,7 @@ def run_compare(args) -> None:
         for name, config in runs.items():
             print(f"--- {name}")
             try:
-                train_and_judge(config, splits, judge, args.eval_samples, device)
+                train_and_judge(config, splits, judge, args.eval_samples, scales, device)
             except RunError as error:
                 # Of several processes the others may not know of it; and a signal, where saving failed, ends all.
                 if world_size() > 1 or isinstance(error.__context__, job.Interrupted):
@@ -134,13 +135,13 @@ def run_compare(args) -> None:
     print(f"done: see {base.run_dir}/")
 
 
-def train_and_judge(config: cfg.Config, splits: DataSplits, judge, count: int, device) -> None:
+def train_and_judge(config: cfg.Config, splits: DataSplits, judge, count: int, scales, device) -> None:
     """One run of a comparison, as far as an earlier call didn't do it already."""
     make_run_dir(config.run_dir)
     diffusor = cfg.build_diffusion(config, device)
     model = fit(config, splits, diffusor, device)
-    if not from_main(lambda: is_judged(config, judge, count), "the figures of an earlier call"):
-        test_and_judge(judge, model, splits, diffusor, config, count, scales=[], weights="ema")
+    if not from_main(lambda: is_judged(config, judge, count, scales), "the figures of an earlier call"):
+        test_and_judge(judge, model, splits, diffusor, config, count, scales, weights="ema")
 
 
 def prepare_training(args):

@@ -252,19 +252,28 @@ def plot_loss_over_t(curves: Mapping[str, Mapping], path: str | Path) -> None:
             ax.legend()
 
 
-def plot_comparison(logs: Mapping[str, Sequence[Mapping]], losses: Mapping[str, Mapping], path: str | Path) -> None:
+def plot_comparison(
+    logs: Mapping[str, Sequence[Mapping]],
+    losses: Mapping[str, Mapping],
+    groups: Mapping[str, str],
+    path: str | Path,
+) -> None:
     """2.3: training and validation loss over the steps, and test loss over log-SNR, of several runs.
 
     Args:
         logs: name -> rows of its log.csv.  losses: name -> what `loss_over_timesteps` gives.
+        groups: name -> what the run differs in from others; runs of several seeds have one colour.
     """
+    colours = {group: f"C{i}" for i, group in enumerate(dict.fromkeys(groups.values()))}
     with curve_axes(path, 3) as axes:
         for name, rows in logs.items():
+            seen = groups[name] in axes[2].get_legend_handles_labels()[1]
+            how = {"label": None if seen else groups[name], "color": colours[groups[name]], "alpha": 0.7}
             for ax, column, style in ((axes[0], "train_loss", "-"), (axes[1], "val_loss", "o-")):
                 filled = [row for row in rows if row[column] != ""]
                 steps, values = [int(row["step"]) for row in filled], [float(row[column]) for row in filled]
-                ax.plot(steps, values, style, label=name, alpha=0.8)
-            axes[2].plot(losses[name]["log_snr"], losses[name]["l2"], "o-", label=name, alpha=0.8)
+                ax.plot(steps, values, style, **how)
+            axes[2].plot(losses[name]["log_snr"], losses[name]["l2"], "o-", **how)
         axes[0].set(title="training loss", xlabel="optimiser step", yscale="log")
         axes[1].set(title="validation loss, EMA weights", xlabel="optimiser step", yscale="log")
         axes[2].set(title="test l2 loss at equal noise level", xlabel="log-SNR: noise left, image right", yscale="log")
