@@ -102,12 +102,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     test = commands.add_parser("test", help="evaluate a checkpoint: losses, bits per dimension, quality of its samples")
     add_checkpoint_flags(test)
     add_samples_flags(test, "those of the pictures")
-    test.add_argument(
-        "--inception_weights",
-        type=path,
-        metavar="FILE",
-        help="torch-fidelity's weights, for FID",
-    )
+    test.add_argument("--inception_weights", type=path, metavar="FILE", help="torch-fidelity's weights, for FID")
     test.add_argument("--out", type=path, help="folder for the figures (default: the run's folder)")
     # Another seed would split the data anew, and training images would land in the validation set.
     add_flags(test, ("run", "access to the data", "evaluation", "sampling"), (*RUN_FLAGS_OF_TRAIN, "seed"))
@@ -150,12 +145,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     names = {f.name for f in fields(Config)}
     for flag in unknown:
         if flag.lstrip("-").split("=")[0].replace("no_", "", 1) in names:
-            by = (
-                "is fixed by the checkpoint and"
-                if args.command in ("test", "sample")
-                else "is not for this command and"
-            )
-            raise InputError(f"{flag} {by} can't be given to {args.command}: train with it")
+            fixed = "fixed by the checkpoint" if args.command in ("test", "sample") else "not for this command"
+            raise InputError(f"{flag} is {fixed} and can't be given to {args.command}: train with it")
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     args.given = {name: value for name, value in vars(args).items() if name in names}

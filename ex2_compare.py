@@ -200,9 +200,9 @@ def over_seeds(rows: list[dict], varied: Sequence[str]) -> list[dict]:
             values = [float(row[name]) for row in group if name not in varied and row[name] not in (None, "")]
             if name in varied or (name == "w" and values):
                 summary[-1][name] = group[0][name]
-            elif name == "seed":
+            elif name == "seed" and len(group) > 1:
                 summary[-1]["runs"] = len(group)
-            else:
+            elif name != "seed":
                 summary[-1][name] = mean_and_interval(values)
     return summary
 

@@ -212,23 +212,20 @@ def find_cifar10(data_dir: str | None) -> Path:
             raise InputError(f"{chosen} holds the batches of CIFAR-10: name it {CIFAR10.base_folder}, give its parent")
         places[0] = places[0].resolve().parent
     for place in places:
-        if (place / CIFAR10.base_folder).is_dir():
-            check_cifar10_files(place)
-            return place
-        archive = place / CIFAR10.filename
-        if archive.is_file():
-            if not check_integrity(archive, CIFAR10.tgz_md5):
-                raise InputError(
-                    f"{archive} is damaged (its md5 is not {CIFAR10.tgz_md5}): delete it and fetch it anew"
-                )
-            try:
+        archive, unpacked = place / CIFAR10.filename, (place / CIFAR10.base_folder).is_dir()
+        if not unpacked and not archive.is_file():
+            continue
+        if not unpacked and not check_integrity(archive, CIFAR10.tgz_md5):
+            raise InputError(f"{archive} is damaged (its md5 is not {CIFAR10.tgz_md5}): delete it and fetch it anew")
+        try:
+            if not unpacked:
                 extract_archive(str(archive), str(place))
-            except OSError as error:
-                place = Path("data")
-                print(f"{archive} can't be unpacked where it lies ({error.strerror}): unpacking it into {place}")
-                extract_archive(str(archive), str(place))
-            check_cifar10_files(place)
-            return place
+        except OSError as error:
+            place = Path("data")
+            print(f"{archive} can't be unpacked where it lies ({error.strerror}): unpacking it into {place}")
+            extract_archive(str(archive), str(place))
+        check_cifar10_files(place)
+        return place
     target = places[0] if chosen else Path("data")
     try:
         CIFAR10(target, download=True)

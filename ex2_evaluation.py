@@ -258,13 +258,11 @@ def judge_samples(
     for scale in sorted({*scales, own_scale}) if config.can_guide else [own_scale]:
         samples = describe(judge, sampled_batches(model, diffusor, config, labels, scale), diffusor.device)
         row = {"guidance_scale": scale, **compare(judge.reference, samples)}
-        if (
-            len(real.features) < count
-        ):  # the distance falls with the number of images, so that of test images is no floor
+        if len(real.features) < count:  # the distance falls with the number of images: no floor
             row["frechet_distance_at_test_count"] = distance_or_none(judge.reference, samples, len(real.features))
         by_scale.append(row)
         own = samples if scale == own_scale else own
-    report = {
+    return {
         "weights": weights,
         "reference": f"train and val, {len(judge.reference.features)} images",
         **how_judged(judge, config, count),
@@ -273,7 +271,6 @@ def judge_samples(
         "noise": compare(judge.reference, describe(judge, noise_batches(count, real.pixels[0].shape), diffusor.device)),
         "memorisation": check_memorisation(judge, own, real, diffusor.device, config.run_dir / "nearest.png"),
     }
-    return report
 
 
 def describe(judge: Judge, batches: Iterable[tuple[Tensor, Tensor | None]], device) -> Described:

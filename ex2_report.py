@@ -190,18 +190,13 @@ def network_part(run: Run) -> Part:
         f"{config['epochs']}, images per step: {config['batch_size']}, AdamW at a peak learning rate of "
         f"{config['lr']:g}, {config['loss_type']} loss."
     )
-    rows = read_rows(run.folder / "log.csv")
+    rows = RunLog.read(run.folder / "log.csv")
     if rows:
         last = rows[-1]
         part.sentences.append(f"Training: {int(last['step']):,} steps in {float(last['seconds']) / 60:.1f} minutes.")
     part.add_picture(run.folder / "time_embedding.png", "the sinusoidal embedding of every time", train)
     part.add_picture(run.folder / "training.png", "loss, learning rate and gradient norm over the steps", train)
     return part
-
-
-def read_rows(path: Path) -> list[dict]:
-    """The rows of a log.csv; none where there is no such file."""
-    return RunLog.read(path)
 
 
 def process_part(run: Run) -> Part:

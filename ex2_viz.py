@@ -284,10 +284,7 @@ def plot_comparison(
 def plot_bits_per_dim(bound: Mapping, timesteps: int, path: str | Path) -> None:
     """2.2 e: the terms of the variational bound over the time, and their running sum; `bound` of `bits_per_dim`."""
     with curve_axes(path, 2) as axes:
-        starts = [
-            1,
-            *(t + 1 for t in bound["t"]),
-        ]  # of the decoder, then of the strata; as in the paper
+        starts = [1, *(t + 1 for t in bound["t"])]  # of the decoder, then of the strata; as in the paper
         sizes = np.diff([*starts, timesteps + 1])
         for name, label in (("beta", r"$\sigma_t^2 = \beta_t$"), ("beta_tilde", r"$\sigma_t^2 = \tilde\beta_t$")):
             terms = np.array([bound[name]["decoder"], *bound[name]["terms"]])

@@ -67,6 +67,20 @@ def test_several_settings_make_every_combination():
     assert {config.seed for config in runs.values()} == {0}
 
 
+def test_more_seeds_leave_the_runs_that_are_there():
+    base = cfg.Config(results_dir="out", run_name="study", seed=7)
+    once, thrice = (grid_of_runs(base, {"lr": [0.1, 0.2]}, 10, seeds) for seeds in (1, 3))
+    assert list(thrice) == ["lr=0.1", "lr=0.1,seed=8", "lr=0.1,seed=9", "lr=0.2", "lr=0.2,seed=8", "lr=0.2,seed=9"]
+    assert once.items() <= thrice.items()
+    assert [config.seed for config in thrice.values()] == [7, 8, 9] * 2
+
+
+@pytest.mark.parametrize("seeds", [0, 11])
+def test_there_is_an_interval_for_two_to_ten_seeds(seeds):
+    with pytest.raises(InputError, match="--seeds must be at least 1 and at most 10"):
+        grid_of_runs(cfg.Config(), {"lr": [0.1]}, 10, seeds)
+
+
 @pytest.mark.parametrize(
     "vary, message",
     [
@@ -232,6 +246,54 @@ def test_compared_models_start_from_the_same_weights(other):
         states.append(cfg.build_model(config, 3).state_dict())
     shared = set(states[0]) & set(states[1]) - {"null_token"}
     assert len(shared) > 100 and all(torch.equal(states[0][name], states[1][name]) for name in shared)
+
+
+def test_intervals_are_those_of_students_t():
+    stats = pytest.importorskip("scipy.stats")
+    for n, quantile in ex2_compare.T_QUANTILES.items():
+        assert quantile == pytest.approx(stats.t.ppf(0.975, n - 1), abs=6e-4)
+    values = [1.0, 2.0, 4.0]
+    low, high = stats.t.interval(0.95, 2, loc=7 / 3, scale=stats.sem(values))
+    assert ex2_compare.mean_and_interval(values) == f"{7 / 3:.4g} ± {(high - low) / 2:.2g}"
+
+
+def test_means_are_over_the_seeds_of_one_setting_and_scale():
+    rows = [
+        {"lr": lr, "seed": seed, "loss": lr * 10 + seed, "w": w, "recall": w + lr, "seconds": ""}
+        for lr in (0.1, 0.2)
+        for seed in (0, 2)
+        for w in (0.0, 3.0)
+    ]
+    summary = ex2_compare.over_seeds(rows, ["lr"])
+    assert [(row["lr"], row["w"], row["runs"]) for row in summary] == [
+        (0.1, 0.0, 2),
+        (0.1, 3.0, 2),
+        (0.2, 0.0, 2),
+        (0.2, 3.0, 2),
+    ]
+    assert [row["loss"] for row in summary] == ["2 ± 13", "2 ± 13", "3 ± 13", "3 ± 13"]
+    assert [row["recall"] for row in summary] == ["0.1 ± 0", "3.1 ± 0", "0.2 ± 0", "3.2 ± 0"]
+    assert ex2_compare.over_seeds(rows[:1], ["lr"]) == [
+        {"lr": 0.1, "loss": 1.0, "w": 0.0, "recall": 0.1, "seconds": None}
+    ]
+
+
+def test_a_study_of_seeds_and_scales_has_a_row_for_each(tmp_path):
+    command = ["compare", *TINY, "--epochs", "1", "--eval_samples", "130", "--results_dir", str(tmp_path)]
+    command += ["--class_free_guidance", "--vary", "null_token=learned,zero", "--seeds", "2", "--eval_scales", "0", "2"]
+    assert ex2_main.main(command) == 0
+    folder = tmp_path / "compare-null_token"
+    rows = table(folder)
+    assert len(rows) == 2 * 2 * 3  # settings, seeds, and scales: the two given and the run's own
+    assert [row["w"] for row in rows[:3]] == ["0.0", "1.0", "2.0"] and {row["seed"] for row in rows} == {"0", "1"}
+    text = (folder / "table.md").read_text(encoding="utf-8")
+    assert text.count("| learned | 2 |") == text.count("| zero | 2 |") == 3 and text.count("±") >= 6
+    assert json.loads((folder / "study.json").read_text())["runs"] == [
+        "null_token=learned",
+        "null_token=learned,seed=1",
+        "null_token=zero",
+        "null_token=zero,seed=1",
+    ]
 
 
 def test_markdown_of_figures():

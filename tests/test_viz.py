@@ -120,7 +120,7 @@ def test_curves_are_drawn(tmp_path):
     curve = {"t": [0, 5, 9], "log_snr": [5, 0, -5], "l1": [0.5, 0.2, 0.1], "l2": [0.4, 0.2, 0.1]}
     curve["x_zero_l2"] = [0.1, 0.2, 0.5]
     viz.plot_loss_over_t({"val": curve, "test": curve}, tmp_path / "b.png")
-    viz.plot_comparison({"x": rows, "y": rows}, {"x": curve, "y": curve}, tmp_path / "c.png")
+    viz.plot_comparison({"x": rows, "y": rows}, {"x": curve, "y": curve}, {"x": "a", "y": "a"}, tmp_path / "c.png")
     terms = {"decoder": 1.5, "terms": [0.5, 0.1]}
     viz.plot_bits_per_dim({"t": [1, 3], "beta": terms, "beta_tilde": terms}, 10, tmp_path / "d.png")
     for name in ("a.png", "b.png", "c.png", "d.png"):
