@@ -18,9 +18,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import ex2_viz as viz
-from ex2_checkpoint import read_json, write_atomically
+from ex2_checkpoint import RunLog, read_json, write_atomically
 from ex2_config import Config
-from ex2_data import DataSplits, InputError, reverse_transform, to_model_range
+from ex2_data import DataSplits, ImageSet, InputError, reverse_transform, to_model_range
 from ex2_diffusion import SPACING, Diffusion, ImageNoise, evenly_spaced, sample_in_batches
 from ex2_distributed import gathered_rows, is_main, share_of, shared_samples
 from ex2_features import (
@@ -35,6 +35,7 @@ from ex2_loader import make_loader
 from ex2_metrics import (
     NOISE_SEED,
     VARIANCES,
+    OptimalDenoiser,
     ShapesOracle,
     bits_per_dim,
     frechet_distance,
@@ -43,8 +44,10 @@ from ex2_metrics import (
     nearest,
     precision_recall,
 )
+from ex2_normal import images_seen, reference_losses, verdict
 
 ORACLE_SAMPLES = 200
+FLOOR_IMAGES = 64  # training images whose loss is compared with the best possible one
 MANIFOLD_LIMIT = 10_000  # images of each side for precision and recall: their cost grows with the square
 DRY_RUN_SAMPLES = 16
 FEWEST_COMPARED = 8  # images, for neighbours and kernels
@@ -76,6 +79,8 @@ def evaluate(model, splits: DataSplits, diffusor: Diffusion, config: Config, wei
             losses[f"{name}_unconditional"] = loss_over_timesteps(
                 model, loader, diffusor, times, max_images=count, unconditional=True
             )
+    if isinstance(splits.train, ImageSet):
+        losses.update(losses_of_training(model, splits.train, diffusor, config, times))
     report = {
         "weights": weights,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -94,6 +99,20 @@ def evaluate(model, splits: DataSplits, diffusor: Diffusion, config: Config, wei
     return report
 
 
+def losses_of_training(model, train: ImageSet, diffusor: Diffusion, config: Config, times: Sequence[int]) -> dict:
+    """Losses of some training images: "train", the model's, and "floor", the smallest that any model can have there."""
+    count = 1 if config.dry_run else min(config.eval_images, FLOOR_IMAGES)
+    loader = make_loader(train.subset(torch.arange(min(count, len(train)))), FLOOR_IMAGES, diffusor.device)
+    images, labels = train.images, train.labels
+    if config.flip:
+        images, labels = torch.cat((images, images.flip(-1))), labels.repeat(2)
+    optimal = OptimalDenoiser(diffusor, images, labels if config.class_free_guidance else None)
+    return {
+        "train": loss_over_timesteps(model, loader, diffusor, times),
+        "floor": loss_over_timesteps(optimal, loader, diffusor, times),
+    }
+
+
 def write_report(report: dict, config: Config) -> None:
     """The report as tables, as curves and as `test_metrics.json` of the run; the first process alone writes.
 
@@ -105,13 +124,17 @@ def write_report(report: dict, config: Config) -> None:
     before, samples = read_json(path), report.get("samples")
     kept = {"samples": before["samples"]} if "samples" in before and before.get("losses") == report["losses"] else {}
     write_atomically(path, (json.dumps({**kept, **report}, indent=2) + "\n").encode())
-    viz.plot_loss_over_t(report["losses"], config.run_dir / "loss_over_t.png")
+    settings, log = dataclasses.asdict(config), RunLog.read(config.run_dir / "log.csv")
+    reference = reference_losses(settings, report, images_seen(settings, log))
+    curves = {**report["losses"], **({"our run": reference} if reference else {})}
+    viz.plot_loss_over_t(curves, config.run_dir / "loss_over_t.png")
     viz.plot_bits_per_dim(report["bits_per_dim"], config.timesteps, config.run_dir / "bits_per_dim.png")
     if samples and len(samples["by_scale"]) > 1:
         viz.plot_guidance(samples, config.run_dir / "guidance_curve.png")
     print_losses(report)
     if samples:
         print_samples(samples)
+    print("is this normal?", *verdict(settings, report, log), sep="\n  ")
 
 
 def shapes_accuracy(model, diffusor: Diffusion, config: Config) -> dict:
@@ -129,7 +152,7 @@ def print_losses(report: dict) -> None:
     """The losses as a table, a row per time; below it bits per dimension, and the class accuracy if there is one."""
     losses = report["losses"]
     columns = [("val", "l1"), ("val", "l2"), ("test", "l1"), ("test", "l2")]
-    columns += [("test_unconditional", "l2")] if "test_unconditional" in losses else []
+    columns += [(name, "l2") for name in ("test_unconditional", "train", "floor") if name in losses]
     titles = [f"{name.replace('test_unconditional', 'no class')} {loss}" for name, loss in columns]
     print("loss of the predicted noise")
     print(f"{'t':>6}", *(f"{title:>11}" for title in titles))

@@ -17,7 +17,8 @@ from torch import Tensor
 from torchmetrics.image.kid import KernelInceptionDistance
 from tqdm import tqdm
 
-from ex2_diffusion import Diffusion, ImageNoise, check_images, randn
+from ex2_data import to_model_range
+from ex2_diffusion import Diffusion, ImageNoise, check_images, extract, randn
 from ex2_distributed import gathered_rows, share_of, total_of
 from ex2_shapes import SHAPES, draw_shapes
 
@@ -97,6 +98,38 @@ def loss_over_timesteps(
     seen = int(total_of(seen, "images of the losses"))
     means = {name: (total_of(total, "losses") / seen).tolist() for name, total in totals.items()}
     return {"t": list(times), "log_snr": diffusor.log_snr[list(times)].tolist(), **means, "images": seen}
+
+
+class OptimalDenoiser:
+    """The noise predictor that no other one beats on its own images: eps from the posterior mean of x_zero.
+
+    By Bayes and Eq. 5 each image x_i weighs exp(-|x_t - sqrt(alphas_bar) x_i|^2 / (2 (1 - alphas_bar))). Of test images
+    it knows nothing: there a trained model is far better.
+
+    Args:
+        images: (N, 3, H, W) uint8.  labels: (N,), for a predictor that is told the class; None: it isn't.
+    """
+
+    def __init__(self, diffusor: Diffusion, images: Tensor, labels: Tensor | None = None):
+        self.diffusor, self.images = diffusor, images
+        self.labels = None if labels is None else labels.to(diffusor.device)
+        self.class_free_guidance = labels is not None
+
+    def gallery(self) -> Iterator[Tensor]:
+        """The images in float64, (about 1000, D) at a time: float32 would mix up neighbours at small t."""
+        for images in self.images.split(1000):
+            yield to_model_range(images.to(self.diffusor.device)).double().flatten(1)
+
+    def __call__(self, x_t: Tensor, t: Tensor, classes: Tensor | None = None) -> Tensor:
+        alphas_bar = extract(self.diffusor.alphas_bar.double(), t, (len(t), 1))
+        signal, points = alphas_bar.sqrt(), x_t.double().flatten(1)
+        logits = [signal * points @ part.T - 0.5 * alphas_bar * part.square().sum(1) for part in self.gallery()]
+        logits = torch.cat(logits, dim=1) / (1 - alphas_bar)  # (B, N)
+        if self.labels is not None:
+            logits = logits.masked_fill(self.labels != classes[:, None], -math.inf)
+        weights = logits.softmax(dim=1).split(1000, dim=1)
+        x_zero = sum(part @ images for part, images in zip(weights, self.gallery()))
+        return ((points - signal * x_zero) / (1 - alphas_bar).sqrt()).view_as(x_t).float()
 
 
 # ---------------------------------------------------------------------------- the variational bound

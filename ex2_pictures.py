@@ -23,6 +23,7 @@ from ex2_distributed import is_main, shared_samples
 from ex2_loader import make_loader
 
 GUIDANCE_SCALES = (-1.0, 0.0, 1.0, 3.0)  # columns of the guidance grid
+GUIDANCE_FRAMES = tuple(k / 2 for k in range(-2, 11))  # scales of the guidance animation; has those of the grid
 GIF_FRAMES = 41
 STRIP_COLUMNS = 9
 GRID_IMAGES = 100  # at most, the first ones: thousands would take gigabytes to draw, and nobody could look at them
@@ -86,12 +87,13 @@ def draw_samples(model, class_names, diffusor: Diffusion, config: Config) -> Non
     if not config.can_guide:
         return
     classes = torch.arange(len(class_names))
-    by_scale = []
-    for w in GUIDANCE_SCALES:
+    by_scale = {}
+    for w in GUIDANCE_SCALES if config.dry_run else GUIDANCE_FRAMES:
         guided = {**common, "guidance_scale": w}
-        by_scale.append(torch.cat(list(sample_in_batches(diffusor, model, len(classes), classes=classes, **guided))))
+        by_scale[w] = torch.cat(list(sample_in_batches(diffusor, model, len(classes), classes=classes, **guided)))
+    viz.save_guidance_gif(by_scale, config.run_dir / "guidance.gif")
     viz.save_grid(
-        torch.stack(by_scale, dim=1).flatten(0, 1),
+        torch.stack([by_scale[w] for w in GUIDANCE_SCALES], dim=1).flatten(0, 1),
         config.run_dir / "guidance_grid.png",
         len(GUIDANCE_SCALES),
         class_names,

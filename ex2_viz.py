@@ -168,6 +168,11 @@ def save_process_gif(steps: Sequence[tuple[int, Tensor]], path: str | Path, fps:
     save_gif([caption(x, f"t = {t + 1}") for t, x in steps], path, fps)
 
 
+def save_guidance_gif(by_scale: Mapping[float, Tensor], path: str | Path, fps: float = 4) -> None:
+    """2.4 c: a GIF over the scale w, scale -> images (N, 3, H, W), each frame labelled with its w."""
+    save_gif([caption(x, f"w = {w:g}") for w, x in by_scale.items()], path, fps)
+
+
 # ---------------------------------------------------------------------------- curves
 
 
@@ -238,7 +243,10 @@ def plot_training(rows: Sequence[Mapping[str, str]], path: str | Path) -> None:
 
 
 def plot_loss_over_t(curves: Mapping[str, Mapping], path: str | Path) -> None:
-    """2.2 e: loss of the noise and of the x_0 estimate over the time; name -> what `loss_over_timesteps` gives."""
+    """2.2 e: loss of the noise and of the x_0 estimate over the time; name -> what `loss_over_timesteps` gives.
+
+    "floor" is dashed: no model is below it on training images. "our run" is dotted, a run to compare with.
+    """
     with curve_axes(path, 3) as axes:
         titles = {
             "l1": "l1 loss of the predicted noise",
@@ -246,10 +254,14 @@ def plot_loss_over_t(curves: Mapping[str, Mapping], path: str | Path) -> None:
             "x_zero_l2": r"l2 error of the $x_0$ estimate",
         }
         for ax, (loss, title) in zip(axes, titles.items()):
-            for (name, curve), style in zip(curves.items(), ("o-", "s--", "^:", "v-.")):
-                ax.plot([t + 1 for t in curve["t"]], curve[loss], style, label=name.replace("_", ", "), alpha=0.8)
+            for (name, curve), style in zip(curves.items(), ("o-", "s--", "^:", "v-.", "d-", "", "")):
+                style = {"floor": "k--", "our run": "k:"}.get(name, style)
+                if loss in curve:
+                    ax.plot([t + 1 for t in curve["t"]], curve[loss], style, label=name.replace("_", ", "), alpha=0.8)
             ax.set(title=title, xlabel="t", yscale="log")
-            ax.legend()
+            lowest = min(value for name, curve in curves.items() if name != "floor" for value in curve.get(loss, (1,)))
+            ax.set_ylim(bottom=0.5 * max(lowest, 1e-6))  # the floor can be 0
+            ax.legend(fontsize=7)
 
 
 def plot_comparison(

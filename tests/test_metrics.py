@@ -10,6 +10,7 @@ from ex2_data import ImageSet, to_model_range
 from ex2_diffusion import SCHEDULES, Diffusion
 from ex2_loader import make_loader
 from ex2_metrics import (
+    OptimalDenoiser,
     bits_per_dim,
     decoder_terms,
     discretised_log_likelihood,
@@ -95,6 +96,48 @@ def test_losses_without_class_use_the_null_label(short, unconditional, seen):
     dataset = ImageSet(random_pixels(6), torch.arange(6) % 2)
     loss_over_timesteps(model, make_loader(dataset, 4, "cpu"), short, [0], unconditional=unconditional)
     assert labels == seen
+
+
+# ------------------------------------------------------------------ the floor of the loss
+
+
+def test_the_optimal_denoiser_of_two_images_is_a_tanh(short):
+    """x_0 = +-a: the posterior mean is a tanh(sqrt(alphas_bar) a x_t / (1 - alphas_bar)), summed over the pixels."""
+    pixels = torch.stack((torch.full((3, 4, 4), 191), torch.full((3, 4, 4), 64))).byte()
+    a = to_model_range(pixels).double()[0]
+    assert torch.allclose(a, -to_model_range(pixels).double()[1])
+    x_t = 0.3 * torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    for time in (5, 20, 39):
+        t = torch.full((6,), time)
+        abar = short.alphas_bar[time].double()
+        mean = a * torch.tanh(abar.sqrt() / (1 - abar) * (a * x_t.double()).flatten(1).sum(1)).view(-1, 1, 1, 1)
+        expected = (x_t.double() - abar.sqrt() * mean) / (1 - abar).sqrt()
+        assert torch.allclose(OptimalDenoiser(short, pixels)(x_t, t).double(), expected, atol=1e-5)
+
+
+def test_an_only_image_is_known_at_every_time(short):
+    pixels = random_pixels(1)
+    loader = make_loader(images_of(pixels), 1, "cpu")
+    assert loss_over_timesteps(OptimalDenoiser(short, pixels), loader, short, [0, 20, 39])["l2"] == pytest.approx(
+        [0, 0, 0], abs=1e-9
+    )
+
+
+def test_no_predictor_is_below_the_floor_and_a_class_lowers_it(short):
+    pixels, labels = random_pixels(1500) // 16 + 120, torch.arange(1500) % 2
+    pixels[labels == 1] += 8
+    loader, times = make_loader(ImageSet(pixels, labels), 1500, "cpu"), [0, 20, 30, 39]
+    floor = loss_over_timesteps(OptimalDenoiser(short, pixels), loader, short, times)["l2"]
+    with_class = loss_over_timesteps(OptimalDenoiser(short, pixels, labels), loader, short, times)["l2"]
+
+    def gaussian(x, t):  # the best linear predictor
+        mean, variance = to_model_range(pixels).mean(0), to_model_range(pixels).var(0)
+        abar = short.alphas_bar[t].view(-1, 1, 1, 1)
+        return (1 - abar).sqrt() * (x - abar.sqrt() * mean) / (abar * variance + 1 - abar)
+
+    linear = loss_over_timesteps(gaussian, loader, short, times)["l2"]
+    assert all(a < b for a, b in zip(floor[1:3], linear[1:3])) and floor[3] <= linear[3] * 1.01
+    assert all(a <= b * 1.001 for a, b in zip(with_class, floor)) and with_class[2] < 0.99 * floor[2]
 
 
 # ------------------------------------------------------------------ the variational bound
