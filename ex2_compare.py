@@ -208,11 +208,15 @@ def over_seeds(rows: list[dict], varied: Sequence[str]) -> list[dict]:
 
 
 def mean_and_interval(values: list[float]) -> float | str | None:
-    """The mean; from two values on as text, with half the width of its 95% interval (Student's t)."""
+    """The mean; from two values on as text, with `half_width`."""
     if len(values) < 2:
         return values[0] if values else None
-    half = T_QUANTILES[len(values)] * statistics.stdev(values) / len(values) ** 0.5
-    return f"{statistics.mean(values):.4g} ± {half:.2g}"
+    return f"{statistics.mean(values):.3g} ± {half_width(values):.2g}"
+
+
+def half_width(values: list[float]) -> float:
+    """Half the width of the 95% interval of the mean of two values or more, by Student's t."""
+    return T_QUANTILES[len(values)] * statistics.stdev(values) / len(values) ** 0.5
 
 
 def as_markdown(rows: list[dict]) -> str:

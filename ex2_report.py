@@ -1,6 +1,7 @@
 """Everything under `results/` as one page, in the order of the exercise sheet: `index.html` and `report.md`.
 
-Sentences are computed from the figures, and parts that are missing are named with the command that makes them.
+Each sub-task has its question, an answer, pictures, figures and the command that made them. Answers are computed from
+the figures, and parts that are missing are named with the command that makes them.
 """
 
 from __future__ import annotations
@@ -11,8 +12,11 @@ import dataclasses
 import io
 import math
 import shlex
-from collections.abc import Iterable, Iterator
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Callable
 from urllib.parse import quote
@@ -23,14 +27,15 @@ from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
 from ex2_checkpoint import RunLog, read_json, write_atomically
-from ex2_compare import NOT_COMPARABLE, as_markdown
-from ex2_config import Config, config_of
+from ex2_compare import NOT_COMPARABLE, as_markdown, half_width, mean_and_interval, over_seeds
+from ex2_config import PRESETS, Config, config_of
 from ex2_data import InputError
 from ex2_diffusion import evenly_spaced
+from ex2_normal import loss_at, verdict
 
 TEMPLATES = Path(__file__).parent
-FRAMES = 17  # of an animation, at most: the page is one file
-CLEAR = 1.05  # ratio of two figures from which on one is called smaller: less is chance
+FRAMES = 17  # of an animation, at most: they are part of the page
+CLEAR = 1.05  # ratio of two figures of single runs from which on one is called smaller: less is chance
 NEEDED = ("parameters", "losses", "bits_per_dim")  # of test_metrics.json
 NOT_IN_COMMANDS = ("cuda", "resume", "allow_changes", "num_threads", "dry_run", "log_interval")
 
@@ -45,6 +50,11 @@ class Run:
     folder: Path
     config: dict
     report: dict
+
+    @property
+    def log(self) -> list[dict]:
+        """The rows of its log.csv; none where there is no such file."""
+        return RunLog.read(self.folder / "log.csv")
 
     @property
     def name(self) -> str:
@@ -85,9 +95,9 @@ def read_run(folder: Path) -> Run | None:
 
 
 def find_runs(folder: Path) -> list[Run]:
-    """The runs in `folder`, by name."""
+    """The runs in `folder`, small images first, then by name."""
     runs = (read_run(path.parent) for path in sorted(folder.glob("*/config.json")))
-    return [run for run in runs if run is not None]
+    return sorted((run for run in runs if run is not None), key=lambda run: run.config["image_size"])
 
 
 def find_studies(folder: Path) -> list[Study]:
@@ -116,7 +126,8 @@ class Part:
     sentences: list[str] = field(default_factory=list)
     table: list[dict] = field(default_factory=list)
     pictures: list[tuple[Path, str]] = field(default_factory=list)  # (file, what it shows)
-    animations: list[tuple[Path, str]] = field(default_factory=list)
+    animations: list[tuple[Path, str]] = field(default_factory=list)  # they share a slider
+    commands: list[str] = field(default_factory=list)
     missing: list[tuple[str, str]] = field(default_factory=list)  # (what, command that makes it)
 
     def add_picture(self, path: Path, shows: str, command: str, needed: bool = True) -> None:
@@ -124,8 +135,9 @@ class Part:
         kind = self.animations if path.suffix == ".gif" else self.pictures
         if is_picture(path):
             kind.append((path, shows))
+            self.commands += [command] if command and command not in self.commands else []
         elif needed:
-            self.missing.append((f"{path.name}: {shows}", command))
+            self.missing.append((f"{path.name}: {shows.rstrip('. ')}", command))
 
 
 def is_picture(path: Path) -> bool:
@@ -147,69 +159,140 @@ def tried(make: Callable[[Run | Study], Part], subject: Run | Study) -> Part:
         return Part(subject.folder.name, missing=[(what, "the command that made them, given again")])
 
 
+def answer_of(make: Callable[[Run | Study], str], subjects: Sequence[Run | Study]) -> str:
+    """The answer of the first run or study; none where there is no figure for it, or a damaged one."""
+    for subject in subjects[:1]:
+        with suppress(Exception):  # `tried` names what is damaged
+            return make(subject)
+    return ""
+
+
 @dataclass(frozen=True)
 class Section:
     """One sub-task of the sheet."""
 
     anchor: str
     title: str
+    question: str
+    answer: str
     parts: list[Part]
 
 
 def test_command(run: Run) -> str:
     """The command that tests a run."""
-    return f"python ex2_main.py test --checkpoint {shlex.quote(run.folder.as_posix())}"
+    samples = run.report.get("samples", {})
+    scales = [f"{row['guidance_scale']:g}" for row in samples.get("by_scale", ())]
+    flags = f" --eval_samples {samples['count']}" if samples else ""
+    flags += f" --eval_scales {' '.join(scales)}" if len(scales) > 1 else ""
+    return f"python ex2_main.py test --checkpoint {shlex.quote(run.folder.as_posix())}{flags}"
 
 
 def train_command(run: Run) -> str:
     """The command that trains and draws a run: its settings where they are not the default."""
+    settings = settings_of(run.config)
+    for preset, config in PRESETS.items():
+        if settings == settings_of(vars(config)):
+            return f"python ex2_main.py --preset {preset}"
     # Defaults can depend on the data set, which is itself named where it is not the default one.
     default, flags = {**vars(Config(dataset=run.config["dataset"])), "dataset": Config().dataset}, []
-    for f in dataclasses.fields(Config):
-        value = run.config[f.name]
-        value = tuple(value) if isinstance(value, list) else value
-        if f.name in NOT_IN_COMMANDS or value is None or value == default[f.name]:
+    for name, value in settings.items():
+        if value is None or value == default[name]:
             continue
         if isinstance(value, bool):
-            flags.append(f"--{f.name}" if value else f"--no_{f.name}")
+            flags.append(f"--{name}" if value else f"--no_{name}")
         else:
             texts = map(str, value) if isinstance(value, tuple) else [str(value)]
-            flags.append(f"--{f.name} {' '.join(map(shlex.quote, texts))}")
+            flags.append(f"--{name} {' '.join(map(shlex.quote, texts))}")
     return f"python ex2_main.py {' '.join(flags)}"
+
+
+def settings_of(config: dict) -> dict:
+    """The settings that belong into a command, as `Config` has them: JSON has lists for tuples."""
+    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
+    return {name: value for name, value in settings.items() if name not in NOT_IN_COMMANDS}
+
+
+def compare_command(study: Study) -> str:
+    """The command of a study of quick's settings."""
+    values = {name: dict.fromkeys(row[name] for row in study.rows) for name in study.varied}
+    vary = "".join(f" --vary {name}={','.join(values[name])}" for name in study.varied)
+    seeds = len({row.get("seed") for row in study.rows})
+    counts = {run.report["samples"]["count"] for run in study.runs if "samples" in run.report}
+    scales = list(dict.fromkeys(f"{float(row['w']):g}" for row in study.rows if row.get("w")))
+    flags = f" --seeds {seeds}" if seeds > 1 else ""
+    flags += f" --eval_samples {max(counts, default=0)}"
+    flags += f" --eval_scales {' '.join(scales)}" if len(scales) > 1 else ""
+    return f"python ex2_main.py compare --preset quick{vary}{flags}"
+
+
+# ---------------------------------------------------------------------------- 2.1, 2.2: a run
 
 
 def network_part(run: Run) -> Part:
     """2.1: what was trained, on what, for how long."""
     config, part, train = run.config, Part(run.name), train_command(run)
-    size = config["image_size"]
-    parameters = f" with {run.report['parameters']:,} parameters" if run.report else ""
+    size, rows = config["image_size"], run.log
     part.sentences.append(
-        f"{'Class-conditional' if config['class_free_guidance'] else 'Unconditional'} attention U-Net{parameters} "
+        f"{'Class-conditional' if config['class_free_guidance'] else 'Unconditional'} attention U-Net "
         f"(dim {config['dim']}, multipliers {', '.join(map(str, config['dim_mults']))}) on {config['dataset']} at "
-        f"{size}x{size}; {config['timesteps']} timesteps of the {config['schedule']} schedule; epochs: "
-        f"{config['epochs']}, images per step: {config['batch_size']}, AdamW at a peak learning rate of "
-        f"{config['lr']:g}, {config['loss_type']} loss."
+        f"{size}x{size}; {config['timesteps']} timesteps of the {config['schedule']} schedule; AdamW at a peak "
+        f"learning rate of {config['lr']:g}, {config['loss_type']} loss, {config['batch_size']} images per step."
     )
-    rows = RunLog.read(run.folder / "log.csv")
     if rows:
         last = rows[-1]
-        part.sentences.append(f"Training: {int(last['step']):,} steps in {float(last['seconds']) / 60:.1f} minutes.")
-    part.add_picture(run.folder / "time_embedding.png", "the sinusoidal embedding of every time", train)
-    part.add_picture(run.folder / "training.png", "loss, learning rate and gradient norm over the steps", train)
+        part.sentences.append(
+            f"Training: {int(last['step']):,} steps, {int(last['step']) * config['batch_size']:,} images, in "
+            f"{float(last['seconds']) / 60:.1f} minutes."
+        )
+    shows = "Left: the loss falls steeply at first, then slowly. Middle: the learning rate rises, then falls to zero. "
+    part.add_picture(run.folder / "training.png", shows + "Right: the size of the gradient.", train)
     return part
+
+
+def network_answer(run: Run) -> str:
+    """2.1 in a sentence."""
+    return (
+        f"A U-Net of {run.report['parameters']:,} parameters predicts the noise in x_t. It is told the time t as "
+        f"sines and cosines of {run.config['dim'] // 2} frequencies, which an MLP turns into a scale and a shift for "
+        "every residual block."
+    )
 
 
 def process_part(run: Run) -> Part:
     """2.2 a-d, f: forward and reverse process as pictures."""
     part, train, data = Part(run.name), train_command(run), run.may_show_data
-    part.add_picture(run.folder / "forward.gif", "forward process: test images on their way to noise", train, data)
-    part.add_picture(run.folder / "reverse.gif", "reverse process: noise on its way to images", train)
-    part.add_picture(run.folder / "forward_strip.png", "forward process, x_t over t", train, data)
-    part.add_picture(run.folder / "reverse_strip.png", "reverse process, x_t over t", train)
-    part.add_picture(run.folder / "x_zero_strip.png", "the model's estimate of x_0 at each t", train)
+    shows = "Forward process: noise is added from left to right, until nothing of the image is left."
+    part.add_picture(run.folder / "forward_strip.png", shows, train, data)
+    shows = "Reverse process: from noise (left) the model removes a little noise at a time; large forms come first."
+    part.add_picture(run.folder / "reverse_strip.png", shows, train)
+    shows = "What the model takes x_0 for at each t: a mean of many images at first, then one of them."
+    part.add_picture(run.folder / "x_zero_strip.png", shows, train)
     if not run.config["class_free_guidance"]:
-        part.add_picture(run.folder / "samples.png", "samples", train)
+        part.add_picture(run.folder / "samples.png", "Samples.", train)
     return part
+
+
+def side_by_side(runs: list[Run]) -> Part:
+    """2.2 f: the animations of all runs, which share a slider of the time."""
+    part = Part("Side by side, at the same t")
+    for run in runs:
+        shows = f"{run.name}: forward process, from the image to noise"
+        part.add_picture(run.folder / "forward.gif", shows, "", run.may_show_data)
+        shows = f"{run.name}: reverse process, from noise to an image"
+        part.add_picture(run.folder / "reverse.gif", shows, train_command(run))
+    part.commands = []  # each run's part has them
+    return part
+
+
+def process_answer(run: Run) -> str:
+    """2.2 a-d, f in a sentence."""
+    left = 1 / (1 + math.exp(-run.report["losses"]["test"]["log_snr"][-1]))
+    steps = run.config["sample_steps"] or run.config["timesteps"]
+    return (
+        f"After {run.config['timesteps']} steps of Eq. 2 a share of {left:.1g} of the image's variance is left "
+        f"(alpha-bar of Eq. 4), so x_T is noise; the reverse process goes back from it to an image, here in {steps} "
+        "steps."
+    )
 
 
 def quality_part(run: Run) -> Part:
@@ -222,12 +305,20 @@ def quality_part(run: Run) -> Part:
     if "samples" in report:
         part.sentences += samples_sentences(report["samples"])
         part.table = samples_table(report["samples"])
-        shows = "samples and their nearest training images"
+        shows = "Top: samples. Below each: the training image that is nearest to it, by pixels and by features."
         part.add_picture(run.folder / "nearest.png", shows, test_again, run.may_show_data)
     else:
         part.missing.append(("figures of samples (Fréchet distance, precision and recall)", test_again))
-    part.add_picture(run.folder / "loss_over_t.png", "loss over the time", test_again)
-    part.add_picture(run.folder / "bits_per_dim.png", "terms of the variational bound", test_again)
+    part.sentences.append(f"Is this normal? {' '.join(verdict(run.config, report, run.log))}")
+    shows = "Loss over the time: little noise (left) is hard to tell from the image's own detail, much noise is easy. "
+    if "floor" in report["losses"]:
+        shows += (
+            "Dashed: the floor, a predictor that knows all training images by heart. No model can be below it on "
+            "training images; one that comes near it there, but not on test images, has learnt by heart as well. "
+        )
+    part.add_picture(run.folder / "loss_over_t.png", shows + "Dotted: a run of ours, to compare with.", test_again)
+    shows = "Bits per dimension: most of the bound is spent on the last details, at small t."
+    part.add_picture(run.folder / "bits_per_dim.png", shows, test_again)
     return part
 
 
@@ -251,9 +342,26 @@ def losses_sentences(report: dict) -> list[str]:
     return said
 
 
+def quality_answer(run: Run) -> str:
+    """2.2 e in a sentence."""
+    own = row_of(run.report["samples"])
+    test = run.report["samples"]["test_images"]
+    accuracy = f"; {own['class_accuracy']:.0%} of the samples show their class" if "class_accuracy" in own else ""
+    return (
+        f"On {run.name} the l2 loss of test images is {np.mean(run.report['losses']['test']['l2']):.3g} in the mean "
+        f"over t, and the samples have a Fréchet distance of {own['frechet_distance']:.3g} to the training images, "
+        f"where test images have {test['frechet_distance']:.3g}{accuracy}."
+    )
+
+
+def row_of(samples: dict) -> dict:
+    """The figures at the run's own guidance scale."""
+    return next(row for row in samples["by_scale"] if row["guidance_scale"] == samples["own_scale"])
+
+
 def samples_sentences(samples: dict) -> list[str]:
     """What the figures of samples say."""
-    row = next(row for row in samples["by_scale"] if row["guidance_scale"] == samples["own_scale"])
+    row = row_of(samples)
     said = []
     if row["frechet_distance"] is not None:
         near, far = samples["test_images"]["frechet_distance"], samples["noise"]["frechet_distance"]
@@ -263,11 +371,11 @@ def samples_sentences(samples: dict) -> list[str]:
             f"images is {row['frechet_distance']:.3g} ({floor}{far:.3g} for noise; features: {samples['features']})."
         )
     pixels = samples["memorisation"]["pixels"]
-    verdict = "look for copies in the picture" if pixels["share_nearer"] > 0.2 else "no sign of copying"
+    copies = "look for copies in the picture" if pixels["share_nearer"] > 0.2 else "no sign of copying"
     said.append(
         f"The nearest training image is {pixels['median']['samples']:.1f} grey levels from a sample and "
         f"{pixels['median']['test_images']:.1f} from a test image (medians), and {pixels['share_nearer']:.0%} of the "
-        f"samples are nearer than 95% of test images: {verdict}."
+        f"samples are nearer than 95% of test images: {copies}."
     )
     return said
 
@@ -284,25 +392,41 @@ def samples_table(samples: dict) -> list[dict]:
     ]
 
 
+# ---------------------------------------------------------------------------- 2.4, 2.5: classes
+
+
 def guidance_part(run: Run) -> Part:
     """2.4: samples by class and what the guidance scale does."""
     part, train = Part(run.name), train_command(run)
-    part.add_picture(run.folder / "class_grid.png", "samples of every class", train)
+    part.add_picture(run.folder / "class_grid.png", "Samples of every class, a row for each.", train)
     if run.can_guide:
         part.sentences += guidance_sentences(run.report.get("samples", {}).get("by_scale", []))
-        part.add_picture(run.folder / "guidance_grid.png", "the same noise at growing guidance scale", train)
-        shows = "class accuracy, precision, recall and distance over w"
+        shows = "The same noise at growing w: at w = -1 the class has no say, from w = 1 on it decides."
+        part.add_picture(run.folder / "guidance_grid.png", shows, train)
+        shows = "More guidance: more samples show their class (left), but they differ less (recall, middle)."
         part.add_picture(run.folder / "guidance_curve.png", shows, test_command(run))
     return part
 
 
-def butterflies_part(run: Run) -> Part:
-    """2.5: what the butterflies look like."""
-    part, conditional = Part(run.name), run.config["class_free_guidance"]
-    part.sentences.append(f"At {run.config['image_size']} pixels; the sections above have its figures.")
-    name = "class_grid.png" if conditional else "samples.png"
-    part.add_picture(run.folder / name, f"samples{' of every species' if conditional else ''}", train_command(run))
+def guided_side_by_side(runs: list[Run]) -> Part:
+    """2.4 c: the same noise at every w, of all runs, which share a slider of the scale."""
+    part = Part("Guidance, from w = -1 to 5")
+    for run in runs:
+        shows = f"{run.name}: one sample per class, from the same noise at every w"
+        part.add_picture(run.folder / "guidance.gif", shows, train_command(run), run.can_guide)
+    part.commands = []
     return part
+
+
+def guidance_answer(run: Run) -> str:
+    """2.4 in a sentence."""
+    rows = run.report["samples"]["by_scale"]
+    best = max(rows, key=lambda row: row["class_accuracy"])
+    return (
+        f"With the class, {best['class_accuracy']:.0%} of the samples show it (w = {best['guidance_scale']:g}), "
+        f"without it (w = {rows[0]['guidance_scale']:g}) {rows[0]['class_accuracy']:.0%}; a larger w costs variety: "
+        f"recall falls from {rows[0]['recall']:.2f} to {rows[-1]['recall']:.2f} at w = {rows[-1]['guidance_scale']:g}."
+    )
 
 
 def guidance_sentences(rows: list[dict]) -> list[str]:
@@ -323,88 +447,153 @@ def guidance_sentences(rows: list[dict]) -> list[str]:
     return said
 
 
-def study_part(study: Study) -> Part:
-    """2.2 training, 2.3, 2.4: which of the compared settings won, by how much and where."""
-    part = Part(f"{study.folder.name}: {', '.join(study.varied)} compared", table=[dict(row) for row in study.rows])
-    part.sentences += ranking_sentences(study) + loss_sentences(study)
-    if {"schedule", "timesteps"} & set(study.varied):
-        part.sentences.append(NOT_COMPARABLE)
-    command = "the comparison's command, given again"
-    part.add_picture(study.folder / "samples.png", "samples of every run, the same noise in every column", command)
-    part.add_picture(study.folder / "curves.png", "losses over the steps, and over log-SNR", command)
+def butterflies_part(run: Run) -> Part:
+    """2.5: what the butterflies look like."""
+    part, conditional = Part(run.name), run.config["class_free_guidance"]
+    part.sentences.append(f"At {run.config['image_size']} pixels; the sections above have its figures.")
+    name = "class_grid.png" if conditional else "samples.png"
+    shows = f"Samples{' of every species, a row for each' if conditional else ''}."
+    part.add_picture(run.folder / name, shows, train_command(run))
     return part
 
 
-def ranking_sentences(study: Study) -> list[str]:
-    """Which runs have the smallest Fréchet distance; bits per dimension where no samples were judged."""
+def butterflies_answer(run: Run) -> str:
+    """2.5 in a sentence."""
+    images = int(run.log[-1]["step"]) * run.config["batch_size"]
+    given = "conditional on the species" if run.config["class_free_guidance"] else "unconditional"
+    size = run.config["image_size"]
+    return f"Yes, {given}, at {size}x{size} pixels after {images:,} images; wings and colours come before fine detail."
+
+
+# ---------------------------------------------------------------------------- 2.2 to 2.4: studies
+
+
+def study_part(study: Study) -> Part:
+    """2.2 training, 2.3, 2.4: which of the compared settings won, by how much and where."""
+    part = Part(f"{study.folder.name}: {', '.join(study.varied)} compared", table=over_seeds(study.rows, study.varied))
+    part.sentences += [study_answer(study), *loss_sentences(study)]
+    if {"schedule", "timesteps"} & set(study.varied):
+        part.sentences.append(NOT_COMPARABLE)
+    command = compare_command(study)
+    shows = "Samples of every setting, a row for each; a column starts from the same noise."
+    part.add_picture(study.folder / "samples.png", shows, command)
+    shows = "Losses over the steps, and over the noise level, where settings are comparable; a line per run."
+    part.add_picture(study.folder / "curves.png", shows, command)
+    return part
+
+
+def study_answer(study: Study) -> str:
+    """Which settings have the smallest Fréchet distance; bits per dimension where no samples were judged."""
     criterion = "Fréchet distance" if any(row.get("Fréchet distance") for row in study.rows) else "bits/dim"
-    known = {
-        ", ".join(row[name] for name in study.varied): float(row[criterion]) for row in study.rows if row.get(criterion)
-    }
-    if len(known) < 2:
-        return []
-    ranked = sorted(known, key=known.get)
-    best = known[ranked[0]]
-    rest = ", ".join(f"{known[name]:.3g} for {name} ({known[name] / best:.2g} times that)" for name in ranked[1:])
-    if known[ranked[1]] < CLEAR * best:
-        return [f"{criterion}: {best:.3g} for {ranked[0]}, {rest}. The first two don't differ clearly."]
-    return [f"{ranked[0]} wins with the smallest {criterion}, {best:.3g}; {rest}. Each figure is of a single run."]
+    scales = {row.get("w") for row in study.rows}
+    own = str(config_of({"config": study.runs[0].config}, {}).sampling["guidance_scale"]) if len(scales) > 1 else None
+    values: dict[str, list[float]] = {}
+    for row in study.rows:
+        if row.get(criterion) and own in (None, row.get("w")):
+            values.setdefault(", ".join(row[name] for name in study.varied), []).append(float(row[criterion]))
+    return contest(values, criterion)
 
 
 def loss_sentences(study: Study) -> list[str]:
-    """Which run has the smallest test loss at noise levels that all of them know."""
-    curves = {run.name: run.report["losses"]["test"] for run in study.runs}
-    low = max(min(curve["log_snr"]) for curve in curves.values())
-    high = min(max(curve["log_snr"]) for curve in curves.values())
+    """Which settings have the smallest test loss at noise levels that all runs know."""
+    curves = [(run, run.report["losses"]["test"]) for run in study.runs]
+    low = max(min(curve["log_snr"]) for _, curve in curves)
+    high = min(max(curve["log_snr"]) for _, curve in curves)
     said = []
     for log_snr in (-2, 2):
-        if len(curves) < 2 or not low <= log_snr <= high:
-            continue
-        losses = {name: loss_at(curve, log_snr) for name, curve in curves.items()}
-        ranked = sorted(losses, key=losses.get)
-        values = ", ".join(f"{losses[name]:.3g} for {name} (t = {time_at(curves[name], log_snr)})" for name in ranked)
-        clear = losses[ranked[1]] > CLEAR * losses[ranked[0]]
-        verdict = f"{ranked[0]} predicts the noise best there" if clear else "no clear difference"
-        said.append(f"Test l2 loss at log-SNR {log_snr}, read between the tested times: {values}; {verdict}.")
+        values: dict[str, list[float]] = {}
+        for run, curve in curves if low <= log_snr <= high else ():
+            values.setdefault(", ".join(str(run.config[name]) for name in study.varied), []).append(
+                loss_at(curve, log_snr)
+            )
+        said.append(contest(values, f"test l2 loss at log-SNR {log_snr}"))
+    return [sentence for sentence in said if sentence]
+
+
+def contest(values: dict[str, list[float]], what: str) -> str:
+    """Which setting has the smallest mean, and which differences to it are more than chance.
+
+    Args:
+        values: setting -> figures, one per seed, in the order of the seeds. Differences are taken seed by seed, as
+        runs of one seed start from the same weights and noise.
+    """
+    if len(values) < 2:
+        return ""
+    best, *rest = sorted(values, key=lambda name: statistics.mean(values[name]))
+    shown = [f"{figure(mean_and_interval(values[name]))} for {name}" for name in (best, *rest)]
+    seeds = min(len(figures) for figures in values.values())
+    if seeds == 1:
+        clear = values[rest[0]][0] >= CLEAR * values[best][0]
+        verdict = f"{best} has the smallest" if clear else "the first two don't differ clearly"
+        return f"{what[0].upper()}{what[1:]}: {', '.join(shown)}; {verdict}. Each figure is of a single run."
+    gaps = {name: [value - least for value, least in zip(values[name], values[best])] for name in rest}
+    larger = [
+        f"{name} (by {mean_and_interval(gap)})" for name, gap in gaps.items() if statistics.mean(gap) > half_width(gap)
+    ]
+    equal = [name for name in rest if not any(text.startswith(f"{name} (by ") for text in larger)]
+    said = f"{what[0].upper()}{what[1:]}, mean of {seeds} seeds and 95% interval: {', '.join(shown)}."
+    said += f" It is larger than with {best} for {', '.join(larger)}." if larger else ""
+    said += f" No difference to {best} that seeds don't explain: {', '.join(equal)}." if equal else ""
     return said
 
 
-def loss_at(curve: dict, log_snr: float) -> float:
-    """l2 loss at a log-SNR, between the times that were tested: its logarithm is nearly straight there."""
-    return float(np.exp(np.interp(log_snr, curve["log_snr"][::-1], np.log(curve["l2"][::-1]))))
-
-
-def time_at(curve: dict, log_snr: float) -> int:
-    """The time, counted as in the paper, at a log-SNR."""
-    return round(float(np.interp(log_snr, curve["log_snr"][::-1], curve["t"][::-1]))) + 1
+# ---------------------------------------------------------------------------- the page
 
 
 def sections(runs: list[Run], studies: list[Study]) -> list[Section]:
     """The page, sub-task by sub-task."""
-    compare = "python ex2_main.py compare --preset quick --vary"
-    train = missing_part("a trained run", "python ex2_main.py --preset quick")
+    compare = "python ex2_main.py compare --preset quick --seeds 3 --vary"
+    quick = "python ex2_main.py --preset quick"
+    train = [missing_part("a trained run", quick)]
     schedule, null = studies_of(studies, {"schedule"}), studies_of(studies, {"null_token", "p_uncond"})
     training = [study for study in studies if set(study.varied) - {"schedule", "null_token", "p_uncond"}]
     guided = [run for run in runs if run.config["class_free_guidance"]]
     butterflies = [run for run in runs if run.config["dataset"] == "butterflies" or "butterfl" in run.name]
-    drawn = [run for run in runs if is_picture(run.folder / "schedules.png")]
-    schedules = Part("The schedules")
-    for run in drawn[:1]:
-        schedules.add_picture(run.folder / "schedules.png", "beta, alpha-bar and log-SNR of each schedule", "")
+    embedding, schedules = Part("The time, as the network gets it"), Part("The schedules")
+    for run in [run for run in runs if is_picture(run.folder / "schedules.png")][:1]:
+        shows = "Each row is a sine or cosine of the time, from fast (top) to slow: no two times look the same."
+        embedding.add_picture(run.folder / "time_embedding.png", shows, train_command(run))
+        shows = (
+            "Left: the noise a step adds. Middle: what is left of the image; cosine keeps it longest. "
+            "Right: as log-SNR."
+        )
+        schedules.add_picture(run.folder / "schedules.png", shows, train_command(run))
     return [
-        Section("network", "2.1 The network and its training", [tried(network_part, run) for run in runs] or [train]),
-        Section("process", "2.2 a-d, f: Noising and denoising", [tried(process_part, run) for run in runs] or [train]),
-        Section("quality", "2.2 e: How good is it?", [tried(quality_part, run) for run in runs] or [train]),
+        Section(
+            "network",
+            "2.1 The network and its training",
+            "What does the network look like, and how does it know the time?",
+            answer_of(network_answer, runs),
+            [*([embedding] if embedding.pictures else []), *([tried(network_part, run) for run in runs] or train)],
+        ),
+        Section(
+            "process",
+            "2.2 a-d, f: Noising and denoising",
+            "How does an image become noise, and noise an image?",
+            answer_of(process_answer, runs),
+            [side_by_side(runs), *(tried(process_part, run) for run in runs)] if runs else train,
+        ),
+        Section(
+            "quality",
+            "2.2 e: How good is it?",
+            "How good is the model on test images, and how good are its samples?",
+            answer_of(quality_answer, runs),
+            [tried(quality_part, run) for run in runs] or train,
+        ),
         Section(
             "training",
             "2.2 Training with other settings",
+            "What do the learning rate and the number of timesteps change?",
+            " ".join(filter(None, (answer_of(study_answer, [study]) for study in training))),
             [tried(study_part, study) for study in training]
             or [missing_part("a study of the learning rate", f"{compare} lr=3e-4,1e-3,3e-3")],
         ),
         Section(
             "schedules",
             "2.3 Beta schedules",
-            ([schedules] if drawn else [train])
+            "Which schedule trains best, and what do they look like?",
+            answer_of(study_answer, schedule),
+            ([schedules] if schedules.pictures else train)
             + (
                 [tried(study_part, study) for study in schedule]
                 or [missing_part("a comparison of the schedules", f"{compare} schedule=linear,cosine,sigmoid")]
@@ -413,9 +602,12 @@ def sections(runs: list[Run], studies: list[Study]) -> list[Section]:
         Section(
             "guidance",
             "2.4 Classifier-free guidance",
+            "What do the class and the guidance scale w do, and which null token?",
+            " ".join(filter(None, (answer_of(guidance_answer, guided), answer_of(study_answer, null)))),
             (
-                [tried(guidance_part, run) for run in guided]
-                or [missing_part("a run with classes", "python ex2_main.py --preset quick")]
+                [guided_side_by_side(guided), *(tried(guidance_part, run) for run in guided)]
+                if guided
+                else [missing_part("a run with classes", quick)]
             )
             + (
                 [tried(study_part, study) for study in null]
@@ -425,6 +617,8 @@ def sections(runs: list[Run], studies: list[Study]) -> list[Section]:
         Section(
             "butterflies",
             "2.5 Butterflies",
+            "Does it work for butterflies?",
+            answer_of(butterflies_answer, butterflies),
             [tried(butterflies_part, run) for run in butterflies]
             or [missing_part("a run on butterflies", "python ex2_main.py --preset butterflies")],
         ),
@@ -441,11 +635,8 @@ def missing_part(what: str, command: str) -> Part:
     return Part("", missing=[(what, command)])
 
 
-# ---------------------------------------------------------------------------- pages
-
-
 def write_page(results_dir: Path) -> None:
-    """index.html, which needs no other file and no network, and report.md, which shows the files where they are.
+    """index.html and report.md, which show the pictures where they are; no network is needed.
 
     Raises:
         InputError: nothing was tested yet.
@@ -455,10 +646,15 @@ def write_page(results_dir: Path) -> None:
         raise InputError(f"no run in {results_dir}: train one first, for example python ex2_main.py --preset quick")
     content = sections(runs, studies)
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(data_uri=data_uri, frames=lambda path: list(frames(path)), figure=figure)
+    environment.filters.update(link=partial(link, results_dir), frames=lambda path: list(frames(path)), figure=figure)
     page = environment.get_template("ex2_report.html").render(sections=content)
     write_atomically(results_dir / "index.html", page.encode("utf-8", "replace"))
     write_atomically(results_dir / "report.md", "\n".join(as_text(content, results_dir)).encode("utf-8", "replace"))
+
+
+def link(results_dir: Path, path: Path) -> str:
+    """The address of a file, as seen from the page."""
+    return quote(path.relative_to(results_dir).as_posix())
 
 
 def figure(value) -> str:
@@ -474,24 +670,20 @@ def figure(value) -> str:
     return f"{number:.0f}" if number == round(number) or abs(number) >= 1000 else f"{number:.4g}"
 
 
-def data_uri(path: Path) -> str:
-    """A PNG file as the text that puts it into a page."""
-    with Image.open(path) as image:
-        return as_uri(image.convert("RGB"), colours=64)
-
-
 def frames(path: Path) -> Iterator[str]:
-    """Frames of a GIF, each as `data_uri` of a PNG: a page can't stop a GIF, but it can leaf through pictures."""
+    """Frames of a GIF as data URIs: a page can't stop a GIF, but it can leaf through pictures.
+
+    The forward process is turned round, so that all animations of the process start with noise.
+    """
     pictures = imageio.imread(path, index=None)
+    pictures = pictures[::-1] if path.name == "forward.gif" else pictures
     for i in evenly_spaced(len(pictures), FRAMES):
-        yield as_uri(Image.fromarray(pictures[i]), colours=32)
-
-
-def as_uri(image: Image.Image, colours: int) -> str:
-    """An RGB picture as a data URI; a palette makes it a third as large."""
-    buffer = io.BytesIO()
-    image.quantize(colours).save(buffer, "png", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+        image = Image.fromarray(pictures[i])
+        palette, lossy = io.BytesIO(), io.BytesIO()
+        image.quantize(32).save(palette, "png", optimize=True)
+        image.save(lossy, "webp", quality=75)
+        kind, buffer = min(("png", palette), ("webp", lossy), key=lambda entry: entry[1].tell())
+        yield f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def as_text(content: Iterable[Section], results_dir: Path) -> Iterator[str]:
@@ -499,6 +691,7 @@ def as_text(content: Iterable[Section], results_dir: Path) -> Iterator[str]:
     yield "# Denoising diffusion: results\n"
     for section in content:
         yield f"## {section.title}\n"
+        yield f"*{section.question}* {section.answer}\n"
         for part in section.parts:
             if part.title:
                 yield f"### {part.title}\n"
@@ -507,6 +700,8 @@ def as_text(content: Iterable[Section], results_dir: Path) -> Iterator[str]:
             if part.table:
                 yield as_markdown([{name: figure(cell) for name, cell in row.items()} for row in part.table])
             for path, shows in (*part.animations, *part.pictures):
-                yield f"![{shows}]({quote(path.relative_to(results_dir).as_posix())})\n"
+                yield f"![{shows}]({link(results_dir, path)})\n"
+            for command in part.commands:
+                yield f"Made by `{command}`\n"
             for what, command in part.missing:
                 yield f"Missing: {what}. Made by `{command}`.\n"

@@ -51,14 +51,27 @@ def test_sub_tasks_come_in_the_order_of_the_sheet(page, results):
         assert all(title.startswith(start) for title, start in zip(titles, wanted))
 
 
-def test_page_needs_no_other_file_and_no_network(page):
-    assert re.findall(r'(?:src|href)="(?!data:|#)[^"]*"', page) == []
-    assert "http" not in re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "", page)
+def test_page_needs_no_network_and_shows_the_pictures_that_lie_beside_it(page, results):
+    shown = re.findall(r'(?:src|href)="(?!data:|#)([^"]*)"', page)
+    assert len(shown) >= 12 and all((results / unquote(path)).is_file() for path in shown)
+    assert "http" not in re.sub(r"data:image/\w+;base64,[A-Za-z0-9+/=]+", "", page)
+
+
+def test_every_sub_task_has_its_question_and_its_answer(page):
+    questions = re.findall(r'<p class="question">(.*?)</p>', page)
+    answers = re.findall(r'<p class="answer">(.*?)</p>', page)
+    assert len(questions) == 7 and all(question.endswith("?") for question in questions)
+    assert len(answers) >= 5 and all(answer.endswith(".") for answer in answers)
+    assert re.findall(r'href="#(\w+)"', page) == re.findall(r'<section id="(\w+)">', page)
 
 
 def test_every_picture_has_an_alternative_text(page):
     images = re.findall(r"<img [^>]*>", page)
-    assert len(images) >= 15 and all(re.search(r'alt="[^"]{5,}"', image) for image in images)
+    assert (
+        len(images) >= 15
+        and len(re.findall(r"<img src=\"data:", page)) == 3
+        and all(re.search(r'alt="[^"]{5,}"', image) for image in images)
+    )
 
 
 def test_every_picture_of_a_run_is_on_the_page(results):
@@ -79,14 +92,17 @@ def test_dry_runs_are_left_out(results):
 
 def test_missing_parts_are_named_with_their_command(results, tmp_path):
     text = (results / "report.md").read_text("utf-8")
-    assert "Made by `python ex2_main.py compare --preset quick --vary lr=3e-4,1e-3,3e-3`" in text
+    assert "Made by `python ex2_main.py compare --preset quick --seeds 3 --vary lr=3e-4,1e-3,3e-3`" in text
     assert "Made by `python ex2_main.py --preset butterflies`" in text
     shutil.copytree(results / "guided", tmp_path / "guided")
     (tmp_path / "guided" / "class_grid.png").unlink()
     assert ex2_main.main(["report", "--results_dir", str(tmp_path)]) == 0
     text = (tmp_path / "report.md").read_text("utf-8")
-    assert "Missing: class_grid.png: samples of every class. Made by `python ex2_main.py --run_name guided" in text
-    assert "compare --preset quick --vary schedule=linear,cosine,sigmoid" in text
+    assert (
+        "Missing: class_grid.png: Samples of every class, a row for each. Made by `python ex2_main.py --run_name "
+        "guided" in text
+    )
+    assert "compare --preset quick --seeds 3 --vary schedule=linear,cosine,sigmoid" in text
 
 
 @pytest.mark.parametrize("name", cfg.PRESETS)
@@ -135,32 +151,62 @@ def test_an_empty_folder_is_one_line(tmp_path, capsys):
 # ------------------------------------------------------------------ sentences
 
 
-def study_of(distances):
-    rows = [{"schedule": name, "Fréchet distance": str(d), "bits/dim": "3"} for name, d in distances.items()]
-    runs = []
-    for i, name in enumerate(distances):
-        curve = {"t": [0, 50, 99], "log_snr": [8.0, 0.0, -8.0], "l2": [0.8, 0.1 * (i + 1), 0.01]}
-        runs.append(Run(Path(f"study/schedule={name}"), {}, {"losses": {"test": curve}}))
+def study_of(distances, seeds=1):
+    """A study of schedules, name -> Fréchet distance of the first seed; each other seed has all of them 0.1 larger."""
+    rows, runs = [], []
+    for i, (name, distance) in enumerate(distances.items()):
+        for seed in range(seeds):
+            found = {"Fréchet distance": str(distance + 0.1 * seed), "bits/dim": "3"}
+            rows.append({"schedule": name, "seed": str(seed), **found})
+            curve = {"t": [0, 50, 99], "log_snr": [8.0, 0.0, -8.0], "l2": [0.8, 0.1 * (i + 1), 0.01]}
+            runs.append(Run(Path(f"study/schedule={name}"), {"schedule": name}, {"losses": {"test": curve}}))
     return Study(Path("study"), ["schedule"], rows, runs)
 
 
 def test_the_winner_is_the_run_with_the_smallest_distance():
     text = " ".join(study_part(study_of({"linear": 8.0, "cosine": 2.0, "sigmoid": 5.0})).sentences)
-    assert "cosine wins with the smallest Fréchet distance, 2; 5 for sigmoid (2.5 times that), 8 for linear" in text
-    assert "not comparable" in text
-    assert "schedule=linear predicts the noise best there" in text  # of the three curves above
+    assert "Fréchet distance: 2 for cosine, 5 for sigmoid, 8 for linear; cosine has the smallest" in text
+    assert "single run" in text and "not comparable" in text
+    assert "Test l2 loss at log-SNR -2: " in text and "; linear has the smallest" in text  # of the three curves above
 
 
 def test_figures_that_hardly_differ_have_no_winner():
     text = " ".join(study_part(study_of({"linear": 2.0, "cosine": 2.05})).sentences)
-    assert "wins" not in text and "don't differ clearly" in text
-    assert ex2_report.ranking_sentences(study_of({"linear": 2.0})) == []
+    assert "the first two don't differ clearly" in text.split(";")[1]
+    assert ex2_report.study_answer(study_of({"linear": 2.0})) == ""
 
 
-def test_loss_is_read_between_the_tested_times():
-    curve = {"t": [0, 50, 99], "log_snr": [8.0, 0.0, -8.0], "l2": [0.8, 0.2, 0.05]}
-    assert loss_at(curve, 0) == pytest.approx(0.2)
-    assert loss_at(curve, 4) == pytest.approx(0.4)  # halfway between the logarithms
+def test_a_difference_counts_where_it_is_the_same_for_every_seed():
+    """Both settings vary by 0.1 from seed to seed; their difference doesn't vary at all."""
+    text = ex2_report.study_answer(study_of({"linear": 2.02, "cosine": 2.0}, seeds=3))
+    assert "2.1 ± 0.25 for cosine, 2.12 ± 0.25 for linear" in text and "larger than with cosine for linear" in text
+
+
+@pytest.mark.parametrize(
+    "values, verdict",
+    [
+        ({"a": [1.0, 2.0, 3.0], "b": [1.1, 2.1, 3.1]}, "larger than with a for b (by 0.1 ± "),
+        ({"a": [1.0, 2.0, 3.0], "b": [3.0, 2.0, 1.2]}, "No difference to a that seeds don't explain: b."),
+        ({"b": [5.0, 5.1], "a": [1.0, 1.1], "c": [1.0, 1.3]}, "larger than with a for b (by 4 ± "),
+        ({"a": [1.0, 1.1]}, ""),
+    ],
+)
+def test_a_difference_smaller_than_its_interval_is_none(values, verdict):
+    text = ex2_report.contest(values, "loss")
+    assert verdict in text if verdict else text == ""
+    if "c" in values:
+        assert "No difference to a that seeds don't explain: c." in text
+
+
+def test_the_command_of_a_study_makes_the_same_study():
+    study = study_of({"linear": 2.0, "cosine": 1.0}, seeds=3)
+    for run in study.runs:
+        run.report["samples"] = {"count": 500}
+    command = ex2_report.compare_command(study)
+    assert (
+        command
+        == "python ex2_main.py compare --preset quick --vary schedule=linear,cosine --seeds 3 --eval_samples 500"
+    )
 
 
 @pytest.mark.parametrize("s", [0.1, 0.5])
@@ -211,21 +257,20 @@ def test_sentences_on_guidance_follow_from_the_figures():
 
 def test_frames_of_a_player_are_those_of_the_gif(page, results):
     players = re.findall(r'<script type="application/json">(.*?)</script>', page, re.DOTALL)
-    assert len(players) == 2
-    frames = json.loads(players[1])
-    assert len(frames) == len(imageio.imread(results / "guided" / "reverse.gif", index=None))
-    assert len(set(frames)) == len(frames)
+    forward, reverse, guidance = map(json.loads, players)
+    assert len(reverse) == len(imageio.imread(results / "guided" / "reverse.gif", index=None))
+    assert len(guidance) == 13 and all(len(set(frames)) == len(frames) for frames in (forward, reverse, guidance))
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no browser here")
 def test_slider_and_button_work_in_a_browser_without_errors(page, tmp_path):
     drive = """<script>
-      const slider = document.querySelectorAll(".player")[1].querySelector("input");
-      const image = document.querySelectorAll(".player")[1].querySelector("img");
-      const last = image.src;
+      const slider = document.querySelector(".player input");
+      const images = [...document.querySelectorAll(".player")[0].querySelectorAll("img")];
+      const last = images.map(image => image.src);
       slider.value = 0; slider.dispatchEvent(new Event("input"));
-      const first = image.src;
-      document.body.dataset.moved = String(first !== last && first.length > 100);
+      const moved = images.every((image, i) => image.src !== last[i] && image.src.length > 100);
+      document.body.dataset.moved = String(moved && images.length === 2);
       const button = document.querySelectorAll(".player")[1].querySelector("button");
       button.click(); document.body.dataset.playing = button.textContent;
       button.click(); document.body.dataset.paused = button.textContent;
@@ -283,7 +328,7 @@ def files_of(folder):
 
 def test_every_file_may_be_missing_empty_cut_or_of_another_program(copy, monkeypatch):
     """Of the run every file in turn: the page is there, whole, and shows what is left."""
-    monkeypatch.setattr(ex2_report, "as_uri", lambda image, colours: "data:,")  # what takes the time
+    monkeypatch.setattr(ex2_report, "frames", lambda path: ["data:,"])  # what takes the time
     contents = (None, b"", b"\x00\xff", b"{}", b"[1, 2]", b'{"losses": 3}', b"a,b\n1,2\n", 0.3, 0.9)
     contents += (
         b'{"runs": null, "varied": 3}',
