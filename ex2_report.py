@@ -36,6 +36,7 @@ from ex2_normal import loss_at, verdict
 TEMPLATES = Path(__file__).parent
 FRAMES = 17  # of an animation, at most: they are part of the page
 CLEAR = 1.05  # ratio of two figures of single runs from which on one is called smaller: less is chance
+NO_LINK = str.maketrans("[]", "()")  # in Markdown, what stands in brackets may be a link
 NEEDED = ("parameters", "losses", "bits_per_dim")  # of test_metrics.json
 NOT_IN_COMMANDS = ("cuda", "resume", "allow_changes", "num_threads", "dry_run", "log_interval")
 
@@ -700,7 +701,7 @@ def as_text(content: Iterable[Section], results_dir: Path) -> Iterator[str]:
             if part.table:
                 yield as_markdown([{name: figure(cell) for name, cell in row.items()} for row in part.table])
             for path, shows in (*part.animations, *part.pictures):
-                yield f"![{shows}]({link(results_dir, path)})\n"
+                yield f"![{shows.translate(NO_LINK)}]({link(results_dir, path)})\n"
             for command in part.commands:
                 yield f"Made by `{command}`\n"
             for what, command in part.missing:
