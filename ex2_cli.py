@@ -91,7 +91,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         epilog="Flags without a command are train's; `ex2_main.py train --help` lists them.",
     )
     commands = parser.add_subparsers(
-        dest="command", metavar="{train,test,sample,compare,report}", parser_class=OneLineParser
+        dest="command", metavar="{train,test,sample,compare,report,check}", parser_class=OneLineParser
     )
 
     train = commands.add_parser("train", help="train, test and draw every picture (what runs when no command is named)")
@@ -138,6 +138,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
     report = commands.add_parser("report", help="everything under a results folder as one page")
     report.add_argument("--results_dir", type=path, default="results", help="folder of all runs (default: results)")
+
+    check = commands.add_parser("check", help="judge a solution of the exercise by facts")
+    check.add_argument("folder", type=path, help="with ex02_diffusion.py, ex02_model.py, ex02_main.py (or ex2_...)")
+    check.add_argument("--json", action="store_true", help="the verdicts as JSON")
+    check.add_argument("--time_limit", type=float, default=30, help="seconds for each fact (default: 30)")
 
     if not argv or (argv[0] not in commands.choices and argv[0] not in ("-h", "--help")):
         argv = ["train", *argv]

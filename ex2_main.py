@@ -5,6 +5,7 @@ python ex2_main.py test --checkpoint results/DDPM         losses, bits per dimen
 python ex2_main.py sample --checkpoint results/DDPM       images of chosen classes (2.2 b, 2.4)
 python ex2_main.py compare --vary schedule=linear,cosine  a run for every combination, side by side (2.2, 2.3, 2.4)
 python ex2_main.py report                                 everything under results/ as one page
+python ex2_main.py check DIR                              any solution of the exercise, judged by facts
 
 Several GPUs: torchrun --standalone --nproc_per_node=gpu ex2_main.py ... runs the same commands in several processes.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import itertools
+import json
 import sys
 from pathlib import Path
 
@@ -22,6 +24,7 @@ import torch
 import ex2_config as cfg
 import ex2_job as job
 import ex2_viz as viz
+from ex2_check import as_lines, check_solution
 from ex2_checkpoint import load_checkpoint
 from ex2_cli import check_scales, choose_classes, choose_scales, parse_args
 from ex2_compare import grid_of_runs, is_judged, parse_vary, write_comparison, write_study
@@ -265,7 +268,27 @@ def run_report(args) -> None:
     print(f"done: see {folder / 'index.html'} and {folder / 'report.md'}")
 
 
-COMMANDS = {"train": run_train, "test": run_test, "sample": run_sample, "compare": run_compare, "report": run_report}
+def run_check(args) -> None:
+    """`check`: a solution of the exercise in the skeleton's names, judged by facts. 2.1 to 2.4.
+
+    Raises:
+        RunError: not all of it is right.
+    """
+    verdicts = check_solution(Path(args.folder), args.time_limit)
+    print(json.dumps(verdicts, indent=2) if args.json else "\n".join(as_lines(verdicts)))
+    wrong = sum(verdict["verdict"] != "right" for verdict in verdicts)
+    if wrong:
+        raise RunError(f"{wrong} of {len(verdicts)} facts are not right in {args.folder}")
+
+
+COMMANDS = {
+    "train": run_train,
+    "test": run_test,
+    "sample": run_sample,
+    "compare": run_compare,
+    "report": run_report,
+    "check": run_check,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

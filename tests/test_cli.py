@@ -51,7 +51,7 @@ def test_train_writes_every_file_of_the_run(run):
     assert names == {
         *("config.json", "log.csv", "ckpt.pt", "test_metrics.json", "training.png", "loss_over_t.png", "schedules.png"),
         *("forward_strip.png", "forward.gif", "reverse_strip.png", "reverse.gif", "x_zero_strip.png"),
-        *("class_grid.png", "guidance_grid.png", "bits_per_dim.png", "time_embedding.png"),
+        *("class_grid.png", "guidance_grid.png", "guidance.gif", "bits_per_dim.png", "time_embedding.png"),
     }
     rows = list(csv.DictReader((run / "log.csv").open()))
     assert int(rows[-1]["step"]) == 9 and float(rows[-1]["val_loss"]) > 0

@@ -1,0 +1,114 @@
+"""`check`: any solution of the exercise, judged by the facts of `ex2_facts`, sub-task by sub-task.
+
+A stranger's code runs in a process of its own, which has a time limit for every fact and which can't end this one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import ex2_facts
+from ex2_data import InputError
+from ex2_facts import FACTS
+from ex2_solution import PREFIXES
+
+MARKS = {"right": "right", "wrong": "WRONG", "missing": "missing", "fails": "FAILS", "hangs": "HANGS"}
+
+
+def check_solution(folder: Path, limit: float) -> list[dict]:
+    """The verdict on every fact, in the order of the sheet.
+
+    Args:
+        limit: seconds for each fact.
+
+    Raises:
+        InputError: there is no solution in the folder.
+    """
+    files = [f"{prefix}{part}.py" for prefix in PREFIXES for part in ("diffusion", "model")]
+    if not any((folder / name).is_file() for name in files):
+        raise InputError(f"{folder} holds no solution: none of {', '.join(files)}")
+    left = sorted(FACTS, key=lambda name: FACTS[name].task)
+    verdicts = []
+    while left:
+        for verdict in judged(folder.resolve(), left, limit):
+            verdicts.append(verdict)
+            left.remove(verdict["fact"])
+    return verdicts
+
+
+def judged(folder: Path, names: Sequence[str], limit: float) -> Iterator[dict]:
+    """Verdicts of one process; the last one is on the fact that it hung or ended at, where it did."""
+    command = [sys.executable, ex2_facts.__file__, str(folder), *names]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "MPLBACKEND": "Agg", "PYTHONDONTWRITEBYTECODE": "1"}
+    with tempfile.TemporaryDirectory() as elsewhere:
+        process = subprocess.Popen(
+            command,
+            cwd=elsewhere,  # what it writes beside itself is gone afterwards
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=os.name == "posix",
+        )
+        lines: queue.Queue = queue.Queue()
+        threading.Thread(target=lambda: [lines.put(line) for line in (*process.stdout, b"")], daemon=True).start()
+        begun = names[0]
+        try:
+            while True:
+                message = json.loads(lines.get(timeout=limit) or "null")
+                if message is None:
+                    if (unjudged := begun) is not None:
+                        reason = f"its code ended the program (exit code {process.wait()})"
+                        yield without_verdict(unjudged, "fails", reason)
+                    return
+                if "begun" in message:
+                    begun = message["begun"]
+                else:
+                    begun = None
+                    yield message
+        except queue.Empty:
+            yield without_verdict(begun or names[0], "hangs", f"no answer within {limit:g} s")
+        finally:
+            end(process)
+
+
+def end(process: subprocess.Popen) -> None:
+    """Kills a process, and those it started where the system can tell."""
+    if os.name == "posix":
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+    process.wait()
+
+
+def without_verdict(name: str, verdict: str, found: str) -> dict:
+    """A verdict that the process itself could not give."""
+    fact = FACTS[name]
+    said = {"fact": name, "task": fact.task, "statement": fact.statement, "equation": fact.equation}
+    return {**said, "verdict": verdict, "found": found, "expected": "", "looks_like": "", "adapted": []}
+
+
+def as_lines(verdicts: Sequence[dict]) -> Iterator[str]:
+    """The table for people, a line for each fact."""
+    for verdict in verdicts:
+        equation = f" ({verdict['equation']})" if verdict["equation"] else ""
+        line = f"{verdict['task']:<8} {MARKS[verdict['verdict']]:<8} {verdict['statement']}{equation}"
+        if verdict["verdict"] == "wrong":
+            looks_like = f": {verdict['looks_like']}" if verdict["looks_like"] else ""
+            yield f"{line}\n{'':18}found {verdict['found']}, expected {verdict['expected']}{looks_like}"
+        else:
+            yield f"{line}\n{'':18}{verdict['found']}" if verdict["found"] else line
+    right = sum(verdict["verdict"] == "right" for verdict in verdicts)
+    yield f"{right} of {len(verdicts)} facts are right"
+    for text in sorted({text for verdict in verdicts for text in verdict["adapted"]}):
+        yield f"adapted: {text}"
