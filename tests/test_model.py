@@ -156,19 +156,7 @@ def test_time_embedding_values():
     torch.testing.assert_close(embedding, torch.cat((expected.sin(), expected.cos())))
 
 
-def test_output_depends_on_the_time(batch):
-    model, (x, t, _) = Unet(dim=8, dim_mults=(1, 2)).eval(), batch
-    assert (model(x, t) - model(x, t + 100)).abs().max() > 1e-3
-
-
 # ------------------------------------------------------------------ 2.4 a: classes
-
-
-def test_label_changes_the_output(batch):
-    model, (x, t, classes) = conditional().eval(), batch
-    changed = model(x, t, classes) - model(x, t, torch.tensor([1, 3, 3, 9]))
-    assert changed[0].abs().max() > 1e-4
-    assert changed[1:].abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("null_token", ["learned", "zero"])
@@ -180,11 +168,6 @@ def test_null_labels_are_the_same_as_none(batch, null_token):
 def test_with_p_uncond_one_training_does_not_depend_on_labels(batch):
     model, (x, t, classes) = conditional(p_uncond=1.0), batch
     assert torch.equal(model(x, t, classes), model(x, t, 9 - classes))
-
-
-def test_eval_mode_drops_no_label(batch):
-    model, (x, t, classes) = conditional(p_uncond=1.0).eval(), batch
-    assert (model(x, t, classes) - model(x, t)).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("p_uncond, null_gets_gradient", [(0.5, True), (0.0, False)])
