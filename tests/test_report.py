@@ -15,13 +15,16 @@ import pytest
 import torch
 from tiny import TINY
 
+import ex2_answers
 import ex2_config as cfg
 import ex2_main
 import ex2_report
+from ex2_answers import Run, Study, samples_sentences, study_part, train_command
 from ex2_checkpoint import RunLog, read_json
 from ex2_cli import parse_args
 from ex2_diffusion import SCHEDULES, Diffusion, evenly_spaced
-from ex2_report import Run, Study, find_runs, find_studies, loss_at, samples_sentences, study_part, train_command
+from ex2_normal import loss_at
+from ex2_report import find_runs, find_studies
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +114,7 @@ def test_the_command_of_a_run_makes_the_same_run(name):
     run = Run(Path("results/a run (1)"), json.loads(json.dumps(dataclasses.asdict(config))), {})
     args = parse_args(shlex.split(train_command(run))[2:])
     assert cfg.Config(**args.given) == config
-    assert shlex.split(ex2_report.test_command(run))[-1] == "results/a run (1)"
+    assert shlex.split(ex2_answers.test_command(run))[-1] == "results/a run (1)"
 
 
 def test_old_half_written_and_foreign_folders_do_not_stop_the_page(results, tmp_path):
@@ -173,12 +176,12 @@ def test_the_winner_is_the_run_with_the_smallest_distance():
 def test_figures_that_hardly_differ_have_no_winner():
     text = " ".join(study_part(study_of({"linear": 2.0, "cosine": 2.05})).sentences)
     assert "the first two don't differ clearly" in text.split(";")[1]
-    assert ex2_report.study_answer(study_of({"linear": 2.0})) == ""
+    assert ex2_answers.study_answer(study_of({"linear": 2.0})) == ""
 
 
 def test_a_difference_counts_where_it_is_the_same_for_every_seed():
     """Both settings vary by 0.1 from seed to seed; their difference doesn't vary at all."""
-    text = ex2_report.study_answer(study_of({"linear": 2.02, "cosine": 2.0}, seeds=3))
+    text = ex2_answers.study_answer(study_of({"linear": 2.02, "cosine": 2.0}, seeds=3))
     assert "2.1 ± 0.25 for cosine, 2.12 ± 0.25 for linear" in text and "larger than with cosine for linear" in text
 
 
@@ -192,7 +195,7 @@ def test_a_difference_counts_where_it_is_the_same_for_every_seed():
     ],
 )
 def test_a_difference_smaller_than_its_interval_is_none(values, verdict):
-    text = ex2_report.contest(values, "loss")
+    text = ex2_answers.contest(values, "loss")
     assert verdict in text if verdict else text == ""
     if "c" in values:
         assert "No difference to a that seeds don't explain: c." in text
@@ -202,7 +205,7 @@ def test_the_command_of_a_study_makes_the_same_study():
     study = study_of({"linear": 2.0, "cosine": 1.0}, seeds=3)
     for run in study.runs:
         run.report["samples"] = {"count": 500}
-    command = ex2_report.compare_command(study)
+    command = ex2_answers.compare_command(study)
     assert (
         command
         == "python ex2_main.py compare --preset quick --vary schedule=linear,cosine --seeds 3 --eval_samples 500"
@@ -219,7 +222,7 @@ def test_reading_between_the_times_favours_no_schedule(gaussian, s):
         abar = diffusor.alphas_bar[t].double()
         loss = abar * s**2 / (abar * s**2 + 1 - abar)
         found.append(loss_at({"log_snr": diffusor.log_snr[t].tolist(), "l2": loss.tolist()}, -2))
-    assert max(found) / min(found) < ex2_report.CLEAR
+    assert max(found) / min(found) < ex2_answers.CLEAR
 
 
 @pytest.mark.parametrize("share, verdict", [(0.05, "no sign of copying"), (0.5, "look for copies")])
@@ -243,13 +246,13 @@ def test_sentences_on_guidance_follow_from_the_figures():
         {"guidance_scale": w, "class_accuracy": a, "recall": r, "frechet_distance": d}
         for w, a, r, d in ((-1, 0.1, 0.8, 20.0), (0, 0.7, 0.9, 10.0), (1, 0.95, 0.85, 3.0), (3, 0.9, 0.6, 4.0))
     ]
-    said = ex2_report.guidance_sentences(rows)
+    said = ex2_answers.guidance_sentences(rows)
     assert [sentence.rsplit(":", 1)[1] for sentence in said] == [
         " highest at w = 1.",
         " highest at w = 0.",
         " smallest at w = 1.",
     ]
-    assert ex2_report.guidance_sentences(rows[:1]) == []
+    assert ex2_answers.guidance_sentences(rows[:1]) == []
 
 
 # ------------------------------------------------------------------ in a browser
@@ -286,7 +289,7 @@ def test_slider_and_button_work_in_a_browser_without_errors(page, tmp_path):
 
 
 def test_tables_show_four_digits_and_a_dash_for_nothing():
-    assert [ex2_report.figure(v) for v in ("0.123456", None, "", "cosine", 123456.7, np.float64(2), "100000")] == [
+    assert [ex2_answers.figure(v) for v in ("0.123456", None, "", "cosine", 123456.7, np.float64(2), "100000")] == [
         "0.1235",
         "-",
         "-",
