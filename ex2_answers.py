@@ -416,7 +416,9 @@ def study_answer(study: Study) -> str:
     values: dict[str, list[float]] = {}
     for row in study.rows:
         if row.get(criterion) and own in (None, row.get("w")):
-            values.setdefault(", ".join(row[name] for name in study.varied), []).append(float(row[criterion]))
+            values.setdefault(", ".join(f"{name} {row[name]}" for name in study.varied), []).append(
+                float(row[criterion])
+            )
     return contest(values, criterion)
 
 
@@ -429,9 +431,8 @@ def loss_sentences(study: Study) -> list[str]:
     for log_snr in (-2, 2):
         values: dict[str, list[float]] = {}
         for run, curve in curves if low <= log_snr <= high else ():
-            values.setdefault(", ".join(str(run.config[name]) for name in study.varied), []).append(
-                loss_at(curve, log_snr)
-            )
+            setting = ", ".join(f"{name} {run.config[name]}" for name in study.varied)
+            values.setdefault(setting, []).append(loss_at(curve, log_snr))
         said.append(contest(values, f"test l2 loss at log-SNR {log_snr}"))
     return [sentence for sentence in said if sentence]
 
@@ -446,18 +447,17 @@ def contest(values: dict[str, list[float]], what: str) -> str:
     if len(values) < 2:
         return ""
     best, *rest = sorted(values, key=lambda name: statistics.mean(values[name]))
-    shown = [f"{figure(mean_and_interval(values[name]))} for {name}" for name in (best, *rest)]
     seeds = min(len(figures) for figures in values.values())
+    what = f"{what[0].upper()}{what[1:]}"
     if seeds == 1:
-        clear = values[rest[0]][0] >= CLEAR * values[best][0]
-        verdict = f"{best} has the smallest" if clear else "the first two don't differ clearly"
-        return f"{what[0].upper()}{what[1:]}: {', '.join(shown)}; {verdict}. Each figure is of a single run."
+        others = ", ".join(f"{values[name][0]:.4g} for {name}" for name in rest)
+        if values[rest[0]][0] < CLEAR * values[best][0]:
+            others += ", so that the first two don't differ clearly"
+        return f"{what}: smallest for {best} ({values[best][0]:.4g}), {others}; each figure is of a single run."
     gaps = {name: [value - least for value, least in zip(values[name], values[best])] for name in rest}
-    larger = [
-        f"{name} (by {mean_and_interval(gap)})" for name, gap in gaps.items() if statistics.mean(gap) > half_width(gap)
-    ]
-    equal = [name for name in rest if not any(text.startswith(f"{name} (by ") for text in larger)]
-    said = f"{what[0].upper()}{what[1:]}, mean of {seeds} seeds and 95% interval: {', '.join(shown)}."
-    said += f" It is larger than with {best} for {', '.join(larger)}." if larger else ""
-    said += f" No difference to {best} that seeds don't explain: {', '.join(equal)}." if equal else ""
-    return said
+    larger = [name for name in rest if statistics.mean(gaps[name]) > half_width(gaps[name])]
+    said = f"{what}: smallest for {best} ({mean_and_interval(values[best])}, mean of {seeds} seeds with 95% interval)"
+    for names, how in (larger, "larger"), ([name for name in rest if name not in larger], "not clearly larger"):
+        differences = [f"{name} (by {mean_and_interval(gaps[name])})" for name in names]
+        said += f"; {how} for {' and '.join(differences)}" if names else ""
+    return f"{said}."
