@@ -62,22 +62,19 @@ def judged(folder: Path, names: Sequence[str], limit: float) -> Iterator[dict]:
         )
         lines: queue.Queue = queue.Queue()
         threading.Thread(target=lambda: [lines.put(line) for line in (*process.stdout, b"")], daemon=True).start()
-        begun = names[0]
+        pending = list(names)
         try:
-            while True:
+            while pending:
                 message = json.loads(lines.get(timeout=limit) or "null")
                 if message is None:
-                    if (unjudged := begun) is not None:
-                        reason = f"its code ended the program (exit code {process.wait()})"
-                        yield without_verdict(unjudged, "fails", reason)
+                    reason = f"its code ended the program (exit code {process.wait()})"
+                    yield without_verdict(pending[0], "fails", reason)
                     return
-                if "begun" in message:
-                    begun = message["begun"]
-                else:
-                    begun = None
+                if message["fact"] == pending[0]:
+                    del pending[0]
                     yield message
         except queue.Empty:
-            yield without_verdict(begun or names[0], "hangs", f"no answer within {limit:g} s")
+            yield without_verdict(pending[0], "hangs", f"no answer within {limit:g} s")
         finally:
             end(process)
 

@@ -5,7 +5,7 @@ what common slips look like. As a program of its own this file runs a stranger's
 
     python ex2_facts.py FOLDER FACT ...
 
-and prints a line of JSON for each fact, before it begins and when it is done.
+and prints a line of JSON for each fact.
 """
 
 from __future__ import annotations
@@ -727,7 +727,6 @@ def main(folder: str, *names: str) -> None:
     solution = Solution(Path(folder))
     with importing_from(solution.folder):
         for name in names:
-            print(json.dumps({"begun": name}), file=out, flush=True)
             print(json.dumps(verdict(solution, name)), file=out, flush=True)
 
 

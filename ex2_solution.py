@@ -115,6 +115,7 @@ class Solution:
 
     def __init__(self, folder: Path):
         self.folder, self.adapted, self.modules = folder, set(), {}
+        OnCpu.used = False
 
     def module(self, part: str):
         """The module of a part, "diffusion", "model" or "main".

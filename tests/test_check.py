@@ -156,6 +156,7 @@ def linear_beta_schedule(beta_start, beta_end, timesteps):
             "fails",
             "no network while a solution is checked",
         ),
+        ("import threading, time; threading.Thread(target=time.sleep, args=(99,)).start()", "right", ""),
         ("print('{}', 'x' * 10**5); open('left.txt', 'w').write('x')", "right", ""),
     ],
 )
