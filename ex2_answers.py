@@ -5,6 +5,7 @@ All sentences are computed from the figures; what is missing is named with the c
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import shlex
 import statistics
@@ -139,8 +140,15 @@ def settings_of(config: dict) -> dict:
 
 
 def compare_command(study: Study) -> str:
-    """The command of a study of quick's settings."""
+    """The command of a study."""
     values = {name: dict.fromkeys(row[name] for row in study.rows) for name in study.varied}
+    first = study.runs[0]
+    own = {**first.config, "data_seed": None, "results_dir": Config.results_dir}
+    base = f"python ex2_main.py compare {train_command(dataclasses.replace(first, config=own)).split(' ', 2)[2]}"
+    for preset, config in PRESETS.items():
+        same = {**own, **{name: getattr(config, name) for name in (*study.varied, "run_name", "seed")}}
+        if settings_of(same) == settings_of(vars(config)):
+            base = f"python ex2_main.py compare --preset {preset}"
     vary = "".join(f" --vary {name}={','.join(values[name])}" for name in study.varied)
     seeds = len({row.get("seed") for row in study.rows})
     counts = {run.report["samples"]["count"] for run in study.runs if "samples" in run.report}
@@ -148,7 +156,7 @@ def compare_command(study: Study) -> str:
     flags = f" --seeds {seeds}" if seeds > 1 else ""
     flags += f" --eval_samples {max(counts, default=0)}"
     flags += f" --eval_scales {' '.join(scales)}" if len(scales) > 1 else ""
-    return f"python ex2_main.py compare --preset quick{vary}{flags}"
+    return f"{base}{vary}{flags}"
 
 
 # ---------------------------------------------------------------------------- 2.1, 2.2: a run
@@ -191,7 +199,7 @@ def process_part(run: Run) -> Part:
     part.add_picture(run.folder / "forward_strip.png", shows, train, data)
     shows = "Reverse process: from noise (left) the model removes a little noise at a time; large forms come first."
     part.add_picture(run.folder / "reverse_strip.png", shows, train)
-    shows = "What the model takes x_0 for at each t: a mean of many images at first, then one of them."
+    shows = "The model's estimate of x_0 at each t: a mean of many images at first, then one of them."
     part.add_picture(run.folder / "x_zero_strip.png", shows, train)
     if not run.config["class_free_guidance"]:
         part.add_picture(run.folder / "samples.png", "Samples.", train)
@@ -200,11 +208,11 @@ def process_part(run: Run) -> Part:
 
 def side_by_side(runs: list[Run]) -> Part:
     """2.2 f: the animations of all runs, which share a slider of the time."""
-    part = Part("Side by side, at the same t")
+    part = Part("Side by side, from noise (left end of the slider) to images")
     for run in runs:
-        shows = f"{run.name}: forward process, from the image to noise"
-        part.add_picture(run.folder / "forward.gif", shows, "", run.may_show_data)
-        shows = f"{run.name}: reverse process, from noise to an image"
+        shows = f"{run.name}, forward process (turned round here): images of the test set and their noise"
+        part.add_picture(run.folder / "forward.gif", shows, train_command(run), run.may_show_data)
+        shows = f"{run.name}, reverse process: what the model makes of noise"
         part.add_picture(run.folder / "reverse.gif", shows, train_command(run))
     part.commands = []  # each run's part has them
     return part
@@ -239,8 +247,9 @@ def quality_part(run: Run) -> Part:
     shows = "Loss over the time: little noise (left) is hard to tell from the image's own detail, much noise is easy. "
     if "floor" in report["losses"]:
         shows += (
-            "Dashed: the floor, a predictor that knows all training images by heart. No model can be below it on "
-            "training images; one that comes near it there, but not on test images, has learnt by heart as well. "
+            "Dashed: the floor, the loss of a predictor that knows all training images by heart. On average over the "
+            "training images no model is below it; one that comes near it there, but not on test images, has learnt "
+            "them by heart as well. "
         )
     part.add_picture(run.folder / "loss_over_t.png", shows + "Dotted: a run of ours, to compare with.", test_again)
     shows = "Bits per dimension: most of the bound is spent on the last details, at small t."
@@ -346,12 +355,13 @@ def guided_side_by_side(runs: list[Run]) -> Part:
 
 def guidance_answer(run: Run) -> str:
     """2.4 in a sentence."""
-    rows = run.report["samples"]["by_scale"]
-    best = max(rows, key=lambda row: row["class_accuracy"])
+    rows = {row["guidance_scale"]: row for row in run.report["samples"]["by_scale"]}
+    best, none, most = max(rows.values(), key=lambda row: row["class_accuracy"]), rows[-1.0], rows[max(rows)]
+    changes = "falls" if most["recall"] < best["recall"] else "does not fall"
     return (
-        f"With the class, {best['class_accuracy']:.0%} of the samples show it (w = {best['guidance_scale']:g}), "
-        f"without it (w = {rows[0]['guidance_scale']:g}) {rows[0]['class_accuracy']:.0%}; a larger w costs variety: "
-        f"recall falls from {rows[0]['recall']:.2f} to {rows[-1]['recall']:.2f} at w = {rows[-1]['guidance_scale']:g}."
+        f"On {run.name}, {best['class_accuracy']:.0%} of the samples show their class at w = "
+        f"{best['guidance_scale']:g}, {none['class_accuracy']:.0%} without the class (w = -1); recall, which measures "
+        f"variety, {changes} from {best['recall']:.2f} there to {most['recall']:.2f} at w = {max(rows):g}."
     )
 
 
@@ -388,7 +398,11 @@ def butterflies_answer(run: Run) -> str:
     images = int(run.log[-1]["step"]) * run.config["batch_size"]
     given = "conditional on the species" if run.config["class_free_guidance"] else "unconditional"
     size = run.config["image_size"]
-    return f"Yes, {given}, at {size}x{size} pixels after {images:,} images; wings and colours come before fine detail."
+    loss = np.mean(run.report["losses"]["test"]["l2"])
+    return (
+        f"A model {given} at {size}x{size} pixels has a mean l2 loss of {loss:.3g} on test images after a training on "
+        f"{images:,} images; its samples are below."
+    )
 
 
 # ---------------------------------------------------------------------------- 2.2 to 2.4: studies
@@ -429,34 +443,37 @@ def loss_sentences(study: Study) -> list[str]:
     high = min(max(curve["log_snr"]) for _, curve in curves)
     said = []
     for log_snr in (-2, 2):
-        values: dict[str, list[float]] = {}
+        values: dict[str, dict] = {}
         for run, curve in curves if low <= log_snr <= high else ():
             setting = ", ".join(f"{name} {run.config[name]}" for name in study.varied)
-            values.setdefault(setting, []).append(loss_at(curve, log_snr))
+            values.setdefault(setting, {})[run.config["seed"]] = loss_at(curve, log_snr)
         said.append(contest(values, f"test l2 loss at log-SNR {log_snr}"))
     return [sentence for sentence in said if sentence]
 
 
-def contest(values: dict[str, list[float]], what: str) -> str:
+def contest(values: dict[str, dict], what: str) -> str:
     """Which setting has the smallest mean, and which differences to it are more than chance.
 
     Args:
-        values: setting -> figures, one per seed, in the order of the seeds. Differences are taken seed by seed, as
-        runs of one seed start from the same weights and noise.
+        values: setting -> {seed: figure}. Differences are taken seed by seed, as runs of one seed start from the same
+            weights and noise; seeds that not all settings have are left out.
     """
     if len(values) < 2:
         return ""
+    seeds = [seed for seed in next(iter(values.values())) if all(seed in of_seed for of_seed in values.values())]
+    if not seeds:
+        return ""
+    values = {name: [of_seed[seed] for seed in seeds] for name, of_seed in values.items()}
     best, *rest = sorted(values, key=lambda name: statistics.mean(values[name]))
-    seeds = min(len(figures) for figures in values.values())
     what = f"{what[0].upper()}{what[1:]}"
-    if seeds == 1:
+    if len(seeds) == 1:
         others = ", ".join(f"{values[name][0]:.4g} for {name}" for name in rest)
         if values[rest[0]][0] < CLEAR * values[best][0]:
             others += ", so that the first two don't differ clearly"
         return f"{what}: smallest for {best} ({values[best][0]:.4g}), {others}; each figure is of a single run."
     gaps = {name: [value - least for value, least in zip(values[name], values[best])] for name in rest}
     larger = [name for name in rest if statistics.mean(gaps[name]) > half_width(gaps[name])]
-    said = f"{what}: smallest for {best} ({mean_and_interval(values[best])}, mean of {seeds} seeds with 95% interval)"
+    said = f"{what}: smallest for {best} ({mean_and_interval(values[best])}, mean of {len(seeds)} seeds, 95% interval)"
     for names, how in (larger, "larger"), ([name for name in rest if name not in larger], "not clearly larger"):
         differences = [f"{name} (by {mean_and_interval(gaps[name])})" for name in names]
         said += f"; {how} for {' and '.join(differences)}" if names else ""

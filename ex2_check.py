@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import secrets
 import signal
 import subprocess
 import sys
@@ -22,7 +23,15 @@ from ex2_data import InputError
 from ex2_facts import FACTS
 from ex2_solution import PREFIXES
 
-MARKS = {"right": "right", "wrong": "WRONG", "missing": "missing", "fails": "FAILS", "hangs": "HANGS"}
+START_LIMIT = 120  # seconds until Python and torch are there
+MARKS = {
+    "right": "right",
+    "wrong": "WRONG",
+    "advice": "advice",
+    "missing": "missing",
+    "fails": "FAILS",
+    "hangs": "HANGS",
+}
 
 
 def check_solution(folder: Path, limit: float) -> list[dict]:
@@ -35,6 +44,8 @@ def check_solution(folder: Path, limit: float) -> list[dict]:
         InputError: there is no solution in the folder.
     """
     files = [f"{prefix}{part}.py" for prefix in PREFIXES for part in ("diffusion", "model")]
+    if not 0 < limit < 1e6:
+        raise InputError(f"--time_limit must be above 0 and below a million seconds, got {limit:g}")
     if not any((folder / name).is_file() for name in files):
         raise InputError(f"{folder} holds no solution: none of {', '.join(files)}")
     left = sorted(FACTS, key=lambda name: FACTS[name].task)
@@ -48,6 +59,7 @@ def check_solution(folder: Path, limit: float) -> list[dict]:
 
 def judged(folder: Path, names: Sequence[str], limit: float) -> Iterator[dict]:
     """Verdicts of one process; the last one is on the fact that it hung or ended at, where it did."""
+    token = secrets.token_hex(8)  # so that nothing a solution prints is taken for a verdict
     command = [sys.executable, ex2_facts.__file__, str(folder), *names]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "MPLBACKEND": "Agg", "PYTHONDONTWRITEBYTECODE": "1"}
     with tempfile.TemporaryDirectory() as elsewhere:
@@ -55,28 +67,38 @@ def judged(folder: Path, names: Sequence[str], limit: float) -> Iterator[dict]:
             command,
             cwd=elsewhere,  # what it writes beside itself is gone afterwards
             env=environment,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             start_new_session=os.name == "posix",
         )
+        process.stdin.write(f"{token}\n".encode())
+        process.stdin.close()
         lines: queue.Queue = queue.Queue()
-        threading.Thread(target=lambda: [lines.put(line) for line in (*process.stdout, b"")], daemon=True).start()
-        pending = list(names)
+        threading.Thread(target=read_lines, args=(process.stdout, token.encode(), lines), daemon=True).start()
+        pending, patience = list(names), START_LIMIT
         try:
             while pending:
-                message = json.loads(lines.get(timeout=limit) or "null")
+                message = lines.get(timeout=patience)
+                patience = limit
                 if message is None:
-                    reason = f"its code ended the program (exit code {process.wait()})"
-                    yield without_verdict(pending[0], "fails", reason)
+                    yield without_verdict(pending[0], "fails", "its code ended the program")
                     return
-                if message["fact"] == pending[0]:
+                if message:
                     del pending[0]
                     yield message
         except queue.Empty:
-            yield without_verdict(pending[0], "hangs", f"no answer within {limit:g} s")
+            yield without_verdict(pending[0], "hangs", f"no answer within {patience:g} s")
         finally:
             end(process)
+
+
+def read_lines(stream, token: bytes, lines: queue.Queue) -> None:
+    """Puts what the facts say into the queue as it comes, at the end None."""
+    for line in stream:
+        if line.startswith(token):
+            lines.put(json.loads(line[len(token) :]))
+    lines.put(None)
 
 
 def end(process: subprocess.Popen) -> None:
@@ -100,12 +122,13 @@ def as_lines(verdicts: Sequence[dict]) -> Iterator[str]:
     for verdict in verdicts:
         equation = f" ({verdict['equation']})" if verdict["equation"] else ""
         line = f"{verdict['task']:<8} {MARKS[verdict['verdict']]:<8} {verdict['statement']}{equation}"
-        if verdict["verdict"] == "wrong":
+        if verdict["verdict"] in ("wrong", "advice"):
             looks_like = f": {verdict['looks_like']}" if verdict["looks_like"] else ""
             yield f"{line}\n{'':18}found {verdict['found']}, expected {verdict['expected']}{looks_like}"
         else:
             yield f"{line}\n{'':18}{verdict['found']}" if verdict["found"] else line
     right = sum(verdict["verdict"] == "right" for verdict in verdicts)
-    yield f"{right} of {len(verdicts)} facts are right"
+    advice = sum(verdict["verdict"] == "advice" for verdict in verdicts)
+    yield f"{right} of {len(verdicts)} facts are right" + (f", {advice} are advice" if advice else "")
     for text in sorted({text for verdict in verdicts for text in verdict["adapted"]}):
         yield f"adapted: {text}"

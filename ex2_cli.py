@@ -131,7 +131,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         help="a setting and its values, for example schedule=linear,cosine; several --vary make all combinations",
     )
     compare.add_argument(
-        "--seeds", type=int, default=1, help="runs of each, with seeds one after another: intervals (default: 1)"
+        "--seeds",
+        type=int,
+        default=1,
+        help="runs of each setting; from 2 on the tables have 95%% intervals (default: 1)",
     )
     add_samples_flags(compare, "the run's own")
     add_flags(compare, all_groups, ("save_model",))

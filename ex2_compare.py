@@ -84,12 +84,15 @@ def grid_of_runs(base: Config, varied: dict[str, list], num_classes: int, seeds:
         raise InputError(f"--seeds must be at least 1 and at most {max(T_QUANTILES)}, got {seeds}")
     runs = {}
     for *values, seed in itertools.product(*varied.values(), range(base.seed, base.seed + seeds)):
-        changes = dict(zip(varied, values))
+        changes, fixed = dict(zip(varied, values)), {}
         if seed != base.seed:
             changes["seed"] = seed
+            fixed = {
+                "data_seed": base.seed if base.data_seed is None else base.data_seed
+            }  # all runs have the same data
         name = ",".join(f"{setting}={value}" for setting, value in changes.items())
         try:
-            runs[name] = dataclasses.replace(base, results_dir=str(base.run_dir), run_name=name, **changes)
+            runs[name] = dataclasses.replace(base, results_dir=str(base.run_dir), run_name=name, **changes, **fixed)
             build_diffusion(runs[name], "cpu")
             with torch.device("meta"):
                 build_model(runs[name], num_classes)
@@ -190,20 +193,29 @@ def over_seeds(rows: list[dict], varied: Sequence[str]) -> list[dict]:
     Args:
         rows: of table.csv, as numbers or as text.  varied: the settings that were varied.
     """
+    several = len({row.get("seed") for row in rows}) > 1
     groups: dict[tuple, list[dict]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row.get(name) for name in (*varied, "w")), []).append(row)
-    summary = []
-    for group in groups.values():
-        summary.append({})
-        for name in group[0]:
-            values = [float(row[name]) for row in group if name not in varied and row[name] not in (None, "")]
-            if name in varied or (name == "w" and values):
-                summary[-1][name] = group[0][name]
-            elif name == "seed" and len(group) > 1:
-                summary[-1]["runs"] = len(group)
-            elif name != "seed":
-                summary[-1][name] = mean_and_interval(values)
+    for row in sorted(rows, key=lambda row: row.get("bits/dim") in (None, "")):  # failed runs last
+        key = tuple(row.get(name) for name in varied)
+        failed = row.get("bits/dim") in (None, "")
+        if not failed or key not in [other[:-1] for other in groups]:
+            groups.setdefault((*key, row.get("w")), []).append(row)
+    order = list(dict.fromkeys(tuple(row.get(name) for name in varied) for row in rows))
+    return [summary_of(groups[key], varied, several) for key in sorted(groups, key=lambda key: order.index(key[:-1]))]
+
+
+def summary_of(group: list[dict], varied: Sequence[str], several: bool) -> dict:
+    """The row of `over_seeds` for runs that differ in their seed alone; "runs" tells how many, where there are "
+    "`several`."""
+    summary = {}
+    for name in group[0]:
+        if name in varied or name == "w":
+            summary[name] = group[0][name]
+        elif name == "seed":
+            count = sum(row.get("bits/dim") not in (None, "") for row in group)
+            summary.update({"runs": count} if several else {})
+        else:
+            summary[name] = mean_and_interval([float(row[name]) for row in group if row[name] not in (None, "")])
     return summary
 
 

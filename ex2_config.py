@@ -55,6 +55,9 @@ class Config:
     num_threads: Optional[int] = setting(None, "run", "CPU threads (default: torch's choice)", type=int, minimum=1)
     timeout_minutes: float = setting(30.0, "run", "how long a process may keep the others waiting", above=0)
 
+    data_seed: Optional[int] = setting(
+        None, "data", "of the split into train and val (default: --seed)", type=int, minimum=0, maximum=2**32 - 1
+    )
     dataset: str = setting("cifar10", "data", "the data set", choices=DATASETS)
     image_size: Optional[int] = setting(
         None, "data", "pixels (default: 128 for butterflies, else 32)", type=int, minimum=8
@@ -316,7 +319,7 @@ def load_data(config: Config) -> DataSplits:
             config.dataset,
             config.data_dir,
             config.image_size,
-            config.seed,
+            config.seed if config.data_seed is None else config.data_seed,
             config.num_workers,
             square=config.square,
             cache_dir=config.cache_dir,

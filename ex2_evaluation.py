@@ -100,7 +100,10 @@ def evaluate(model, splits: DataSplits, diffusor: Diffusion, config: Config, wei
 
 
 def losses_of_training(model, train: ImageSet, diffusor: Diffusion, config: Config, times: Sequence[int]) -> dict:
-    """Losses of some training images: "train", the model's, and "floor", the smallest that any model can have there."""
+    """Losses of some training images: "train", the model's, and "floor", the optimal one's.
+
+    On average over all training images no model is below the floor.
+    """
     count = 1 if config.dry_run else min(config.eval_images, FLOOR_IMAGES)
     loader = make_loader(train.subset(torch.arange(min(count, len(train)))), FLOOR_IMAGES, diffusor.device)
     images, labels = train.images, train.labels
@@ -134,7 +137,8 @@ def write_report(report: dict, config: Config) -> None:
     print_losses(report)
     if samples:
         print_samples(samples)
-    print("is this normal?", *verdict(settings, report, log), sep="\n  ")
+    if not config.dry_run:
+        print("is this normal?", *verdict(settings, report, log), sep="\n  ")
 
 
 def shapes_accuracy(model, diffusor: Diffusion, config: Config) -> dict:

@@ -21,7 +21,7 @@ def images_seen(config: Mapping, log: Sequence[Mapping]) -> int:
 
 def reference_of(config: Mapping, images: int) -> dict | None:
     """The figures of our own run on such data, after at most as many images; None where there was none."""
-    kind = "shapes" if config["dataset"] == "shapes" else "photographs"
+    kind = "shapes" if config["dataset"] == "shapes" else "CIFAR-10 photographs"
     runs = json.loads(REFERENCE.read_text(encoding="utf-8"))[kind]
     points = [point for point in runs["points"] if point["images"] <= 1.05 * images]
     known = config["dataset"] in runs["datasets"] and config["image_size"] == runs["image_size"]
@@ -63,11 +63,11 @@ def off_losses(report: Mapping) -> Iterator[str]:
     test, train, floor = (report["losses"].get(name) for name in ("test", "train", "floor"))
     if test["log_snr"][-1] < -4 and test["l2"][-1] > 0.2:
         yield (
-            f"The loss at t = {test['t'][-1] + 1} is {test['l2'][-1]:.2g}: x_t is nearly pure noise there, and "
-            "returning it would have less than 0.05. The network has hardly learnt: train longer, or try another --lr."
+            f"The loss at t = {test['t'][-1] + 1} is {test['l2'][-1]:.2g}: x_t is nearly pure noise there, and a "
+            "model that returns x_t would have less than 0.05. It has hardly learnt: train longer, or try another --lr."
         )
-    if max(test["l2"]) > 1.05:
-        yield f"A loss of {max(test['l2']):.2f} is above that of a guess of zero, 1: the training diverged; lower --lr."
+    if max(test["l2"]) > 1.05 and test["l2"][-1] <= 0.2:
+        yield f"A loss of {max(test['l2']):.2f} is above 1, that of a guess of zero: lower --lr, or train longer."
     if test["log_snr"][-1] < -4 and test["x_zero_l2"][-1] < 0.05:
         yield (
             f"The images differ by a variance of {test['x_zero_l2'][-1]:.2g} only, photographs in [-1, 1] by 0.2 to "
@@ -78,7 +78,7 @@ def off_losses(report: Mapping) -> Iterator[str]:
         for t, a, b in [pair for pair in pairs if pair[1] < 0.8 * pair[2]][:1]:
             yield (
                 f"The loss of training images at t = {t + 1}, {a:.2g}, is below the floor of {b:.2g}, which no model "
-                "can be: noise, times or images of the evaluation are not those of training."
+                "can reach: noise, times or images of the evaluation are not those of training."
             )
         gap = float(np.median([of_test / max(own, 1e-9) for of_test, own in zip(test["l2"], train["l2"])]))
         if gap > WORSE:

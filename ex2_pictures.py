@@ -78,7 +78,7 @@ def draw_samples(model, class_names, diffusor: Diffusion, config: Config) -> Non
         images = torch.cat(list(sample_in_batches(diffusor, model, 4 if config.dry_run else 64, **common)))
         viz.save_grid(images, config.run_dir / "samples.png")
         return
-    columns = 1 if config.dry_run else 8
+    columns = 1 if config.dry_run else 8 if config.image_size < 64 else 4  # large images fill a page sooner
     classes = torch.arange(len(class_names)).repeat_interleave(columns)
     images = torch.cat(list(sample_in_batches(diffusor, model, len(classes), classes=classes, **common)))
     title = f"guidance scale w = {common['guidance_scale']:g}"

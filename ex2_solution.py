@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -82,19 +83,32 @@ class Stub(nn.Module):
         self.calls: list[SimpleNamespace] = []
 
     def forward(self, x, t=None, *args, **kwargs):
-        extra = (*args, *kwargs.values())
-        labels = next((value for value in extra if torch.is_tensor(value) and not value.is_floating_point()), None)
-        t = kwargs.pop("time", kwargs.pop("timestep", t))
-        self.calls.append(
-            SimpleNamespace(x=x, t=t, labels=labels, training=self.training, grad=torch.is_grad_enabled())
-        )
+        for name in NAMES["t"].split():
+            t = kwargs.pop(name, t)
+        named = [kwargs[name] for name in NAMES["classes"].split() if name in kwargs]
+        extra = (*named, *args, *kwargs.values())
+        labels = next((value for value in extra if torch.is_tensor(value) and value.dtype == torch.long), None)
+        call = {"x": x, "t": t, "labels": labels, "training": self.training, "grad": torch.is_grad_enabled()}
+        self.calls.append(SimpleNamespace(**call))
         eps = self.predict(x, t)
         if self.without is not None:
-            # A label past the last one, no labels at all, or a share of 1 that is dropped: no class.
-            none = any(isinstance(value, (int, float)) and value == 1 for value in extra) or labels is None
-            given = torch.zeros(len(x)) if none else (labels.reshape(-1) < NULL).float()
+            # A label that is no class, no labels at all, or a probability of 1 to drop them.
+            none = labels is None or any(type(value) in (int, float) and value == 1 for value in extra)
+            known = (
+                torch.zeros(len(x), dtype=torch.bool)
+                if none
+                else (labels.reshape(-1) >= 0) & (labels.reshape(-1) < NULL)
+            )
+            given = known.float()
             eps = torch.where(given.view(-1, 1, 1, 1) > 0, 1.0, self.without).expand_as(x)
         return eps + 0 * self.weight
+
+
+def seed_all(seed: int) -> None:
+    """The same random numbers again, whichever generator a solution draws from."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 class Arguments:
@@ -205,22 +219,22 @@ class Solution:
 
     def p_sample(self, x: Tensor, eps: float, t: int, seed: int = 0) -> Tensor:
         """x_{t-1} of images x where the network predicts `eps` everywhere."""
-        torch.manual_seed(seed)
+        seed_all(seed)
         model = Stub(lambda x, t: torch.full_like(x, eps))
         optional = {"classes": torch.zeros(len(x), dtype=torch.long), "guidance_scale": 0.0}
         times = torch.full((len(x),), t)
         return self.call(self.diffusion().p_sample, optional, model=model, x=x, t=times, t_index=t).detach()
 
-    def sample(self, model: Stub, betas: Tensor = BETAS, count: int = 4, **given) -> Tensor:
+    def sample(self, model: Stub, betas: Tensor = BETAS, count: int = 4, conditional: bool = False, **given) -> Tensor:
         """Images (count, 3, 8, 8) of the whole reverse process."""
-        torch.manual_seed(0)
+        seed_all(0)
         optional = {"classes": torch.zeros(count, dtype=torch.long), "guidance_scale": 0.0}
         sizes = {"image_size": 8, "batch_size": count, "channels": 3}
-        return self.images(self.call(self.diffusion(betas).sample, optional, model=model, **sizes, **given), count)
+        diffusor = self.diffusion(betas, class_free_guidance=True) if conditional else self.diffusion(betas)
+        return self.images(self.call(diffusor.sample, optional, model=model, **sizes, **given), count)
 
     def images(self, result, count: int) -> Tensor:
-        """The images at the end, whatever else `sample` returns: all steps as a list, as an array, on another "
-        "device."""
+        """The images at the end, whatever `sample` returns: all steps, a list, an array."""
         if isinstance(result, (list, tuple)):
             self.adapted.add("sample returns a list: its last entry is taken")
             result = result[-1]

@@ -1,6 +1,6 @@
 """Writes ex2_reference.json, the curves that `ex2_normal` compares runs with, from runs of ours that were tested.
 
-python benchmarks/reference.py shapes=results/quick-1,results/quick photographs=results/photographs
+python benchmarks/reference.py shapes=results/quick-1,results/quick "CIFAR-10 photographs=results/photographs"
 """
 
 import json
@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from ex2_checkpoint import RunLog, read_json  # noqa: E402
 from ex2_normal import REFERENCE, images_seen  # noqa: E402
 
-DATASETS = {"shapes": ["shapes"], "photographs": ["cifar10", "folder"]}
+DATASETS = {"shapes": ["shapes"], "CIFAR-10 photographs": ["cifar10", "folder"]}
 
 
 def point_of(folder: Path) -> dict:

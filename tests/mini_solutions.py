@@ -315,7 +315,7 @@ SLIPS = {
     ),
     "guidance-two-calls": (
         *(D, "model(torch.cat((x, x)), torch.cat((t, t)), both).chunk(2)", "model(x, t, classes), model(x, t)"),
-        *("guidance_calls", "the model is called again where one batch does", ""),
+        *("guidance_calls", "the model is called twice where one batch of double size does", ""),
     ),
     "images-dark": (*(P, "(image + 1) / 2", "image", "saved_range", "images saved dark", ""),),
     "test-in-training": (*(P, "    model.eval()\n", "", "test_loop", "model.eval() is missing", ""),),

@@ -73,6 +73,26 @@ def test_more_seeds_leave_the_runs_that_are_there():
     assert list(thrice) == ["lr=0.1", "lr=0.1,seed=8", "lr=0.1,seed=9", "lr=0.2", "lr=0.2,seed=8", "lr=0.2,seed=9"]
     assert once.items() <= thrice.items()
     assert [config.seed for config in thrice.values()] == [7, 8, 9] * 2
+    assert [config.data_seed for config in thrice.values()] == [None, 7, 7] * 2
+
+
+def test_a_run_of_another_seed_has_the_same_split_when_it_is_tested_alone(tmp_path):
+    base = cfg.Config(dataset="shapes", image_size=8, results_dir=str(tmp_path))
+    runs = grid_of_runs(base, {"lr": [0.1]}, 10, 2)
+    first, second = (cfg.load_data(config).val.images for config in runs.values())
+    assert torch.equal(first, second)
+    assert not torch.equal(first, cfg.load_data(cfg.Config(dataset="shapes", image_size=8, seed=1)).val.images)
+
+
+def test_a_failed_seed_is_left_out_of_the_mean_and_of_the_number_of_runs():
+    row = {"lr": 0.1, "w": 1.0, "bits/dim": 3.0}
+    failed = {"lr": 0.1, "seed": 0, "bits/dim": None, "w": None}
+    rows = [failed, *({"lr": 0.1, "seed": seed, "bits/dim": 3.0 + seed, "w": 1.0} for seed in (1, 2))]
+    rows += [{**failed, "lr": 0.2, "seed": seed} for seed in (0, 1, 2)]
+    assert ex2_compare.over_seeds(rows, ["lr"]) == [
+        {"lr": 0.1, "runs": 2, "bits/dim": "4.5 ± 6.4", "w": row["w"]},
+        {"lr": 0.2, "runs": 0, "bits/dim": None, "w": None},
+    ]
 
 
 @pytest.mark.parametrize("seeds", [0, 11])
@@ -254,12 +274,12 @@ def test_intervals_are_those_of_students_t():
         assert quantile == pytest.approx(stats.t.ppf(0.975, n - 1), abs=6e-4)
     values = [1.0, 2.0, 4.0]
     low, high = stats.t.interval(0.95, 2, loc=7 / 3, scale=stats.sem(values))
-    assert ex2_compare.mean_and_interval(values) == f"{7 / 3:.4g} ± {(high - low) / 2:.2g}"
+    assert ex2_compare.mean_and_interval(values) == f"{7 / 3:.3g} ± {(high - low) / 2:.2g}"
 
 
 def test_means_are_over_the_seeds_of_one_setting_and_scale():
     rows = [
-        {"lr": lr, "seed": seed, "loss": lr * 10 + seed, "w": w, "recall": w + lr, "seconds": ""}
+        {"lr": lr, "seed": seed, "bits/dim": 3, "loss": lr * 10 + seed, "w": w, "recall": w + lr, "seconds": ""}
         for lr in (0.1, 0.2)
         for seed in (0, 2)
         for w in (0.0, 3.0)
@@ -274,7 +294,7 @@ def test_means_are_over_the_seeds_of_one_setting_and_scale():
     assert [row["loss"] for row in summary] == ["2 ± 13", "2 ± 13", "3 ± 13", "3 ± 13"]
     assert [row["recall"] for row in summary] == ["0.1 ± 0", "3.1 ± 0", "0.2 ± 0", "3.2 ± 0"]
     assert ex2_compare.over_seeds(rows[:1], ["lr"]) == [
-        {"lr": 0.1, "loss": 1.0, "w": 0.0, "recall": 0.1, "seconds": None}
+        {"lr": 0.1, "bits/dim": 3.0, "loss": 1.0, "w": 0.0, "recall": 0.1, "seconds": None}
     ]
 
 

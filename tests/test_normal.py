@@ -85,7 +85,7 @@ def bad_samples(report, log):
     "fault, named",
     [
         (lazy, "nearly pure noise"),
-        (diverged, "the training diverged"),
+        (diverged, "that of a guess of zero"),
         (small_range, "whether their values fill the range"),
         (below_the_floor, "below the floor"),
         (by_heart, "know these by heart"),
@@ -112,7 +112,7 @@ def test_only_what_has_seen_as_much_is_compared_and_only_on_such_data(quick):
     assert reference_of(config, 10) is None
     assert reference_of({**config, "image_size": 32}, seen) is None
     assert reference_of({**config, "dataset": "butterflies", "image_size": 32}, 10**9) is None
-    assert reference_of({**config, "dataset": "cifar10", "image_size": 32}, 10**9)["name"] == "photographs"
+    assert reference_of({**config, "dataset": "cifar10", "image_size": 32}, 10**9)["name"] == "CIFAR-10 photographs"
     assert verdict({**config, "image_size": 8}, report, log) == ["Nothing is off."]
 
 

@@ -162,7 +162,8 @@ def study_of(distances, seeds=1):
             found = {"Fréchet distance": str(distance + 0.1 * seed), "bits/dim": "3"}
             rows.append({"schedule": name, "seed": str(seed), **found})
             curve = {"t": [0, 50, 99], "log_snr": [8.0, 0.0, -8.0], "l2": [0.8, 0.1 * (i + 1), 0.01]}
-            runs.append(Run(Path(f"study/schedule={name}"), {"schedule": name}, {"losses": {"test": curve}}))
+            config = dataclasses.asdict(dataclasses.replace(cfg.PRESETS["quick"], schedule=name, seed=seed))
+            runs.append(Run(Path(f"study/schedule={name}"), config, {"losses": {"test": curve}}))
     return Study(Path("study"), ["schedule"], rows, runs)
 
 
@@ -196,10 +197,17 @@ def test_a_difference_counts_where_it_is_the_same_for_every_seed():
     ],
 )
 def test_a_difference_smaller_than_its_interval_is_none(values, verdict):
-    text = ex2_answers.contest(values, "loss")
+    text = ex2_answers.contest({name: dict(enumerate(figures)) for name, figures in values.items()}, "loss")
     assert verdict in text if verdict else text == ""
     if "c" in values:
         assert "; not clearly larger for c (by 0.1 ± 1.3)." in text
+
+
+def test_seeds_are_compared_with_themselves_alone():
+    values = {"a": {0: 1.0, 1: 2.0, 2: 3.0}, "b": {1: 2.05, 2: 3.05}}
+    text = ex2_answers.contest(values, "loss")
+    assert "mean of 2 seeds" in text and "; larger for b (by 0.05 ± " in text
+    assert ex2_answers.contest({"a": {0: 1.0}, "b": {1: 1.0}}, "loss") == ""
 
 
 def test_the_command_of_a_study_makes_the_same_study():

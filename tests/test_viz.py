@@ -99,8 +99,8 @@ def test_frames_of_the_process_carry_their_time(tmp_path):
 
 
 def test_schedule_plot_draws_the_betas_it_is_given(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(viz.Figure, "savefig", lambda figure, path, **options: drawn.append(figure))
+    drawn, save = [], viz.Figure.savefig
+    monkeypatch.setattr(viz.Figure, "savefig", lambda figure, *a, **k: drawn.append(figure) or save(figure, *a, **k))
     schedules = {name: schedule(100) for name, schedule in SCHEDULES.items()}
     viz.plot_schedules(schedules, tmp_path / "s.png")
     axes = drawn[0].axes
