@@ -25,6 +25,7 @@ from ex2_loader import make_loader
 GUIDANCE_SCALES = (-1.0, 0.0, 1.0, 3.0)  # columns of the guidance grid
 GUIDANCE_FRAMES = tuple(k / 2 for k in range(-2, 11))  # scales of the guidance animation; has those of the grid
 GIF_FRAMES = 41
+LARGE = 64  # pixels from which on a picture shows half as many images: they fill a page sooner
 STRIP_COLUMNS = 9
 GRID_IMAGES = 100  # at most, the first ones: thousands would take gigabytes to draw, and nobody could look at them
 
@@ -36,7 +37,7 @@ def draw_process(model, splits: DataSplits, diffusor: Diffusion, config: Config)
     times = torch.arange(config.timesteps, device=diffusor.device)
     viz.plot_time_embedding(model.time_mlp[0](times), out / "time_embedding.png")
 
-    count = min(4, len(splits.test))
+    count = min(4 if config.image_size < LARGE else 2, len(splits.test))
     loader = make_loader(splits.test, count, diffusor.device)
     x_zero = next(iter(loader))[0].to(diffusor.device)
     forward = diffusor.forward_trajectory(x_zero, ImageNoise(config.seed, 0, count, diffusor.device))
@@ -78,7 +79,7 @@ def draw_samples(model, class_names, diffusor: Diffusion, config: Config) -> Non
         images = torch.cat(list(sample_in_batches(diffusor, model, 4 if config.dry_run else 64, **common)))
         viz.save_grid(images, config.run_dir / "samples.png")
         return
-    columns = 1 if config.dry_run else 8 if config.image_size < 64 else 4  # large images fill a page sooner
+    columns = 1 if config.dry_run else 8 if config.image_size < LARGE else 4
     classes = torch.arange(len(class_names)).repeat_interleave(columns)
     images = torch.cat(list(sample_in_batches(diffusor, model, len(classes), classes=classes, **common)))
     title = f"guidance scale w = {common['guidance_scale']:g}"
