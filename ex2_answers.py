@@ -111,6 +111,8 @@ def test_command(run: Run) -> str:
     scales = [f"{row['guidance_scale']:g}" for row in samples.get("by_scale", ())]
     flags = f" --eval_samples {samples['count']}" if samples else ""
     flags += f" --eval_scales {' '.join(scales)}" if len(scales) > 1 else ""
+    own = run.config["sample_steps"] or run.config["timesteps"]
+    flags += f" --sample_steps {samples['steps']}" if samples.get("steps", own) != own else ""
     return f"python ex2_main.py test --checkpoint {shlex.quote(run.folder.as_posix())}{flags}"
 
 
@@ -427,12 +429,11 @@ def study_answer(study: Study) -> str:
     criterion = "Fréchet distance" if any(row.get("Fréchet distance") for row in study.rows) else "bits/dim"
     scales = {row.get("w") for row in study.rows}
     own = str(config_of({"config": study.runs[0].config}, {}).sampling["guidance_scale"]) if len(scales) > 1 else None
-    values: dict[str, list[float]] = {}
+    values: dict[str, dict] = {}
     for row in study.rows:
         if row.get(criterion) and own in (None, row.get("w")):
-            values.setdefault(", ".join(f"{name} {row[name]}" for name in study.varied), []).append(
-                float(row[criterion])
-            )
+            setting = ", ".join(f"{name} {row[name]}" for name in study.varied)
+            values.setdefault(setting, {})[row.get("seed")] = float(row[criterion])
     return contest(values, criterion)
 
 

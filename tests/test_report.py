@@ -115,6 +115,8 @@ def test_the_command_of_a_run_makes_the_same_run(name):
     args = parse_args(shlex.split(train_command(run))[2:])
     assert cfg.Config(**args.given) == config
     assert shlex.split(ex2_answers.test_command(run))[-1] == "results/a run (1)"
+    run.report["samples"] = {"count": 500, "steps": 7, "by_scale": [{"guidance_scale": 0.0}, {"guidance_scale": 1.0}]}
+    assert ex2_answers.test_command(run).endswith(" --eval_samples 500 --eval_scales 0 1 --sample_steps 7")
 
 
 def test_old_half_written_and_foreign_folders_do_not_stop_the_page(results, tmp_path):
