@@ -211,7 +211,7 @@ CHANGES = {
     "max_minutes": 3.0, "amp": "off", "seed": 9, "flip": True,
 }  # fmt: skip
 NEW_MODEL = ("dim", "dim_mults", "class_free_guidance", "null_token")  # weights that don't fit are refused
-NEW_DATA = ("dataset", "image_size", "square", "label_column")  # read before: tests give the images
+NEW_DATA = ("dataset", "data_seed", "image_size", "square", "label_column")  # read before: tests give the images
 
 
 def first_step(training):
