@@ -180,6 +180,9 @@ def network_part(run: Run) -> Part:
             f"Training: {int(last['step']):,} steps, {int(last['step']) * config['batch_size']:,} images, in "
             f"{float(last['seconds']) / 60:.1f} minutes."
         )
+    note = run.folder / "note.txt"  # the user's own words on the run
+    if note.is_file():
+        part.sentences.append(" ".join(note.read_text(encoding="utf-8", errors="replace").split()))
     shows = "Left: the loss falls steeply at first, then slowly. Middle: the learning rate rises, then falls to zero. "
     part.add_picture(run.folder / "training.png", shows + "Right: the size of the gradient.", train)
     return part

@@ -148,6 +148,13 @@ def test_text_from_outside_is_no_markup(results, tmp_path):
     assert "<script>alert" not in page and "&lt;script&gt;alert" in page
 
 
+def test_a_note_in_the_folder_of_a_run_is_on_the_page(copy):
+    (copy / "guided" / "note.txt").write_bytes(b"Lossy JPEGs:\nno figure compares <b>with\xff published ones.")
+    assert ex2_main.main(["report", "--results_dir", str(copy)]) == 0
+    text = (copy / "index.html").read_text("utf-8")
+    assert "Lossy JPEGs: no figure compares &lt;b&gt;with\ufffd published ones." in text
+
+
 def test_an_empty_folder_is_one_line(tmp_path, capsys):
     assert ex2_main.main(["report", "--results_dir", str(tmp_path)]) == 2
     assert "no run in" in capsys.readouterr().err
