@@ -415,7 +415,9 @@ def butterflies_answer(run: Run) -> str:
 
 def study_part(study: Study) -> Part:
     """2.2 training, 2.3, 2.4: which of the compared settings won, by how much and where."""
-    part = Part(f"{study.folder.name}: {', '.join(study.varied)} compared", table=over_seeds(study.rows, study.varied))
+    part = Part(f"{study.folder.name}: {', '.join(study.varied)} compared")
+    for row in over_seeds(study.rows, study.varied):  # table.md has the other columns
+        part.table.append({name: cell for name, cell in row.items() if "loss" not in name and name != "seconds"})
     part.sentences += [study_answer(study), *loss_sentences(study)]
     if {"schedule", "timesteps"} & set(study.varied):
         part.sentences.append(NOT_COMPARABLE)
