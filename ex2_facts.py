@@ -397,7 +397,11 @@ def test_loop(solution: Solution) -> None:
     model = Stub().train()
     loader = DataLoader(TensorDataset(torch.zeros(4, 3, 8, 8), torch.zeros(4, dtype=torch.long)), batch_size=4)
     given = {"model": model, "testloader": loader, "diffusor": solution.diffusion(), "args": Arguments(), "epoch": 0}
-    function(**solution.arguments(function, given))
+    try:
+        function(**solution.arguments(function, given))
+    except Exception:  # what comes after the losses may need flags that only the solution knows
+        if not model.calls:
+            raise
     if not model.calls:
         raise Wrong("a test loop that never calls the model", "losses of the test set")
     before = ".eval()" in inspect.getsource(solution.module("main")).replace(inspect.getsource(function), "")

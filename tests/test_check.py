@@ -236,6 +236,7 @@ def test_impossible_time_limits_are_one_line(tmp_path, capsys, limit):
             },
         ),
         (P, {"default=1000": "default=STEPS", "def run(args)": "STEPS = 1_0\n\n\ndef run(args)"}),
+        (P, {"\n\ndef run(args):": "    (args.out / 'x').write_text('')\n\n\ndef run(args):"}),
     ],
 )
 def test_other_right_ways_are_right(tmp_path, file, changes):
