@@ -21,6 +21,11 @@ from ex2_config import PRESETS, Config, config_of
 from ex2_normal import loss_at, verdict
 
 CLEAR = 1.05  # ratio of two figures of single runs from which on one is called smaller: less is chance
+PROCESS_FILMS = {
+    "forward.gif": "forward process (turned round here): images of the test set and their noise",
+    "reverse.gif": "reverse process: what the model makes of noise",
+}
+GUIDANCE_FILMS = {"guidance.gif": "one sample per class, from the same noise at every w"}
 NOT_IN_COMMANDS = ("cuda", "resume", "allow_changes", "num_threads", "dry_run", "log_interval")
 
 
@@ -211,14 +216,13 @@ def process_part(run: Run) -> Part:
     return part
 
 
-def side_by_side(runs: list[Run]) -> Part:
-    """2.2 f: the animations of all runs, which share a slider of the time."""
-    part = Part("Side by side, from noise (left end of the slider) to images")
+def side_by_side(title: str, runs: list[Run], films: dict[str, str]) -> Part:
+    """2.2 f, 2.4 c: animations of all runs, file -> what it shows, which share a slider."""
+    part = Part(title)
     for run in runs:
-        shows = f"{run.name}, forward process (turned round here): images of the test set and their noise"
-        part.add_picture(run.folder / "forward.gif", shows, train_command(run), run.may_show_data)
-        shows = f"{run.name}, reverse process: what the model makes of noise"
-        part.add_picture(run.folder / "reverse.gif", shows, train_command(run))
+        needed = {"forward.gif": run.may_show_data, "guidance.gif": run.can_guide}
+        for name, shows in films.items():
+            part.add_picture(run.folder / name, f"{run.name}, {shows}", train_command(run), needed.get(name, True))
     part.commands = []  # each run's part has them
     return part
 
@@ -345,16 +349,6 @@ def guidance_part(run: Run) -> Part:
         part.add_picture(run.folder / "guidance_grid.png", shows, train)
         shows = "More guidance: more samples show their class (left), but they differ less (recall, middle)."
         part.add_picture(run.folder / "guidance_curve.png", shows, test_command(run))
-    return part
-
-
-def guided_side_by_side(runs: list[Run]) -> Part:
-    """2.4 c: the same noise at every w, of all runs, which share a slider of the scale."""
-    part = Part("Guidance, from w = -1 to 5")
-    for run in runs:
-        shows = f"{run.name}: one sample per class, from the same noise at every w"
-        part.add_picture(run.folder / "guidance.gif", shows, train_command(run), run.can_guide)
-    part.commands = []
     return part
 
 

@@ -23,6 +23,8 @@ from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
 from ex2_answers import (
+    GUIDANCE_FILMS,
+    PROCESS_FILMS,
     Part,
     Run,
     Study,
@@ -31,7 +33,6 @@ from ex2_answers import (
     figure,
     guidance_answer,
     guidance_part,
-    guided_side_by_side,
     is_picture,
     network_answer,
     network_part,
@@ -157,7 +158,12 @@ def sections(runs: list[Run], studies: list[Study]) -> list[Section]:
             "2.2 a-d, f: Noising and denoising",
             "How does an image become noise, and noise an image?",
             answer_of(process_answer, runs),
-            [side_by_side(runs), *(tried(process_part, run) for run in runs)] if runs else train,
+            [
+                side_by_side("Side by side, from noise (left end of the slider) to images", runs, PROCESS_FILMS),
+                *(tried(process_part, run) for run in runs),
+            ]
+            if runs
+            else train,
         ),
         Section(
             "quality",
@@ -191,7 +197,10 @@ def sections(runs: list[Run], studies: list[Study]) -> list[Section]:
             "What do the class and the guidance scale w do, and which null token?",
             " ".join(filter(None, (answer_of(guidance_answer, guided), answer_of(study_answer, null)))),
             (
-                [guided_side_by_side(guided), *(tried(guidance_part, run) for run in guided)]
+                [
+                    side_by_side("Guidance, from w = -1 to 5", guided, GUIDANCE_FILMS),
+                    *(tried(guidance_part, run) for run in guided),
+                ]
                 if guided
                 else [missing_part("a run with classes", quick)]
             )

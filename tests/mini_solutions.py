@@ -69,7 +69,7 @@ class Diffusion:
             return F.l1_loss(eps, noise)
         if loss_type == "l2":
             return F.mse_loss(eps, noise)
-        raise NotImplementedError()
+        raise ValueError(loss_type)
 """
 
 MODEL = """

@@ -73,7 +73,7 @@ def test_there_are_slips_for_nearly_every_fact():
         ("diffusion", "def cosine_beta_schedule(timesteps, s=0.008):\n    pass", "cosine_schedule", "returns nothing"),
         (
             "main",
-            "def test(model, testloader, diffusor, device, args):\n    # TODO\n    pass",
+            "def test(model, testloader, diffusor, device, args):\n    # still to be written\n    pass",
             "test_loop",
             "empty stub",
         ),
