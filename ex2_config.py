@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Optional
 
 from ex2_data import DATASETS, SQUARES, DataSplits, InputError, load_splits
-from ex2_diffusion import SAMPLERS, SCHEDULES, WITH_ETA, Diffusion
+from ex2_diffusion import SAMPLERS, SCHEDULES, Diffusion, check_sampling
 from ex2_distributed import in_turns
 from ex2_model import MAX_ATTENTION_POSITIONS, NULL_TOKENS, Unet
 
@@ -128,16 +128,12 @@ class Config:
                 check_setting(f, item)
         if not self.dim_mults:
             raise InputError("--dim_mults needs at least one level")
-        if len(self.guidance_interval) != 2 or self.guidance_interval[0] > self.guidance_interval[1]:
-            raise InputError(
-                f"--guidance_interval takes two shares of T, the smaller first, got {self.guidance_interval}"
-            )
+        try:
+            check_sampling(self.sampler, self.eta, self.guidance_interval)
+        except ValueError as error:
+            raise InputError(f"--{error}") from error
         if self.sample_steps is not None and self.sample_steps > self.timesteps:
             raise InputError(f"--sample_steps must be at most --timesteps ({self.timesteps}), got {self.sample_steps}")
-        if self.eta > 0 and self.sampler not in WITH_ETA:
-            raise InputError(
-                f"--eta {self.eta:g} is for {' and '.join(WITH_ETA)}: give such a --sampler with it, or --eta 0"
-            )
         self._check_class_settings()
         self._check_data_settings()
         if self.run_name in ("", ".", "..") or Path(self.run_name).name != self.run_name:

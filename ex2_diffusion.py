@@ -1,8 +1,7 @@
 """The diffusion process: beta schedules, forward and reverse process, samplers and guidance (2.2 a-d, 2.3, 2.4 b).
 
-Symbols are those of the exercise sheet and of Ho et al. 2020 (https://arxiv.org/abs/2006.11239):
-x_zero is the image, x_t the noisy image, eps the noise, alphas_bar the cumulative product of alphas = 1 - betas.
-Time runs over t = 0 .. T-1 in code, where the paper counts 1 .. T: code t is the paper's t - 1.
+Symbols are those of the sheet and of Ho et al. 2020 (https://arxiv.org/abs/2006.11239): x_zero is the image, x_t the
+noisy image, eps the noise, alphas_bar the cumulative product of alphas = 1 - betas. Code t is the paper's t - 1.
 """
 
 from __future__ import annotations
@@ -49,9 +48,9 @@ def linear_beta_schedule(beta_start: float, beta_end: float, timesteps: int) -> 
 
 
 def cosine_beta_schedule(timesteps: int, s: float = 0.008) -> Tensor:
-    """Betas whose alphas_bar follows a squared cosine; Nichol and Dhariwal 2021, Eq. 17. (T,) in float64.
+    """Betas whose alphas_bar follows a squared cosine, at most 0.999; Nichol and Dhariwal 2021, Eq. 17. (T,), float64.
 
-    `s` keeps the first betas from vanishing. As in the paper they are clipped at 0.999.
+    `s` keeps the first betas from vanishing.
     """
     check_timesteps(timesteps)
     u = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64)
@@ -73,17 +72,12 @@ def sigmoid_beta_schedule(beta_start: float, beta_end: float, timesteps: int, s_
 def rescaled(schedule: Callable[[float, float, int], Tensor], timesteps: int) -> Tensor:
     """`schedule` from 1e-4 to 0.02 as published for T = 1000, its betas multiplied by 1000/T at any other T.
 
-    Otherwise fewer steps add less noise: linear betas leave alphas_bar = 0.364 at T = 100, and samples would start from
-    noise that the model never saw. A ValueError where a beta would reach 1 (T of 20 and below).
+    Otherwise linear betas leave alphas_bar = 0.364 at T = 100: samples would start from noise the model never saw.
     """
     check_timesteps(timesteps)
-    beta_end = 0.02 * 1000 / timesteps
-    if beta_end >= 1:
-        raise ValueError(
-            f"{timesteps} timesteps are too few: scaled by 1000/T the last beta would be {beta_end:g}, not below 1. "
-            "Use at least 21 timesteps, or the cosine schedule."
-        )
-    return schedule(1e-4 * 1000 / timesteps, beta_end, timesteps)
+    if timesteps <= 20:
+        raise ValueError(f"{timesteps} timesteps are too few, the last beta would reach 1: use 21 or more, or cosine")
+    return schedule(1e-4 * 1000 / timesteps, 0.02 * 1000 / timesteps, timesteps)
 
 
 SCHEDULES: dict[str, Callable[[int], Tensor]] = {
@@ -93,7 +87,7 @@ SCHEDULES: dict[str, Callable[[int], Tensor]] = {
 }
 
 
-# ---------------------------------------------------------------------------- helpers
+# ---------------------------------------------------------------------------- noise, times, guidance
 
 
 def extract(a: Tensor, t: Tensor, x_shape: Sequence[int]) -> Tensor:
@@ -104,17 +98,14 @@ def extract(a: Tensor, t: Tensor, x_shape: Sequence[int]) -> Tensor:
 def check_images(x_zero: Tensor) -> None:
     """Raises a ValueError for integer images and, on the CPU, values outside [-1, 1]: a GPU would have to wait."""
     if not x_zero.is_floating_point():
-        raise ValueError(f"images must be floats in [-1, 1], got {x_zero.dtype}: divide by 127.5 and subtract 1")
+        raise ValueError(f"images must be floats in [-1, 1], got {x_zero.dtype}: scale 0..255 by x / 127.5 - 1")
     if x_zero.device.type == "cpu" and x_zero.numel() and (largest := x_zero.abs().amax().item()) > 1 + 1e-4:
         raise ValueError(f"images must lie in [-1, 1], got |x| up to {largest:.4g}: scale 0..255 by x / 127.5 - 1")
 
 
 class ImageNoise:
-    """The noise of images `first` .. `first + count - 1` of the run with this seed, drawn on the device.
-
-    Image i gets the same noise whatever the batch size: 16 images in a row share a generator, which draws for all of
-    them, and a batch takes its rows.
-    """
+    """The noise of images `first` .. `first + count - 1` of the run with this seed, drawn on the device: the same for
+    an image at any batch size, as 16 in a row share a generator, and a batch takes its rows."""
 
     block = 16
 
@@ -128,10 +119,7 @@ class ImageNoise:
     def draw(self, shape: Sequence[int], kind: Callable = torch.randn) -> Tensor:
         """(count, ...) like `shape`, normal or, by `kind=torch.rand`, uniform; other numbers at every call."""
         size = (self.block, *shape[1:])
-        noise = torch.cat([kind(size, generator=g, device=g.device) for g in self.generators])[self.rows]
-        if len(noise) != shape[0]:
-            raise ValueError(f"the noise of {len(noise)} images for a batch of {shape[0]}")
-        return noise
+        return torch.cat([kind(size, generator=g, device=g.device) for g in self.generators])[self.rows]
 
 
 NoiseSource = Union[torch.Generator, ImageNoise, None]
@@ -144,32 +132,22 @@ def randn(shape: Sequence[int], device: torch.device, generator: NoiseSource = N
     return torch.randn(*shape, generator=generator, device=device if generator is None else generator.device).to(device)
 
 
-def guided_eps(
-    model: Callable, x: Tensor, t: Tensor, classes: Tensor | None = None, guidance_scale: float = 0.0
-) -> Tensor:
+def guided_eps(model, x: Tensor, t: Tensor, classes: Tensor | None = None, guidance_scale: float = 0.0) -> Tensor:
     """Classifier-free guidance, the sheet's Eq. 11: (1 + w) eps(x, t, c) - w eps(x, t). 2.4 b.
 
     Args:
         model: (x, t) -> eps, or (x, t, classes) -> eps with an attribute `null_class`, the label of "no class".
         x: (B, C, H, W) noisy images.  t: (B,) times.  classes: (B,) labels, or None for an unconditional prediction.
-        guidance_scale: w. 0 is the conditional and -1 the unconditional prediction; any other w takes both, in one
-            network call on 2B images.
-
-    Raises:
-        ValueError: guidance without classes, or of a model without a null class.
+        guidance_scale: w. 0 is conditional, -1 unconditional; any other w takes both in one call on 2B images. It needs
+            classes, and a model with a null class, or it is a ValueError.
     """
+    null_class = getattr(model, "null_class", None)
+    if guidance_scale != 0 and (classes is None or null_class is None):
+        raise ValueError(f"guidance_scale={guidance_scale:g} needs classes, and no unconditional model")
     if classes is None:
-        if guidance_scale != 0:
-            raise ValueError(f"guidance_scale={guidance_scale:g} needs classes to guide to; got none")
         return model(x, t)
     if guidance_scale == 0:
         return model(x, t, classes)
-    null_class = getattr(model, "null_class", None)
-    if null_class is None:
-        raise ValueError(
-            f"guidance_scale={guidance_scale:g} needs a class-conditional model; this one is unconditional "
-            "(train with --class_free_guidance)"
-        )
     null = torch.full_like(classes, null_class)
     if guidance_scale == -1:
         return model(x, t, null)
@@ -186,8 +164,7 @@ class Diffusion:
 
     Args:
         timesteps: T, the number of noising steps.  get_noise_schedule: T -> betas (T,), as `SCHEDULES["cosine"]`; a
-            ValueError where they are not strictly between 0 and 1.
-        img_size: height and width of the images in pixels.
+            ValueError where they are not strictly between 0 and 1.  img_size: height and width in pixels.
         device: where the tables live, and the model has to; None takes CUDA where there is some, else the CPU.
     """
 
@@ -203,28 +180,20 @@ class Diffusion:
         alphas_bar = torch.cumprod(alphas, dim=0)
         alphas_bar_prev = F.pad(alphas_bar[:-1], (1, 0), value=1.0)  # before step 0 there is no noise
         if alphas_bar[-1] > 0.01:
-            warnings.warn(
-                f"alphas_bar ends at {alphas_bar[-1]:.3g} > 0.01: after {timesteps} steps x_T still shows the image, "
-                "so samples start from noise the model never saw. Use more timesteps or larger betas.",
-                stacklevel=2,
-            )
-        log_snr = torch.log(alphas_bar / (1 - alphas_bar))  # the scale on which schedules can be compared
-        self._alphas_bar_exact = tuple(alphas_bar.tolist())  # float64, for `respaced`
-        self._log_snr_exact = tuple(log_snr.tolist())
-        self.betas, self.alphas_bar, self.alphas_bar_prev, self.log_snr = betas, alphas_bar, alphas_bar_prev, log_snr
+            what = f"alphas_bar ends at {alphas_bar[-1]:.3g} > 0.01: x_T still shows the image, and samples start from "
+            warnings.warn(f"{what}noise the model never saw. Use more timesteps or larger betas.", stacklevel=2)
+        self._alphas_bar_exact = alphas_bar.tolist()  # in float64, for `respaced` and `extrapolated`
+        self.betas, self.alphas_bar, self.alphas_bar_prev = betas, alphas_bar, alphas_bar_prev
+        self.log_snr = torch.log(alphas_bar / (1 - alphas_bar))  # the scale on which schedules can be compared
         # Eq. 4: x_t = sqrt_alphas_bar * x_zero + sqrt_one_minus_alphas_bar * eps
-        self.sqrt_alphas_bar = alphas_bar.sqrt()
-        self.sqrt_one_minus_alphas_bar = (1 - alphas_bar).sqrt()
+        self.sqrt_alphas_bar, self.sqrt_one_minus_alphas_bar = alphas_bar.sqrt(), (1 - alphas_bar).sqrt()
         # Eq. 8: x_{t-1} = sqrt_recip_alphas * (x_t - eps_factor * eps) + sqrt_betas * z
         self.sqrt_recip_alphas = alphas.rsqrt()
         self.eps_factor = betas / (1 - alphas_bar).sqrt()
         self.sqrt_betas = betas.sqrt()
-        # Ho et al. 2020, Eq. 7: q(x_{t-1} | x_t, x_zero)
+        # Ho et al. 2020, Eq. 7: q(x_{t-1} | x_t, x_zero), of whose mean this is the factor of x_zero
         self.posterior_mean_x_zero = alphas_bar_prev.sqrt() * betas / (1 - alphas_bar)
-        self.posterior_mean_x_t = alphas.sqrt() * (1 - alphas_bar_prev) / (1 - alphas_bar)
         self.posterior_variance = betas * (1 - alphas_bar_prev) / (1 - alphas_bar)
-        # x_t = cos(angle) x_zero + sin(angle) eps
-        self.angles = torch.atan2((1 - alphas_bar).sqrt(), alphas_bar.sqrt())
         self.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     def to(self, device) -> Diffusion:
@@ -235,15 +204,12 @@ class Diffusion:
                 setattr(self, name, table.to(self.device, torch.float32))
         return self
 
-    # ------------------------------------------------------------------------ forward process
-
     def q_sample(self, x_zero: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
         """Draws x_t ~ q(x_t | x_zero) in one step; the sheet's Eqs. 4 and 5. 2.2 c.
 
         x_zero: (B, C, H, W) images in [-1, 1].  t: (B,) times.  noise: eps like x_zero; None draws it from N(0, I).
         """
-        if noise is None:
-            noise = torch.randn_like(x_zero)
+        noise = torch.randn_like(x_zero) if noise is None else noise
         signal = extract(self.sqrt_alphas_bar, t, x_zero.shape) * x_zero
         return signal + extract(self.sqrt_one_minus_alphas_bar, t, x_zero.shape) * noise
 
@@ -252,10 +218,9 @@ class Diffusion:
         """Eq. 3 step by step: yields (-1, x_zero, x_zero), then (t, x_t, x_zero) for t = 0 .. T-1."""
         yield -1, x_zero, x_zero
         x = x_zero
-        for index in range(self.timesteps):
-            z = randn(x.shape, x.device, generator)
-            x = (1 - self.betas[index]).sqrt() * x + self.sqrt_betas[index] * z
-            yield index, x, x_zero
+        for t in range(self.timesteps):
+            x = (1 - self.betas[t]).sqrt() * x + self.sqrt_betas[t] * randn(x.shape, x.device, generator)
+            yield t, x, x_zero
 
     def predict_x_zero(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """Eq. 4 solved for x_zero: the image that `eps` turned into `x_t`. (B, C, H, W), not clamped."""
@@ -266,13 +231,6 @@ class Diffusion:
         """Eq. 4 solved for eps: the noise between `x_zero` and `x_t`. (B, C, H, W)."""
         signal = extract(self.sqrt_alphas_bar, t, x_t.shape) * x_zero
         return (x_t - signal) / extract(self.sqrt_one_minus_alphas_bar, t, x_t.shape)
-
-    def q_posterior(self, x_zero: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean (B, C, H, W) and variance (B, 1, 1, 1) of q(x_{t-1} | x_t, x_zero); Ho et al. 2020, Eqs. 6 and 7."""
-        of_x_zero, of_x_t = (extract(a, t, x_t.shape) for a in (self.posterior_mean_x_zero, self.posterior_mean_x_t))
-        return of_x_zero * x_zero + of_x_t * x_t, extract(self.posterior_variance, t, x_t.shape)
-
-    # ------------------------------------------------------------------------ training
 
     def p_losses(self, denoise_model, x_zero, t, noise=None, loss_type="l1", classes=None, min_snr=None) -> Tensor:
         """The simplified loss, Eq. 9: how well the model predicts the noise in x_t. A scalar. 2.2 d.
@@ -286,8 +244,7 @@ class Diffusion:
         if loss_type not in LOSSES:
             raise ValueError(f"loss_type must be 'l1' or 'l2', got {loss_type!r}")
         check_images(x_zero)
-        if noise is None:
-            noise = torch.randn_like(x_zero)
+        noise = torch.randn_like(x_zero) if noise is None else noise
         x_t = self.q_sample(x_zero, t, noise)
         eps = denoise_model(x_t, t) if classes is None else denoise_model(x_t, t, classes)
         if min_snr is None:
@@ -299,8 +256,6 @@ class Diffusion:
         """min(SNR, gamma) / SNR, (B,): less weight for little noise; Hang et al. 2023, https://arxiv.org/abs/2303.09556."""
         return (gamma * torch.exp(-self.log_snr.gather(-1, t))).clamp(max=1)
 
-    # ------------------------------------------------------------------------ reverse process
-
     def ddpm_step(self, x: Tensor, t: Tensor, eps: Tensor, z: Tensor) -> Tensor:
         """x_{t-1} from x_t and the predicted noise: the sheet's Eq. 8, with sigma_t^2 = beta_t and z ~ N(0, I)."""
         mean = extract(self.sqrt_recip_alphas, t, x.shape) * (x - extract(self.eps_factor, t, x.shape) * eps)
@@ -309,10 +264,8 @@ class Diffusion:
     def ddim_step(self, t: Tensor, eps: Tensor, x_zero: Tensor, z: Tensor | float = 0.0, eta: float = 0.0) -> Tensor:
         """x_{t-1} from the two estimates that make up x_t; Song et al. 2021, Eq. 12 (https://arxiv.org/abs/2010.02502).
 
-        eta = 0 is deterministic, eta = 1 ancestral sampling with the posterior variance (their Eq. 16). It is the exact
-        solution where `x_zero` stays the estimate on the way: the first-order step of DPM-Solver++ (Lu et al. 2022,
-        Eq. 9, https://arxiv.org/abs/2211.01095) or, in law, of their SDE-DPM-Solver++. A better guess of the estimate
-        on the way makes it second order, see `extrapolated`. At t = 0 alphas_bar_prev is 1: the result is x_zero.
+        eta = 0 is deterministic, 1 ancestral with the posterior variance (their Eq. 16). At t = 0 it is x_zero. It is
+        the first-order step of DPM-Solver++ as well (Lu et al. 2022, Eq. 9, https://arxiv.org/abs/2211.01095).
         """
         alphas_bar_prev = extract(self.alphas_bar_prev, t, eps.shape)
         variance = eta**2 * extract(self.posterior_variance, t, eps.shape)
@@ -321,49 +274,38 @@ class Diffusion:
 
     def extrapolated(self, index: int, x_zero: Tensor, x_zero_before: Tensor) -> Tensor:
         """The image estimate halfway to the next time (in log-SNR), from those at two times; Lu et al., Alg. 2."""
-        before, now, after = (self._log_snr_exact[index + k] for k in (1, 0, -1))
+        after, now, before = (math.log(a / (1 - a)) for a in self._alphas_bar_exact[index - 1 : index + 2])
         return x_zero + (after - now) / (2 * (now - before)) * (x_zero - x_zero_before)
 
-    def velocity(self, t: Tensor, eps: Tensor, x_zero: Tensor) -> Tensor:
-        """dx/dangle of the probability-flow ODE for x = cos(angle) x_zero + sin(angle) eps; Salimans and Ho 2022."""
-        cos, sin = (extract(a, t, eps.shape) for a in (self.sqrt_alphas_bar, self.sqrt_one_minus_alphas_bar))
-        return cos * eps - sin * x_zero
+    def heun_step(self, x: Tensor, *ends: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """x_{t-1} from x_t by the mean slope of both ends, each (t, eps, x_zero); Karras et al. 2022, Alg. 1.
 
-    def heun_step(self, x: Tensor, t: Tensor, velocity: Tensor, velocity_after: Tensor) -> Tensor:
-        """x_{t-1} from x_t by the mean of the velocities at both ends; Karras et al. 2022, Alg. 1, over the angle.
-
-        They step over sigma / alpha = tan(angle): 20,000 where cosine schedules start, all digits would be lost.
+        The slope is dx/dangle for x = cos(angle) x_zero + sin(angle) eps (Salimans and Ho 2022). They step over
+        sigma / alpha = tan(angle): 20,000 where cosine schedules start, all digits would be lost.
         """
-        turn = extract(self.angles, t - 1, x.shape) - extract(self.angles, t, x.shape)
-        return x + turn * (velocity + velocity_after) / 2
+        slopes, angles = [], []
+        for t, eps, x_zero in ends:
+            cos, sin = (extract(a, t, x.shape) for a in (self.sqrt_alphas_bar, self.sqrt_one_minus_alphas_bar))
+            slopes.append(cos * eps - sin * x_zero)
+            angles.append(torch.atan2(sin, cos))
+        return x + (angles[1] - angles[0]) * (slopes[0] + slopes[1]) / 2
 
     def clamp_eps(self, x: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """The noise that belongs to x_t once the x_zero estimate is clamped to [-1, 1]; x_t itself is never clamped.
-
-        An error of eps is divided by sqrt(alphas_bar) for x_zero: it grows 20,000 times where cosine schedules start.
-        """
+        """The noise in x_t by the x_zero estimate clamped to [-1, 1], where eps may be 20,000 times off; x_t stays."""
         return self.predict_eps(x, t, self.predict_x_zero(x, t, eps).clamp(-1, 1))
 
     @torch.no_grad()
-    def p_sample(
-        self, model, x, t, t_index, classes=None, guidance_scale=0.0, clamp=False, generator: NoiseSource = None
-    ) -> Tensor:
+    def p_sample(self, model, x, t, t_index, classes=None, guidance_scale=0.0, generator=None) -> Tensor:
         """One reverse step x_t -> x_{t-1}: Eq. 8 to the letter. 2.2 d.
 
-        x is x_t (B, C, H, W), t (B,) all equal to the integer `t_index`; at 0 no noise is added. `clamp` uses the noise
-        of the clamped x_zero estimate. Other arguments as in `guided_eps`.
+        x is x_t (B, C, H, W), t (B,) all equal to the integer `t_index`; at 0 no noise is added. Others: `guided_eps`.
         """
         eps = guided_eps(model, x, t, classes, guidance_scale)
-        if clamp:
-            eps = self.clamp_eps(x, t, eps)
         z = randn(x.shape, x.device, generator) if t_index > 0 else torch.zeros_like(x)
         return self.ddpm_step(x, t, eps, z)
 
     def respaced(self, steps: int | None) -> Diffusion:
-        """The same process on `steps` of its times (`visited_times`), 1 .. T; Nichol and Dhariwal 2021, Eq. 19.
-
-        None keeps all of them. `model_times` holds the t that the model knows them by.
-        """
+        """The same process on `steps` of its times (`visited_times`), None: all; Nichol and Dhariwal 2021, Eq. 19."""
         if steps is None or steps == self.timesteps:
             return self
         if not 1 <= steps <= self.timesteps:
@@ -397,44 +339,30 @@ class Diffusion:
         One batch is alive at a time, see `thin_trajectory`. The model's train / eval mode is the caller's business.
 
         Args:
-            model: predicts eps; see `guided_eps`, also for `classes` (B,) and `guidance_scale`.
-            image_size: pixels; any size that the model accepts.
+            model, classes, guidance_scale: as in `guided_eps`.  image_size: pixels; any that the model accepts.
             sampler: "ddpm" (ancestral, Eq. 8), "ddim", "dpmpp_2m" (DPM-Solver++(2M)) or "heun", the last two of second
-                order. `eta` is the share of fresh noise in steps of ddim and dpmpp_2m, 0 (an ODE) .. 1 (ancestral).
-            steps: how many of the T times to visit, T-1 and 0 among them; None visits all. Each is one network call,
-                for Heun two, but for the last.
-            generator: where the noise comes from, see `randn`.
+                order.  eta: share of fresh noise in steps of ddim and dpmpp_2m, 0 (an ODE) .. 1 (ancestral).
+            steps: how many of the T times to visit, by default all. Each is one network call; for Heun two, but for the
+                last.  generator: where the noise comes from, see `randn`.
             clamp: clamp every x_zero estimate to [-1, 1] (`clamp_eps`); without it cosine schedules blow up.
             guidance_interval: shares of T between which samples are guided, elsewhere w is 0 (Kynkäänniemi et al. 2024,
                 https://arxiv.org/abs/2404.07724).
 
-        Raises:
-            ValueError: unknown sampler, or eta, steps, classes or guidance out of range.
-            FloatingPointError: a prediction was not finite; says at which t, at the end, so that no step waits for it.
+        Raises a ValueError for an argument out of range, and a FloatingPointError, at the end, for noise not finite.
         """
-        first, last = guidance_interval
-        if sampler not in SAMPLERS:
-            raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
-        if not 0 <= eta <= 1 or (eta > 0 and sampler not in WITH_ETA):
-            with_eta = " and ".join(WITH_ETA)
-            raise ValueError(
-                f"eta must lie within 0 .. 1, and be 0 for any sampler but {with_eta}; got {eta:g} for {sampler}"
-            )
-        if not 0 <= first <= last <= 1:
-            raise ValueError(f"guidance_interval must be two shares of T, 0 <= first <= last <= 1; got {first}, {last}")
+        check_sampling(sampler, eta, guidance_interval)
         if classes is not None:
             classes = checked_classes(classes, batch_size, getattr(model, "null_class", None)).to(self.device)
         process = self.respaced(steps)
-        diverged_at = torch.full((), -1, device=self.device)
+        finite = torch.tensor(True, device=self.device)
 
         def predict(x: Tensor, index: int) -> tuple[Tensor, Tensor, Tensor]:
             """(times (B,), eps, x_zero estimate) of x at number `index` of the times visited."""
-            nonlocal diverged_at
             time = process.model_times[index]
             t = torch.full((batch_size,), index, device=self.device, dtype=torch.long)
-            guided = classes is None or first * self.timesteps <= time + 1 <= last * self.timesteps
+            guided = classes is None or guidance_interval[0] <= (time + 1) / self.timesteps <= guidance_interval[1]
             eps = guided_eps(model, x, torch.full_like(t, time), classes, guidance_scale if guided else 0.0)
-            diverged_at = torch.where(eps.isfinite().all() | (diverged_at >= 0), diverged_at, time)
+            finite.logical_and_(eps.isfinite().all())
             if clamp:
                 eps = process.clamp_eps(x, t, eps)
             return t, eps, process.predict_x_zero(x, t, eps)
@@ -448,28 +376,20 @@ class Diffusion:
             z = randn(x.shape, x.device, generator) if noisy else torch.zeros_like(x)
             if sampler == "ddpm":
                 x = process.ddpm_step(x, t, eps, z)
-            elif sampler == "ddim" or index == 0:  # at the end log(alpha / sigma) is infinite: only this is defined
-                x = process.ddim_step(t, eps, x_zero, z, eta)
-            elif sampler == "dpmpp_2m":
-                mean = x_zero if x_zero_before is None else process.extrapolated(index, x_zero, x_zero_before)
-                x_zero_before = x_zero
+            elif sampler == "heun" and index > 0:
+                x = process.heun_step(x, (t, eps, x_zero), predict(process.ddim_step(t, eps, x_zero), index - 1))
+            elif sampler == "dpmpp_2m" and index > 0 and x_zero_before is not None:
+                mean = process.extrapolated(index, x_zero, x_zero_before)
                 x = process.ddim_step(t, process.predict_eps(x, t, mean), mean, z, eta)
-            else:
-                slope = process.velocity(t, eps, x_zero)
-                slope_after = process.velocity(*predict(process.ddim_step(t, eps, x_zero), index - 1))
-                x = process.heun_step(x, t, slope, slope_after)
-        if diverged_at >= 0:
-            raise FloatingPointError(
-                f"sampling diverged: the predicted noise is not finite at t = {int(diverged_at)}; "
-                "lower --guidance_scale, or test the weights (--weights raw, an earlier checkpoint)"
-            )
+            else:  # at the end log(alpha / sigma) is infinite: only this is defined
+                x = process.ddim_step(t, eps, x_zero, z, eta)
+            x_zero_before = x_zero
+        if not finite:
+            raise FloatingPointError("the predicted noise is not finite: lower --guidance_scale, or try --weights raw")
         yield -1, x, x
 
     def sample(self, model, image_size: int, batch_size: int = 16, channels: int = 3, **sampling) -> Tensor:
-        """Draws images from noise, Algorithm 2 of Ho et al. 2020. 2.2 b. Returns (B, C, H, W), about in [-1, 1].
-
-        All arguments are those of `sample_trajectory`: classes, guidance_scale, sampler, steps, eta, generator, ...
-        """
+        """Draws images (B, C, H, W), about in [-1, 1]; arguments as in `sample_trajectory`. Algorithm 2. 2.2 b."""
         trajectory = self.sample_trajectory(model, image_size, batch_size, channels, **sampling)
         length = (sampling.get("steps") or self.timesteps) + 1
         for _, x, _ in tqdm(trajectory, "sampling", length, leave=False, disable=None):  # noqa: B007
@@ -477,50 +397,51 @@ class Diffusion:
         return x
 
 
+def check_sampling(sampler: str, eta: float, guidance_interval: tuple[float, float]) -> None:
+    """Raises a ValueError for an unknown sampler, a share that is none, or an eta that the sampler does not heed."""
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
+    if not 0 <= eta <= 1 or (eta > 0 and sampler not in WITH_ETA):
+        raise ValueError(f"eta must lie within 0 .. 1, above 0 only for {' and '.join(WITH_ETA)}; got {eta:g}")
+    if len(guidance_interval) != 2 or not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
+        raise ValueError(f"guidance_interval takes two shares of T, the smaller first, got {guidance_interval}")
+
+
 def checked_classes(classes: Tensor | Sequence[int], batch_size: int, null_class: int | None) -> Tensor:
     """`classes` as a tensor (B,), once there is a label of the model per image; else a ValueError."""
     classes = torch.as_tensor(classes)
-    if classes.shape != (batch_size,):
-        raise ValueError(f"classes must have shape ({batch_size},), got {tuple(classes.shape)}")
-    if null_class is not None and not ((classes >= 0) & (classes <= null_class)).all():
-        raise ValueError(f"classes must lie within 0 .. {null_class - 1}, got {classes.tolist()}")
+    most = math.inf if null_class is None else null_class
+    if classes.shape != (batch_size,) or not ((classes >= 0) & (classes <= most)).all():
+        raise ValueError(f"classes must be {batch_size} labels, 0 .. {most - 1}, got {classes.tolist()}")
     return classes
 
 
 def visited_times(timesteps: int, steps: int) -> Tensor:
-    """`steps` of the times 0 .. T-1 in rising order, both ends among them (T-1, if it is one).
-
-    They lie closer near 0, where pictures get their details: between the even and the quadratic spacing of Song et al.
-    2021 (https://arxiv.org/abs/2010.02502, appendix D.2).
-    """
+    """`steps` of the times 0 .. T-1, rising, both ends among them (T-1, if it is one), closer near 0: for details."""
     times = (timesteps - 1) * torch.linspace(0, 1, steps, dtype=torch.float64) ** SPACING
     times[-1] = timesteps - 1  # of a single step, too
     return torch.maximum(times.round().long(), torch.arange(steps))  # where they would coincide, one after the other
 
 
 def evenly_spaced(length: int, count: int) -> list[int]:
-    """`count` indices spread over 0 .. length - 1, both ends among them; all of them where there are fewer."""
+    """`count` indices spread over 0 .. length - 1, both ends among them; all where there are fewer."""
     return torch.linspace(0, length - 1, min(count, length)).round().long().tolist()
 
 
 def thin_trajectory(trajectory, length: int, frames: int) -> list[tuple[int, Tensor, Tensor]]:
     """About `frames` evenly spaced entries of a trajectory of `length` entries, both ends among them, on the CPU."""
-    wanted = set(evenly_spaced(length, frames))
+    wanted = evenly_spaced(length, frames)
     return [(t, x.cpu(), x_zero.cpu()) for i, (t, x, x_zero) in enumerate(trajectory) if i in wanted]
 
 
-def sample_in_batches(
-    diffusor: Diffusion, model, count: int, batch_size: int, seed: int, *, classes=None, first=0, channels=3, **sampling
-) -> Iterator[Tensor]:
-    """`count` images in batches of at most `batch_size`, on the CPU; image i depends on seed and i alone.
+def sample_in_batches(diffusor, model, count, batch_size, seed, *, classes=None, first=0, channels=3, **sampling):
+    """Yields `count` images in batches of at most `batch_size`, on the CPU; image i depends on seed and i alone.
 
     Args:
         classes: (count,) labels or None.  first: the number i of the first of these images.
         sampling: guidance_scale, sampler, steps, eta, ..., as in `Diffusion.sample_trajectory`.
     """
     for done in range(0, count, batch_size):
-        size = min(batch_size, count - done)
-        own = None if classes is None else classes[done : done + size]
+        size, own = min(batch_size, count - done), None if classes is None else classes[done : done + batch_size]
         noise = ImageNoise(seed, first + done, size, diffusor.device)
-        images = diffusor.sample(model, diffusor.img_size, size, channels, classes=own, generator=noise, **sampling)
-        yield images.cpu()
+        yield diffusor.sample(model, diffusor.img_size, size, channels, classes=own, generator=noise, **sampling).cpu()
