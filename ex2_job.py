@@ -4,30 +4,28 @@ GPU with free memory, and batches that fit into it.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
 import socket
 import sys
 import threading
-import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from ex2_data import SIGNALS, InputError
-from ex2_distributed import is_main, is_restart, local_rank, started_by_torchrun, world_size
+from ex2_distributed import is_main, local_rank, started_by_torchrun, world_size
 from ex2_replay import Replayed
 
-LOCK_NAME = ".lock"
+LOCK_NAME, HOLDER_NAME = ".lock", ".holder"  # the lock, which stays there; who has it
+READERS_END = 6  # seconds that processes which read images outlive a killed run, and keep its lock
 BROKEN_PIPE = 128 + 13  # exit code of a program whose output nobody reads, as in `... | head`
-HEARTBEAT = 60  # seconds between two signs of life of a lock
-ABANDONED = 600  # seconds without one, after which a lock of another machine counts no more
 
 
 # ---------------------------------------------------------------------------- signals
@@ -84,32 +82,11 @@ def signals_held() -> Iterator[list[int]]:
         yield waiting
 
 
-class Words:
-    """A stream that takes any text, whatever its encoding: what that lacks becomes "?". Lines appear at once."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def __getattr__(self, name: str):
-        return getattr(self.stream, name)
-
-    def write(self, text: str) -> int:
-        encoding = getattr(self.stream, "encoding", None) or "utf-8"
-        self.stream.write(text.encode(encoding, "replace").decode(encoding, "replace"))
-        if "\n" in text:  # in a batch job's log, too
-            self.stream.flush()
-        return len(text)
-
-
-@contextmanager
-def any_words() -> Iterator[None]:
-    """Standard output and error as `Words`; where there is none, as in a program without a console, nothing is said."""
-    with ExitStack() as stack:
-        if sys.stdout is not None:
-            stack.enter_context(redirect_stdout(Words(sys.stdout)))
-        if sys.stderr is not None:
-            stack.enter_context(redirect_stderr(Words(sys.stderr)))
-        yield
+def take_any_text() -> None:
+    """Letters that the encoding of standard output or error lacks become "?"; lines appear at once, in a log too."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError):  # none at all, or that of a notebook
+            stream.reconfigure(errors="replace", line_buffering=True)
 
 
 # ---------------------------------------------------------------------------- folder and disk
@@ -117,7 +94,7 @@ def any_words() -> Iterator[None]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keeps a second run out of `folder`; the lock of a process that is gone is taken over.
+    """Keeps a second run out of `folder`. The lock of a process that is gone is free: the system sees to that.
 
     Raises:
         InputError: another process works in the folder.
@@ -125,81 +102,18 @@ def locked(folder: Path) -> Iterator[None]:
     if not is_main():  # of several processes the first one holds it for all
         yield
         return
-    path = folder / LOCK_NAME
-    mine = {"pid": os.getpid(), "host": socket.gethostname(), "started": process_start(os.getpid())}
-    mine["job"] = os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    while True:
-        try:
-            with open(path, "x") as file:
-                json.dump(mine, file)
-            break
-        except FileExistsError:
-            check_abandoned(path, mine)
-            path.unlink(missing_ok=True)
-    stopped = threading.Event()
-    threading.Thread(target=keep_alive, args=(path, stopped), daemon=True).start()
+    lock, holder = FileLock(folder / LOCK_NAME), folder / HOLDER_NAME
     try:
+        lock.acquire(timeout=READERS_END)
+    except Timeout:
+        who = holder.read_text() if holder.is_file() else "another process"
+        raise InputError(f"{who} works in {folder}: wait for it, or choose another --run_name") from None
+    try:
+        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
         yield
     finally:
-        stopped.set()
-        path.unlink(missing_ok=True)
-
-
-def keep_alive(path: Path, stopped: threading.Event) -> None:
-    """Touches the lock from time to time, for runs on other machines that can't see this process."""
-    while not stopped.wait(HEARTBEAT):
-        with suppress(OSError):
-            os.utime(path)
-
-
-def check_abandoned(path: Path, mine: dict) -> None:
-    """Raises an InputError where the holder of the lock is alive, as far as can be seen from here."""
-    try:
-        holder, age = json.loads(path.read_text()), time.time() - path.stat().st_mtime
-    except (OSError, ValueError):  # just removed, or written halfway by a process that was killed
-        return
-    if not isinstance(holder, dict) or not isinstance(holder.get("pid"), int):
-        return
-    if holder.get("host") == mine["host"]:
-        started = process_start(holder["pid"])
-        gone = not process_runs(holder["pid"]) or (started is not None and started != holder.get("started"))
-    else:
-        # A job that was put on another machine finds the lock of its first start; two steps of one job don't.
-        again = is_restart() or int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
-        gone = age > ABANDONED or (again and mine["job"] != "none" and holder.get("job") == mine["job"])
-    if not gone:
-        raise InputError(
-            f"process {holder['pid']} on {holder.get('host')} works in {path.parent}: wait for it, or choose another "
-            f"--run_name; if it is gone, delete {path}"
-        )
-    print(f"{path}: its process ({holder['pid']} on {holder.get('host')}) is gone, going on")
-
-
-def process_runs(pid: int) -> bool:
-    """Whether this machine has a process of that number."""
-    if sys.platform == "win32":  # where os.kill(pid, 0) is Ctrl-C
-        import ctypes
-
-        kernel, code = ctypes.windll.kernel32, ctypes.c_ulong()
-        handle = kernel.OpenProcess(0x1000, False, pid)  # PROCESS_QUERY_LIMITED_INFORMATION
-        runs = bool(handle and kernel.GetExitCodeProcess(handle, ctypes.byref(code)) and code.value == 259)  # active
-        kernel.CloseHandle(handle)
-        return runs
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:  # it is another user's
-        return True
-    return True
-
-
-def process_start(pid: int) -> str | None:
-    """When a process started, so that its number can be told from an older one's; None where that can't be known."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return None
+        holder.unlink(missing_ok=True)
+        lock.release()
 
 
 def check_space(folder: Path, needed: int) -> None:

@@ -45,14 +45,9 @@ MAX_SAMPLES = 100_000  # of one `sample`: they are held in memory until they are
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 2 for input that can't be used, 1 for a fault while running."""
-    with job.any_words():
-        return run(sys.argv[1:] if argv is None else argv)
-
-
-def run(argv: list[str]) -> int:
-    """`main`, on streams that take any text."""
+    job.take_any_text()
     try:
-        args = parse_args(argv)
+        args = parse_args(sys.argv[1:] if argv is None else argv)
         timeout = args.given.get("timeout_minutes", cfg.Config.timeout_minutes)
         with job.handled_by(job.interrupt), connected(args.given.get("cuda"), timeout):
             COMMANDS[args.command](args)

@@ -244,7 +244,7 @@ def test_a_signal_to_one_process_ends_all_after_the_same_step_and_one_goes_on(
     assert err.count("interrupted by SIGTERM; a training that was going on is saved") == 2, err
     saved = ckpt.load_checkpoint(tmp_path / "DDPM")
     assert 0 < saved["step"] < 63
-    assert not (tmp_path / "DDPM" / ".lock").exists()
+    assert not (tmp_path / "DDPM" / ".holder").exists()
 
     for name in ("evaluate", "write_report", "draw_process", "draw_samples"):
         monkeypatch.setattr(ex2_main, name, lambda *args: None)
