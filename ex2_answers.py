@@ -16,8 +16,9 @@ import imageio.v3 as imageio
 import numpy as np
 
 from ex2_checkpoint import RunLog
+from ex2_cli import PRESETS
 from ex2_compare import NOT_COMPARABLE, half_width, mean_and_interval, over_seeds
-from ex2_config import PRESETS, Config, config_of
+from ex2_config import Config, config_of
 from ex2_normal import loss_at, verdict
 
 CLEAR = 1.05  # ratio of two figures of single runs from which on one is called smaller: less is chance

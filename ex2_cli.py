@@ -1,4 +1,4 @@
-"""The command line: every Config field is a flag, and every command has those it heeds."""
+"""The command line: every Config field is a flag, every command has those it heeds, a preset is some of them."""
 
 from __future__ import annotations
 
@@ -6,20 +6,28 @@ import argparse
 import re
 from dataclasses import fields
 
-from ex2_config import PRESETS, WEIGHTS, Config, expanded
+from ex2_config import WEIGHTS, Config, expanded
 from ex2_data import InputError
 from ex2_pictures import GUIDANCE_SCALES
 
-RUN_FLAGS_OF_TRAIN = (
-    "run_name",
-    "results_dir",
-    "save_model",
-    "save_minutes",
-    "compile",
-    "resume",
-    "allow_changes",
-    "log_interval",
-)
+RUN_FLAGS_OF_TRAIN = "run_name results_dir save_model save_minutes compile resume allow_changes log_interval".split()
+PRESET_FLAGS = {
+    # Minutes on two CPU cores, no download: shapes of every class. With --adam_beta1 0.9 it takes half as many steps
+    # again (docs/recipes.md); on 30 steps the wider noise of --sampler ddpm would leave grain.
+    "quick": "--dataset shapes --image_size 16 --schedule cosine --dim_mults 1 2 2 --class_free_guidance --epochs 2 "
+    "--batch_size 16 --adam_beta1 0.5 --eval_images 128 --sampler ddim --eta 1 --sample_steps 30",
+    # CIFAR-10 in minutes on a data-centre GPU, in an evening on a small one; README has measured speeds.
+    "exercise": "--schedule cosine --dim 64 --dim_mults 1 2 2 2 --class_free_guidance --epochs 50 --batch_size 128 "
+    "--lr 5e-4 --ema_images 200_000 --sampler dpmpp_2m --eta 1 --sample_steps 50",
+    # CIFAR-10 in an hour or two on a data-centre GPU. Width and multipliers are those of Ho et al. 2020.
+    "best": "--schedule cosine --dim 128 --dim_mults 1 2 2 2 --dropout 0.1 --class_free_guidance --epochs 200 "
+    "--batch_size 128 --lr 2e-4 --warmup_steps 1000 --ema_images 1_000_000 --sampler dpmpp_2m --eta 1 "
+    "--sample_steps 100",
+    # 2.5, at 128 pixels on a GPU of 11 GB: the activations of 16 images take 5.7 GiB.
+    "butterflies": "--dataset butterflies --image_size 128 --square pad --schedule cosine --dim 64 --dim_mults 1 2 4 4 "
+    "--epochs 500 --batch_size 16 --lr 2e-4 --ema_images 20_000 --eval_images 64 --sampler ddim --eta 1 "
+    "--sample_steps 100 --sample_batch 16",
+}
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -57,14 +65,8 @@ def add_flags(parser: argparse.ArgumentParser, groups: tuple[str, ...], leave_ou
         else:
             if "choices" in rules:
                 default = f": {', '.join(rules['choices'])}{default}"
-            group.add_argument(
-                name,
-                type=rules["type"],
-                nargs=rules.get("nargs"),
-                default=argparse.SUPPRESS,
-                metavar=f.name.upper(),
-                help=rules["help"] + default,
-            )
+            kind = {"type": rules["type"], "nargs": rules.get("nargs"), "metavar": f.name.upper()}
+            group.add_argument(name, **kind, default=argparse.SUPPRESS, help=rules["help"] + default)
 
 
 def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
@@ -95,7 +97,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     )
 
     train = commands.add_parser("train", help="train, test and draw every picture (what runs when no command is named)")
-    train.add_argument("--preset", choices=tuple(PRESETS), help="settings to start from; flags beside it still count")
+    preset = {"choices": tuple(PRESET_FLAGS), "help": "settings to start from; flags beside it still count"}
+    train.add_argument("--preset", **preset)
     all_groups = tuple(dict.fromkeys(f.metadata["group"] for f in fields(Config)))
     add_flags(train, all_groups)
 
@@ -113,29 +116,15 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     sample.add_argument("--classes", nargs="+", help="class names or numbers, one after the other (default: all)")
     sample.add_argument("--out", type=path, help="folder for the images (default: samples/ in the run's folder)")
     add_flags(sample, ("run", "sampling"), (*RUN_FLAGS_OF_TRAIN, "guidance_scale"))
-    sample.add_argument(
-        "--guidance_scale",
-        dest="scales",
-        type=float,
-        nargs="+",
-        help="w of Eq. 11; several are drawn from the same noise (default: 1 for class-conditional models)",
-    )
+    help = "w of Eq. 11; several are drawn from the same noise (default: 1 for class-conditional models)"
+    sample.add_argument("--guidance_scale", dest="scales", type=float, nargs="+", help=help)
 
     compare = commands.add_parser("compare", help="train and judge a run for every combination of settings")
-    compare.add_argument("--preset", choices=tuple(PRESETS), help="settings to start from; flags beside it still count")
-    compare.add_argument(
-        "--vary",
-        action="append",
-        required=True,
-        metavar="SETTING=VALUE,...",
-        help="a setting and its values, for example schedule=linear,cosine; several --vary make all combinations",
-    )
-    compare.add_argument(
-        "--seeds",
-        type=int,
-        default=1,
-        help="runs of each setting; from 2 on the tables have 95%% intervals (default: 1)",
-    )
+    compare.add_argument("--preset", **preset)
+    help = "a setting and its values, for example schedule=linear,cosine; several --vary make all combinations"
+    compare.add_argument("--vary", action="append", required=True, metavar="SETTING=VALUE,...", help=help)
+    help = "runs of each setting; from 2 on the tables have 95%% intervals (default: 1)"
+    compare.add_argument("--seeds", type=int, default=1, help=help)
     add_samples_flags(compare, "the run's own")
     add_flags(compare, all_groups, ("save_model",))
 
@@ -159,6 +148,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     args.given = {name: value for name, value in vars(args).items() if name in names}
     return args
+
+
+PRESETS = {
+    name: Config(run_name=name, **parse_args(["train", *flags.split()]).given) for name, flags in PRESET_FLAGS.items()
+}
 
 
 def choose_classes(wanted: list[str] | None, names: list[str], config: Config) -> list[int] | None:

@@ -1,4 +1,4 @@
-"""One run's settings: the `Config`, its presets, what is built from it, and checkpoints that rebuild themselves."""
+"""One run's settings: the `Config`, what is built from it, and checkpoints that rebuild themselves."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from ex2_distributed import in_turns
 from ex2_model import MAX_ATTENTION_POSITIONS, NULL_TOKENS, Unet
 
 WEIGHTS = {"ema": "ema", "raw": "model"}  # choices of the command line -> entries of a checkpoint
+SWITCH, SEEDS, SCALES = ("auto", "on", "off"), 2**32 - 1, {"minimum": -1000, "maximum": 1000}
 TRAINING_GROUPS = ("data", "diffusion process", "model", "training")  # what a resumed run must have in common
 
 
@@ -39,29 +40,21 @@ class Config:
 
     run_name: str = setting("DDPM", "run", "everything of the run lands in <results_dir>/<run_name>/")
     results_dir: str = setting("results", "run", "folder of all runs", path=True)
-    seed: int = setting(0, "run", "of weights, data order, noise and samples", minimum=0, maximum=2**32 - 1)
+    seed: int = setting(0, "run", "of weights, data order, noise and samples", minimum=0, maximum=SEEDS)
     cuda: Optional[bool] = setting(None, "run", "insist on the GPU, or stay off it (default: where there is one)")
     dry_run: bool = setting(False, "run", "one batch of every phase, to see that all works")
     log_interval: int = setting(100, "run", "optimiser steps between two rows of log.csv", minimum=1)
     save_model: bool = setting(True, "run", "write ckpt.pt, from which the same command goes on")
     save_minutes: float = setting(10.0, "run", "minutes between two checkpoints within an epoch", above=0)
-    resume: Optional[bool] = setting(
-        None, "run", "insist on a checkpoint, or start anew (default: go on where there is one)"
-    )
+    resume: Optional[bool] = setting(None, "run", "insist on a checkpoint, or start anew (default: go on from one)")
     allow_changes: bool = setting(False, "run", "go on from a checkpoint of other settings")
-    compile: str = setting(
-        "auto", "run", "compile the network first; auto: for long trainings on a GPU", choices=("auto", "on", "off")
-    )
+    compile: str = setting("auto", "run", "compile the network; auto: for long trainings on a GPU", choices=SWITCH)
     num_threads: Optional[int] = setting(None, "run", "CPU threads (default: torch's choice)", type=int, minimum=1)
     timeout_minutes: float = setting(30.0, "run", "how long a process may keep the others waiting", above=0)
 
-    data_seed: Optional[int] = setting(
-        None, "data", "of the split into train and val (default: --seed)", type=int, minimum=0, maximum=2**32 - 1
-    )
+    data_seed: Optional[int] = setting(None, "data", "of the split (default: seed)", type=int, minimum=0, maximum=SEEDS)
     dataset: str = setting("cifar10", "data", "the data set", choices=DATASETS)
-    image_size: Optional[int] = setting(
-        None, "data", "pixels (default: 128 for butterflies, else 32)", type=int, minimum=8
-    )
+    image_size: Optional[int] = setting(None, "data", "pixels (default: 32; butterflies: 128)", type=int, minimum=8)
     flip: Optional[bool] = setting(None, "data", "mirror training images at random (default: all but shapes)")
     square: str = setting("crop", "data", "what makes images square", choices=SQUARES)
     label_column: Optional[str] = setting(None, "data", "column that gives a butterfly its class", type=str)
@@ -82,35 +75,23 @@ class Config:
     epochs: int = setting(5, "training", "passes over the training images", minimum=1)
     batch_size: int = setting(64, "training", "images per optimiser step", minimum=1, maximum=10**6)
     lr: float = setting(1e-3, "training", "peak learning rate of AdamW", above=0)
-    adam_beta1: float = setting(
-        0.9, "training", "share of its mean gradient that AdamW keeps", minimum=0, maximum=0.999
-    )
+    adam_beta1: float = setting(0.9, "training", "share of the mean gradient AdamW keeps", minimum=0, maximum=0.999)
     warmup_steps: int = setting(200, "training", "steps to the peak, at most a tenth", minimum=0)
     loss_type: str = setting("l2", "training", "error of the predicted noise", choices=("l1", "l2"))
     grad_clip: float = setting(1.0, "training", "largest gradient norm", above=0)
     ema_images: float = setting(50_000.0, "training", "in which the averaged weights forget half", above=0)
-    min_snr: Optional[float] = setting(
-        None, "training", "gamma of min-SNR loss weights, for example 5", type=float, above=0
-    )
+    min_snr: Optional[float] = setting(None, "training", "gamma of min-SNR loss weights, say 5", type=float, above=0)
     max_minutes: Optional[float] = setting(None, "training", "of training at most, annealed", type=float, above=0)
-    amp: str = setting(
-        "auto", "training", "bfloat16; auto: where the hardware computes in it", choices=("auto", "on", "off")
-    )
+    amp: str = setting("auto", "training", "bfloat16; auto: where the hardware computes in it", choices=SWITCH)
 
     eval_images: int = setting(512, "evaluation", "images of val and test that are evaluated", minimum=1)
     eval_timesteps: int = setting(10, "evaluation", "times of losses and bound", minimum=1)
 
     sampler: str = setting("ddpm", "sampling", "ancestral (Eq. 8) or one for few steps", choices=SAMPLERS)
-    sample_steps: Optional[int] = setting(
-        None, "sampling", "times visited per image (default: all T)", type=int, minimum=1
-    )
+    sample_steps: Optional[int] = setting(None, "sampling", "times visited (default: all T)", type=int, minimum=1)
     eta: float = setting(0.0, "sampling", "share of fresh noise of ddim and dpmpp_2m", minimum=0, maximum=1)
-    guidance_interval: tuple = setting(
-        (0.0, 1.0), "sampling", "shares of T that are guided", type=float, nargs=2, minimum=0, maximum=1
-    )
-    guidance_scale: Optional[float] = setting(
-        None, "sampling", "w of Eq. 11 (default: 1)", type=float, minimum=-1000, maximum=1000
-    )
+    guidance_interval: tuple = setting((0.0, 1.0), "sampling", "shares of T that are guided", type=float, nargs=2)
+    guidance_scale: Optional[float] = setting(None, "sampling", "w of Eq. 11 (default: 1)", type=float, **SCALES)
     sample_batch: int = setting(100, "sampling", "images that are sampled at a time", minimum=1)
 
     def __post_init__(self):
@@ -140,15 +121,12 @@ class Config:
             raise InputError(f"--run_name must be a plain folder name, got {self.run_name!r}")
         factor = 2 ** (len(self.dim_mults) - 1)
         if self.image_size % factor:
-            raise InputError(
-                f"--image_size {self.image_size} can't be halved {len(self.dim_mults) - 1} times, as --dim_mults asks: "
-                f"use a multiple of {factor}"
-            )
-        if (self.image_size // factor) ** 2 > MAX_ATTENTION_POSITIONS:
-            raise InputError(
-                f"--image_size {self.image_size} leaves {self.image_size // factor}x{self.image_size // factor} "
-                "positions to the innermost attention, at most 32x32 fit: add a level to --dim_mults"
-            )
+            halved = f"can't be halved {len(self.dim_mults) - 1} times, as --dim_mults asks"
+            raise InputError(f"--image_size {self.image_size} {halved}: use a multiple of {factor}")
+        inner = self.image_size // factor
+        if inner**2 > MAX_ATTENTION_POSITIONS:
+            left = f"leaves {inner}x{inner} positions to the innermost attention, at most 32x32 fit"
+            raise InputError(f"--image_size {self.image_size} {left}: add a level to --dim_mults")
 
     def _check_data_settings(self) -> None:
         """Settings that the data set would not heed must not be ignored silently."""
@@ -233,96 +211,16 @@ def check_setting(f: dataclasses.Field, value) -> None:
         raise InputError(f"{flag} must be above {rules['above']}, got {value}")
 
 
-PRESETS = {
-    # Minutes on two CPU cores, no download: recognisable shapes in every class.
-    "quick": Config(
-        run_name="quick",
-        dataset="shapes",
-        image_size=16,
-        schedule="cosine",
-        dim_mults=(1, 2, 2),
-        class_free_guidance=True,
-        epochs=2,
-        batch_size=16,
-        adam_beta1=0.5,  # with 0.9 it takes more than half as many steps again, see docs/recipes.md
-        eval_images=128,
-        sampler="ddim",  # with eta = 1 ancestral sampling too, but on 30 steps Eq. 8's wider noise would leave grain
-        eta=1.0,
-        sample_steps=30,
-    ),
-    # CIFAR-10 in minutes on a data-centre GPU, in an evening on a small one; README has measured speeds.
-    "exercise": Config(
-        run_name="exercise",
-        schedule="cosine",
-        dim=64,
-        dim_mults=(1, 2, 2, 2),
-        class_free_guidance=True,
-        epochs=50,
-        batch_size=128,
-        lr=5e-4,
-        ema_images=200_000.0,
-        sampler="dpmpp_2m",
-        eta=1.0,
-        sample_steps=50,
-    ),
-    # CIFAR-10 in an hour or two on a data-centre GPU. Width and multipliers are those of Ho et al. 2020.
-    "best": Config(
-        run_name="best",
-        schedule="cosine",
-        dim=128,
-        dim_mults=(1, 2, 2, 2),
-        dropout=0.1,
-        class_free_guidance=True,
-        epochs=200,
-        batch_size=128,
-        lr=2e-4,
-        warmup_steps=1000,
-        ema_images=1_000_000.0,
-        sampler="dpmpp_2m",
-        eta=1.0,
-        sample_steps=100,
-    ),
-    # 2.5, at 128 pixels on a GPU of 11 GB: the activations of 16 images take 5.7 GiB.
-    "butterflies": Config(
-        run_name="butterflies",
-        dataset="butterflies",
-        image_size=128,
-        square="pad",
-        schedule="cosine",
-        dim=64,
-        dim_mults=(1, 2, 4, 4),
-        epochs=500,
-        batch_size=16,
-        lr=2e-4,
-        ema_images=20_000.0,
-        eval_images=64,
-        sampler="ddim",
-        eta=1.0,
-        sample_steps=100,
-        sample_batch=16,
-    ),
-}
-
-
 # ---------------------------------------------------------------------------- from a Config to objects
 
 
 def load_data(config: Config) -> DataSplits:
     """The data set of a run; see `load_splits`."""
 
-    def load() -> DataSplits:
-        return load_splits(
-            config.dataset,
-            config.data_dir,
-            config.image_size,
-            config.seed if config.data_seed is None else config.data_seed,
-            config.num_workers,
-            square=config.square,
-            cache_dir=config.cache_dir,
-            label_column=config.label_column,
-        )
-
-    return in_turns(load, "the data")
+    names = ("data_dir", "image_size", "num_workers", "square", "cache_dir", "label_column")
+    settings = {name: getattr(config, name) for name in names}
+    seed = config.seed if config.data_seed is None else config.data_seed
+    return in_turns(lambda: load_splits(config.dataset, seed=seed, **settings), "the data")
 
 
 def build_model(config: Config, num_classes: int) -> Unet:
@@ -331,16 +229,9 @@ def build_model(config: Config, num_classes: int) -> Unet:
     Raises:
         InputError: settings that the U-Net refuses.
     """
+    names = ("dim", "dim_mults", "class_free_guidance", "p_uncond", "null_token", "dropout")
     try:
-        return Unet(
-            dim=config.dim,
-            dim_mults=config.dim_mults,
-            class_free_guidance=config.class_free_guidance,
-            p_uncond=config.p_uncond,
-            num_classes=num_classes,
-            null_token=config.null_token,
-            dropout=config.dropout,
-        )
+        return Unet(num_classes=num_classes, **{name: getattr(config, name) for name in names})
     except ValueError as error:
         raise InputError(str(error)) from error
 

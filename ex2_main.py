@@ -26,7 +26,7 @@ import ex2_job as job
 import ex2_viz as viz
 from ex2_check import as_lines, check_solution
 from ex2_checkpoint import load_checkpoint
-from ex2_cli import check_scales, choose_classes, choose_scales, parse_args
+from ex2_cli import PRESETS, check_scales, choose_classes, choose_scales, parse_args
 from ex2_compare import grid_of_runs, is_judged, parse_vary, write_comparison, write_study
 from ex2_data import DataSplits, InputError
 from ex2_distributed import ProcessesError, connected, from_main, is_main, name_of_process, world_size
@@ -145,7 +145,7 @@ def train_and_judge(config: cfg.Config, splits: DataSplits, judge, count: int, s
 def prepare_training(args):
     """(config, device) for `train` and `compare`, with a run folder that can be written to."""
     # Not Config() with changes: what a setting is by default can depend on the data set.
-    config = dataclasses.replace(cfg.PRESETS[args.preset], **args.given) if args.preset else cfg.Config(**args.given)
+    config = dataclasses.replace(PRESETS[args.preset], **args.given) if args.preset else cfg.Config(**args.given)
     device = job.pick_device(config.cuda, config.num_threads)
     job.computes_in_bfloat16(config.amp, device)  # refuses what this GPU can't
     make_run_dir(config.run_dir)

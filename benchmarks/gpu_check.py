@@ -30,6 +30,7 @@ import bench  # noqa: E402
 
 import ex2_config as cfg  # noqa: E402
 import ex2_job as job  # noqa: E402
+from ex2_cli import PRESETS  # noqa: E402
 from ex2_diffusion import ImageNoise  # noqa: E402
 
 DEVICE = job.pick_device(None)
@@ -44,7 +45,7 @@ def networks() -> dict[str, cfg.Config]:
     """The sizes that are timed: the command line's defaults, and the presets that are meant for a GPU."""
     if not CUDA:
         return {"tiny": cfg.Config(dim=8, dim_mults=(1, 2), image_size=16, batch_size=4, class_free_guidance=True)}
-    return {"defaults": cfg.Config(), "exercise": cfg.PRESETS["exercise"], "best": cfg.PRESETS["best"]}
+    return {"defaults": cfg.Config(), "exercise": PRESETS["exercise"], "best": PRESETS["best"]}
 
 
 def largest() -> cfg.Config:

@@ -18,7 +18,7 @@ import ex2_data
 import ex2_fit
 import ex2_main
 import ex2_pictures
-from ex2_cli import parse_args
+from ex2_cli import PRESETS, parse_args
 from ex2_diffusion import Diffusion, ImageNoise
 
 ROOT = Path(__file__).parent.parent
@@ -51,7 +51,7 @@ def test_train_writes_every_file_of_the_run(run):
     assert names == {
         *("config.json", "log.csv", "ckpt.pt", "test_metrics.json", "training.png", "loss_over_t.png", "schedules.png"),
         *("forward_strip.png", "forward.gif", "reverse_strip.png", "reverse.gif", "x_zero_strip.png"),
-        *("class_grid.png", "guidance_grid.png", "guidance.gif", "bits_per_dim.png", "time_embedding.png"),
+        *("class_grid.png", "guidance_grid.png", "guidance.gif", "bits_per_dim.png", "time_embedding.png", ".lock"),
     }
     rows = list(csv.DictReader((run / "log.csv").open()))
     assert int(rows[-1]["step"]) == 9 and float(rows[-1]["val_loss"]) > 0
@@ -210,9 +210,9 @@ def test_class_names_become_file_names(run, tmp_path):
     assert sorted(path.name for path in tmp_path.rglob("*.png")) == ["0000_.._a_b_c.png", "grid.png"]
 
 
-@pytest.mark.parametrize("name", cfg.PRESETS)
+@pytest.mark.parametrize("name", PRESETS)
 def test_presets_build_a_model_and_a_process(name):
-    config = cfg.PRESETS[name]
+    config = PRESETS[name]
     assert config.run_name == name
     with torch.device("meta"):
         assert sum(p.numel() for p in cfg.build_model(config, 10).parameters()) > 10**6
@@ -332,7 +332,7 @@ def test_flags_of_the_skeleton_stay():
 
 def test_flags_beside_a_preset_count(tmp_path):
     args = parse_args(["--preset", "quick", "--epochs", "7"])
-    assert cfg.dataclasses.replace(cfg.PRESETS[args.preset], **args.given).epochs == 7
+    assert cfg.dataclasses.replace(PRESETS[args.preset], **args.given).epochs == 7
 
 
 def test_help_of_train_explains_every_setting(capsys):

@@ -18,7 +18,8 @@ from PIL import Image, ImageOps
 from torchvision.datasets import CIFAR10
 
 import ex2_data
-from ex2_config import PRESETS, Config
+from ex2_cli import PRESETS
+from ex2_config import Config
 from ex2_data import (
     ImageFiles,
     ImageSet,

@@ -20,6 +20,7 @@ from PIL import Image
 import ex2_checkpoint as ckpt
 import ex2_config as cfg
 import ex2_main
+from ex2_cli import PRESETS
 from ex2_compare import parse_vary
 from ex2_data import InputError, load_folder, load_splits, read_image
 from ex2_diffusion import SCHEDULES, Diffusion, linear_beta_schedule, sigmoid_beta_schedule
@@ -56,7 +57,7 @@ def command_lines(draw):
 def only_settings(args):
     """A command that goes as far as the settings."""
     if args.command in ("train", "compare"):
-        config = dataclasses.replace(cfg.PRESETS[args.preset] if args.preset else cfg.Config(), **args.given)
+        config = dataclasses.replace(PRESETS[args.preset] if args.preset else cfg.Config(), **args.given)
         assert config.run_dir.name
     if args.command == "compare":
         parse_vary(args.vary)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import ex2_config as cfg
 import ex2_main
-from ex2_cli import parse_args
+from ex2_cli import PRESETS, parse_args
 
 ROOT = Path(__file__).parent.parent
 README = "\n".join(path.read_text("utf-8") for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))])
@@ -46,7 +46,7 @@ def test_every_command_is_understood():
         args = parse_args(command.split("#")[0].split())
         assert args.command in ex2_main.COMMANDS
         if args.command in ("train", "compare"):
-            dataclasses.replace(cfg.PRESETS[args.preset] if args.preset else cfg.Config(), **args.given)
+            dataclasses.replace(PRESETS[args.preset] if args.preset else cfg.Config(), **args.given)
 
 
 def test_every_flag_that_is_named_exists():

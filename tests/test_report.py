@@ -21,7 +21,7 @@ import ex2_main
 import ex2_report
 from ex2_answers import Run, Study, samples_sentences, study_part, train_command
 from ex2_checkpoint import RunLog, read_json
-from ex2_cli import parse_args
+from ex2_cli import PRESETS, parse_args
 from ex2_diffusion import SCHEDULES, Diffusion, evenly_spaced
 from ex2_normal import loss_at
 from ex2_report import find_runs, find_studies
@@ -108,9 +108,9 @@ def test_missing_parts_are_named_with_their_command(results, tmp_path):
     assert "compare --preset quick --seeds 3 --vary schedule=linear,cosine,sigmoid" in text
 
 
-@pytest.mark.parametrize("name", cfg.PRESETS)
+@pytest.mark.parametrize("name", PRESETS)
 def test_the_command_of_a_run_makes_the_same_run(name):
-    config = dataclasses.replace(cfg.PRESETS[name], run_name="a run (1)", flip=False, save_model=False)
+    config = dataclasses.replace(PRESETS[name], run_name="a run (1)", flip=False, save_model=False)
     run = Run(Path("results/a run (1)"), json.loads(json.dumps(dataclasses.asdict(config))), {})
     args = parse_args(shlex.split(train_command(run))[2:])
     assert cfg.Config(**args.given) == config
@@ -171,7 +171,7 @@ def study_of(distances, seeds=1):
             found = {"Fréchet distance": str(distance + 0.1 * seed), "bits/dim": "3"}
             rows.append({"schedule": name, "seed": str(seed), **found})
             curve = {"t": [0, 50, 99], "log_snr": [8.0, 0.0, -8.0], "l2": [0.8, 0.1 * (i + 1), 0.01]}
-            config = dataclasses.asdict(dataclasses.replace(cfg.PRESETS["quick"], schedule=name, seed=seed))
+            config = dataclasses.asdict(dataclasses.replace(PRESETS["quick"], schedule=name, seed=seed))
             runs.append(Run(Path(f"study/schedule={name}"), config, {"losses": {"test": curve}}))
     return Study(Path("study"), ["schedule"], rows, runs)
 
