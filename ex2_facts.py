@@ -10,7 +10,6 @@ and prints a line of JSON for each fact.
 
 from __future__ import annotations
 
-import ast
 import inspect
 import json
 import math
@@ -67,6 +66,7 @@ class Fact:
 
 
 FACTS: dict[str, Fact] = {}
+UNIFORM = "uniform noise (torch.rand), Gaussian is asked for (torch.randn)"
 
 
 def fact(task: str, statement: str, equation: str = "", advice: bool = False):
@@ -80,6 +80,12 @@ def fact(task: str, statement: str, equation: str = "", advice: bool = False):
 
 
 # ---------------------------------------------------------------------------- to compare
+
+
+def hold(true, found: str, expected: str, looks_like: str = "") -> None:
+    """Raises `Wrong` where something is not true."""
+    if not true:
+        raise Wrong(found, expected, looks_like)
 
 
 def expect(found, expected, slips: Mapping[str, object] | None = None, *, where="", rel=2e-3, scale=1e-6) -> None:
@@ -104,13 +110,28 @@ def expect(found, expected, slips: Mapping[str, object] | None = None, *, where=
     raise Wrong(f"{where} {found:.4g}".strip(), f"{expected:.4g}", looks_like)
 
 
+def expect_gaussian(noise: Tensor, what: str) -> None:
+    """Raises `Wrong` where the shape of the distribution is another: excess kurtosis is 0, -1.2 for uniform numbers."""
+    values = noise.double().flatten()
+    kurtosis = ((values - values.mean()) / values.std()).pow(4).mean().item() - 3
+    looks_like = UNIFORM if kurtosis < -1 else ""
+    hold(not abs(kurtosis) > 0.3, f"{what} with excess kurtosis {kurtosis:.2f}", "0, of a Gaussian", looks_like)
+
+
+def expect_standard_normal(noise: Tensor, what: str) -> None:
+    """Raises `Wrong` for another distribution than N(0, I)."""
+    expect_gaussian(noise, what)
+    expect(noise.mean(), 0.0, where=f"mean of {what}", scale=0.03)
+    expect(noise.std(), 1.0, where=f"standard deviation of {what}", rel=0.03)
+
+
 def tables(betas: Tensor = BETAS) -> SimpleNamespace:
     """What Eqs. 4 and 8 are made of, in float64."""
     betas = betas.double()
     alphas_bar = torch.cumprod(1 - betas, 0)
     before = torch.cat((torch.ones(1, dtype=torch.float64), alphas_bar[:-1]))
     posterior = betas * (1 - before) / (1 - alphas_bar)
-    return SimpleNamespace(betas=betas, alphas=1 - betas, alphas_bar=alphas_bar, posterior=posterior)
+    return SimpleNamespace(betas=betas, alphas=1 - betas, alphas_bar=alphas_bar, before=before, posterior=posterior)
 
 
 def images(value: float, count: int = 4) -> Tensor:
@@ -118,11 +139,8 @@ def images(value: float, count: int = 4) -> Tensor:
     return torch.full((count, 3, 8, 8), value)
 
 
-def excess(values: Tensor) -> float:
-    """Excess kurtosis: 0 for a Gaussian, -1.2 for uniform numbers."""
-    values = values.double().flatten()
-    values = (values - values.mean()) / values.std()
-    return values.pow(4).mean().item() - 3
+def random_image(size: int = 8) -> Tensor:
+    return torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
 # ---------------------------------------------------------------------------- 2.1
@@ -130,23 +148,20 @@ def excess(values: Tensor) -> float:
 
 @fact("2.1", "the U-Net gives an image of the size it gets, finite")
 def unet_shape(solution: Solution) -> None:
-    x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    x = random_image(16).repeat(2, 1, 1, 1)
     out = solution.forward(solution.unet(), x, torch.tensor([0, 7]))
-    if out.shape != x.shape:
-        raise Wrong(f"shape {tuple(out.shape)}", f"{tuple(x.shape)}")
-    if not out.isfinite().all():
-        raise Wrong("infinite numbers", "finite ones")
+    hold(out.shape == x.shape, f"shape {tuple(out.shape)}", f"{tuple(x.shape)}")
+    hold(out.isfinite().all(), "infinite numbers", "finite ones")
 
 
 @fact("2.1", "the U-Net gets the time, each image its own")
 def unet_time(solution: Solution) -> None:
-    model = solution.unet().eval()
-    x = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)).expand(2, -1, -1, -1)
+    model, x = solution.unet().eval(), random_image(16).expand(2, -1, -1, -1)
     early, late, both = (solution.forward(model, x, torch.tensor(t)) for t in ([1, 1], [500, 500], [1, 500]))
-    if torch.allclose(early, late, atol=1e-6):
-        raise Wrong("the same output at t = 1 and t = 500", "different ones", "the time embedding reaches no block")
-    if not torch.allclose(both, torch.stack((early[0], late[1])), atol=1e-3 * late.abs().max().item()):
-        raise Wrong("an output that depends on the times of other images", "one for each image")
+    differ = not torch.allclose(early, late, atol=1e-6)
+    hold(differ, "the same output at t = 1 and t = 500", "different ones", "the time embedding reaches no block")
+    own = torch.allclose(both, torch.stack((early[0], late[1])), atol=1e-3 * late.abs().max().item())
+    hold(own, "an output that depends on the times of other images", "one for each image")
 
 
 # ---------------------------------------------------------------------------- 2.2 a, c: the forward process
@@ -155,21 +170,20 @@ def unet_time(solution: Solution) -> None:
 @fact("2.2 a, c", "q_sample keeps sqrt(alpha-bar_t) of the image", "Eq. 4")
 def forward_signal(solution: Solution) -> None:
     tab = tables()
-    found = solution.q_sample(images(1.0, T), TIMES, images(0.0, T)).flatten(1).mean(1)
     slips = {
         "root of alpha-bar left out": tab.alphas_bar,
         "root of alpha-bar taken twice": tab.alphas_bar**0.25,
         "alpha_t of one step in place of the product": tab.alphas.sqrt(),
-        "alpha-bar of the step before": torch.cat((torch.ones(1), tab.alphas_bar[:-1])).sqrt(),
+        "alpha-bar of the step before": tab.before.sqrt(),
         "the image is not scaled at all": torch.ones(T),
     }
+    found = solution.q_sample(images(1.0, T), TIMES, images(0.0, T)).flatten(1).mean(1)
     expect(found, tab.alphas_bar.sqrt(), slips, where="factor of the image")
 
 
 @fact("2.2 a, c", "q_sample adds sqrt(1 - alpha-bar_t) of the noise", "Eq. 4")
 def forward_noise(solution: Solution) -> None:
     tab = tables()
-    found = solution.q_sample(images(0.0, T), TIMES, images(1.0, T)).flatten(1).mean(1)
     slips = {
         "root of 1 - alpha-bar left out": 1 - tab.alphas_bar,
         "root of 1 - alpha-bar taken twice": (1 - tab.alphas_bar) ** 0.25,
@@ -177,24 +191,17 @@ def forward_noise(solution: Solution) -> None:
         "the noise is not scaled at all": torch.ones(T),
         "1 - sqrt(alpha-bar)": 1 - tab.alphas_bar.sqrt(),
     }
+    found = solution.q_sample(images(0.0, T), TIMES, images(1.0, T)).flatten(1).mean(1)
     expect(found, (1 - tab.alphas_bar).sqrt(), slips, where="factor of the noise")
 
 
 @fact("2.2 c", "q_sample draws Gaussian noise, new for each image", "Eq. 4")
 def forward_draws(solution: Solution) -> None:
     torch.manual_seed(0)
-    x_t = solution.q_sample(images(0.0, 256), torch.full((256,), T - 1)) / math.sqrt(1 - tables().alphas_bar[-1])
-    uniform = "uniform noise (torch.rand), Gaussian is asked for (torch.randn)"
-    if torch.allclose(x_t[0], x_t[1]):
-        raise Wrong(
-            "the same noise for all images of a batch", "new noise for each", "noise drawn without the batch's shape"
-        )
-    if abs(excess(x_t)) > 0.3:
-        raise Wrong(
-            f"noise with excess kurtosis {excess(x_t):.2f}", "0, of a Gaussian", uniform if excess(x_t) < -1 else ""
-        )
-    expect(x_t.mean(), 0.0, {uniform: 0.5}, where="mean of the noise", scale=0.03)
-    expect(x_t.std(), 1.0, {uniform: 12**-0.5}, where="standard deviation of the noise", rel=0.03)
+    noise = solution.q_sample(images(0.0, 256), torch.full((256,), T - 1)) / math.sqrt(1 - tables().alphas_bar[-1])
+    shared, slip = torch.allclose(noise[0], noise[1]), "noise drawn without the batch's shape"
+    hold(not shared, "the same noise for all images of a batch", "new noise for each", slip)
+    expect_standard_normal(noise, "the noise")
 
 
 # ---------------------------------------------------------------------------- 2.2 d: a step back
@@ -202,12 +209,8 @@ def forward_draws(solution: Solution) -> None:
 
 def step_factors(solution: Solution, x: float, eps: float) -> Tensor:
     """What p_sample makes of an image and of a prediction of one value, (T,), by its difference to 0 at equal noise."""
-    return torch.stack(
-        [
-            (solution.p_sample(images(x), eps, t) - solution.p_sample(images(0.0), 0.0, t)).double().mean() / (x or eps)
-            for t in range(T)
-        ]
-    )
+    steps = ((solution.p_sample(images(x), eps, t), solution.p_sample(images(0.0), 0.0, t)) for t in range(T))
+    return torch.stack([(step - without).double().mean() / (x or eps) for step, without in steps])
 
 
 @fact("2.2 a, d", "p_sample scales x_t by 1 / sqrt(alpha_t)", "Eq. 8")
@@ -243,9 +246,8 @@ def reverse_prediction(solution: Solution) -> None:
 def reverse_noise(solution: Solution) -> None:
     tab = tables()
     noise = [solution.p_sample(images(0.0, 256), 0.0, t).double() for t in range(1, T)]
-    uniform = "uniform noise (torch.rand), Gaussian is asked for (torch.randn)"
-    if noise[-1].std() > 0 and excess(noise[-1]) < -1:
-        raise Wrong(f"noise with excess kurtosis {excess(noise[-1]):.2f}", "0, of a Gaussian", uniform)
+    if noise[-1].std() > 0:
+        expect_gaussian(noise[-1], "noise")
     found = torch.stack([torch.zeros((), dtype=torch.float64), *(values.std() for values in noise)])
     slips = {
         "sigma^2 is the posterior variance, Eq. 8 asks for beta_t": tab.posterior.sqrt(),
@@ -264,53 +266,44 @@ def reverse_noise(solution: Solution) -> None:
 
 @fact("2.2 d", "p_sample adds no noise at t = 0, and only there", "Eq. 8")
 def reverse_first_noise(solution: Solution) -> None:
-    for t, noisy in ((0, False), (1, True)):
-        differ = not torch.equal(*(solution.p_sample(images(0.5), 0.1, t, seed) for seed in (0, 1)))
-        if differ and not noisy:
-            raise Wrong("noise at t = 0", "none: z = 0 there", "noise is added to the finished image")
-        if noisy and not differ:
-            raise Wrong(
-                "no noise at t = 1",
-                "noise of variance beta_1",
-                "the last step is taken for t = 1, counted as in the paper",
-            )
+    noisy = [not torch.equal(*(solution.p_sample(images(0.5), 0.1, t, seed) for seed in (0, 1))) for t in (0, 1)]
+    hold(not noisy[0], "noise at t = 0", "none: z = 0 there", "noise is added to the finished image")
+    slip = "the last step is taken for t = 1, counted as in the paper"
+    hold(noisy[1], "no noise at t = 1", "noise of variance beta_1", slip)
 
 
 @fact("2.2 d", "p_losses: l2 is the mean squared error, l1 the mean absolute one", "Eq. 9")
 def loss_values(solution: Solution) -> None:
-    noise = images(1.0, 8)
+    noise, t = images(1.0, 8), torch.full((8,), 4)
     noise[4:] = 3
-    size = noise.numel()
-    for kind, right, summed in (("l2", 5.0, 5.0 * size), ("l1", 2.0, 2.0 * size)):
-        found = solution.loss(Stub(), images(0.3, 8), torch.full((8,), 4), kind, noise=noise)
-        x_t = solution.q_sample(images(0.3, 8), torch.full((8,), 4), noise)
-        of_input = x_t.square().mean() if kind == "l2" else x_t.abs().mean()
+    x_t, size = solution.q_sample(images(0.3, 8), t, noise), noise.numel()
+    for kind, right, of_input in (("l2", 5.0, x_t.square().mean()), ("l1", 2.0, x_t.abs().mean())):
         slips = {
-            "summed over the pixels, not averaged": summed,
+            "summed over the pixels, not averaged": right * size,
             "the root of the mean squared error": right**0.5,
-            "the root of the sum": summed**0.5,
-            "summed over each image": summed / 8,
+            "the root of the sum": (right * size) ** 0.5,
+            "summed over each image": right * size / 8,
             "the loss is to x_t, not to the noise": of_input,
             "the loss is to x_t and summed": of_input * size,
             "the loss is to x_t, the root of its sum": (of_input * size) ** 0.5,
             "the other of the two losses": 7.0 - right,
         }
+        found = solution.loss(Stub(), images(0.3, 8), t, kind, noise=noise)
         expect(found, right, slips, where=f"{kind} loss of a predictor of zeros", rel=1e-3)
 
 
 @fact("2.2 d", "p_losses compares the prediction with the noise", "Eq. 9")
 def loss_target(solution: Solution) -> None:
-    x_zero, t = images(0.3, 8), torch.full((8,), 4)
-    noise = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    targets = {
-        "": lambda x, t: noise,
-        "the target is x_t": lambda x, t: x,
-        "the target is x_0": lambda x, t: x_zero,
-    }
-    losses = {name: solution.loss(Stub(predict), x_zero, t, noise=noise) for name, predict in targets.items()}
-    if losses[""] > 1e-6:
-        looks_like = next((name for name, loss in losses.items() if loss < 1e-6), "")
-        raise Wrong(f"loss {losses['']:.4g} where the noise is predicted exactly", "0", looks_like)
+    x_zero, noise = images(0.3, 8), random_image().repeat(8, 1, 1, 1)
+    predicted = {"": noise, "the target is x_0": x_zero, "the target is x_t": None}
+
+    def loss(value) -> float:
+        stub = Stub(lambda x, t: x if value is None else value)
+        return solution.loss(stub, x_zero, torch.full((8,), 4), noise=noise)
+
+    losses = {name: loss(value) for name, value in predicted.items()}
+    looks_like = next((name for name in predicted if losses[name] < 1e-6), "")
+    hold(losses[""] <= 1e-6, f"loss {losses['']:.4g} where the noise is predicted exactly", "0", looks_like)
 
 
 @fact("2.2 d", "p_losses draws Gaussian noise, the same for x_t and for the target", "Eq. 9")
@@ -318,11 +311,10 @@ def loss_draws(solution: Solution) -> None:
     t, factor = torch.full((256,), 4), math.sqrt(1 - tables().alphas_bar[4])
     torch.manual_seed(0)
     loss = solution.loss(Stub(lambda x, t: x / factor), images(0.0, 256), t)
-    if loss > 1e-3:
-        looks_like = "noise is drawn twice" if abs(loss - 2) < 0.2 else ""
-        raise Wrong(f"loss {loss:.4g} of a predictor that reads the noise off x_t", "0", looks_like)
-    slips = {"uniform noise (torch.rand), Gaussian is asked for (torch.randn)": 1 / 3}
-    expect(solution.loss(Stub(), images(0.0, 256), t), 1.0, slips, where="loss of a predictor of zeros", rel=0.05)
+    looks_like = "noise is drawn twice" if abs(loss - 2) < 0.2 else ""
+    hold(loss <= 1e-3, f"loss {loss:.4g} of a predictor that reads the noise off x_t", "0", looks_like)
+    found = solution.loss(Stub(), images(0.0, 256), t)
+    expect(found, 1.0, {UNIFORM: 1 / 3}, where="loss of a predictor of zeros", rel=0.05)
 
 
 # ---------------------------------------------------------------------------- 2.2 b: the whole way back
@@ -333,9 +325,7 @@ def sample_times(solution: Solution) -> None:
     model = Stub()
     solution.sample(model)
     times = [int(torch.as_tensor(call.t).flatten()[0]) for call in model.calls]
-    times = [
-        t for i, t in enumerate(times) if i == 0 or t != times[i - 1]
-    ]  # two calls at one time: see `guidance_calls`
+    times = [t for i, t in enumerate(times) if i == 0 or t != times[i - 1]]  # two calls at one time: `guidance_calls`
     expected = list(range(T))[::-1]
     slips = {
         "t = 0 is never visited": expected[:-1],
@@ -343,32 +333,24 @@ def sample_times(solution: Solution) -> None:
         "from 0 to T-1: the wrong way round": expected[::-1],
         "counted from T to 1": [t + 1 for t in expected],
     }
-    if times != expected:
-        looks_like = next((text for text, other in slips.items() if times == other), "")
-        raise Wrong(
-            f"times {', '.join(map(str, times[:3]))} ... {times[-1] if times else ''}", "9, 8, 7 ... 0", looks_like
-        )
+    looks_like = next((text for text, other in slips.items() if times == other), "")
+    found = f"times {', '.join(map(str, times[:3]))} ... {times[-1] if times else ''}"
+    hold(times == expected, found, "9, 8, 7 ... 0", looks_like)
 
 
 @fact("2.2 b", "sample starts from standard normal noise", "Algorithm 2")
 def sample_start(solution: Solution) -> None:
     model = Stub()
     solution.sample(model, count=128)
-    x = model.calls[0].x
-    uniform = "uniform noise (torch.rand), Gaussian is asked for (torch.randn)"
-    if excess(x) < -1:
-        raise Wrong(f"noise with excess kurtosis {excess(x):.2f}", "0, of a Gaussian", uniform)
-    expect(x.mean(), 0.0, {uniform: 0.5}, where="mean of x_T", scale=0.03)
-    expect(x.std(), 1.0, {}, where="standard deviation of x_T", rel=0.03)
+    expect_standard_normal(model.calls[0].x, "x_T")
 
 
 @fact("2.2 b", "sample returns the images, without a gradient", "Algorithm 2")
 def sample_result(solution: Solution) -> None:
     result = solution.sample(Stub(), count=4)
-    if tuple(result.shape) != (4, 3, 8, 8):
-        raise Wrong(f"shape {tuple(result.shape)}", "(4, 3, 8, 8)")
-    if result.requires_grad:
-        raise Wrong("images with a gradient", "none", "@torch.no_grad() is missing: all steps stay in memory")
+    hold(tuple(result.shape) == (4, 3, 8, 8), f"shape {tuple(result.shape)}", "(4, 3, 8, 8)")
+    slip = "@torch.no_grad() is missing: all steps stay in memory"
+    hold(not result.requires_grad, "images with a gradient", "none", slip)
 
 
 @fact("2.2 b", "samples of a Gaussian have its spread, with the best possible predictor", "Eqs. 4, 8")
@@ -378,11 +360,11 @@ def sample_spread(solution: Solution) -> None:
     variance = tab.alphas_bar * spread**2 + 1 - tab.alphas_bar  # of x_t
     shrink = ((1 - tab.alphas_bar).sqrt() / variance).float()
     model = Stub(lambda x, t: shrink[torch.as_tensor(t).flatten()[0]] * x)
-    found = solution.sample(model, betas, count=64)
     expected = torch.ones(())
     for t in reversed(range(len(betas))):
         expected = (1 - tab.betas[t] / variance[t]) ** 2 / tab.alphas[t] * expected + (tab.betas[t] if t else 0)
-    expect(found.double().std(), expected.sqrt(), where="standard deviation of samples", rel=0.04)
+    found = solution.sample(model, betas, count=64).double().std()
+    expect(found, expected.sqrt(), where="standard deviation of samples", rel=0.04)
 
 
 # ---------------------------------------------------------------------------- 2.2 e, f
@@ -391,7 +373,8 @@ def sample_spread(solution: Solution) -> None:
 @fact("2.2 e", "the test loop judges in eval mode, without gradients")
 def test_loop(solution: Solution) -> None:
     function = solution.get("main", "test")
-    body = re.sub(r'""".*?"""|#[^\n]*', "", inspect.getsource(function), flags=re.DOTALL)
+    source = inspect.getsource(function)
+    body = re.sub(r'""".*?"""|#[^\n]*', "", source, flags=re.DOTALL)
     if re.fullmatch(r"\s*def test\(.*?\).*?:\s*(pass|\.\.\.)?\s*", body, re.DOTALL):
         raise Missing("test is an empty stub")
     model = Stub().train()
@@ -402,34 +385,28 @@ def test_loop(solution: Solution) -> None:
     except Exception:  # what comes after the losses may need flags that only the solution knows
         if not model.calls:
             raise
-    if not model.calls:
-        raise Wrong("a test loop that never calls the model", "losses of the test set")
-    before = ".eval()" in inspect.getsource(solution.module("main")).replace(inspect.getsource(function), "")
-    if any(call.training for call in model.calls) and not before:  # the caller may have done it
-        raise Wrong(
-            "the model in training mode", "eval mode", "model.eval() is missing: labels are dropped in the test"
-        )
-    if any(call.grad for call in model.calls):
-        raise Wrong("gradients", "none", "torch.no_grad() is missing")
+    hold(model.calls, "a test loop that never calls the model", "losses of the test set")
+    before = ".eval()" in inspect.getsource(solution.module("main")).replace(source, "")  # the caller may have done it
+    in_training = any(call.training for call in model.calls) and not before
+    slip = "model.eval() is missing: labels are dropped in the test"
+    hold(not in_training, "the model in training mode", "eval mode", slip)
+    hold(not any(call.grad for call in model.calls), "gradients", "none", "torch.no_grad() is missing")
 
 
 @fact("2.2 f", "saved images have the range of images: a value of 0.5 is a grey of 191")
 def saved_range(solution: Solution) -> None:
-    function, shape = solution.get("main", "sample_and_save_images"), (2, 3, 8, 8)
+    function = solution.get("main", "sample_and_save_images")
     diffusor = solution.diffusion(torch.linspace(1e-4, 0.2, 100))  # some pick out steps of T = 100
     optional = {"classes": torch.zeros(2, dtype=torch.long), "guidance_scale": 0.0}
     kind = solution.call(diffusor.sample, optional, model=Stub(), image_size=8, batch_size=2, channels=3)
-
-    scaled = torch.as_tensor(np.asarray(kind[-1] if isinstance(kind, (list, tuple)) else kind)).min() >= 0
-    grey = 0.75 if scaled else 0.5  # some scale to [0, 1] in `sample`
+    is_list = isinstance(kind, (list, tuple))
+    scaled = torch.as_tensor(np.asarray(kind[-1] if is_list else kind)).min() >= 0  # some scale to [0, 1] in `sample`
 
     def half(*args, **kwargs):
         """Grey images with a black and a white row, as the solution's own `sample` returns images."""
-        made = torch.full(shape if isinstance(kind, (list, tuple)) else tuple(kind.shape), grey)
+        made = torch.full((2, 3, 8, 8) if is_list else tuple(kind.shape), 0.75 if scaled else 0.5)
         made[..., 0, :], made[..., 1, :] = 0.0 if scaled else -1.0, 1.0
-        if isinstance(kind, (list, tuple)):
-            return [made for _ in kind]
-        return made if torch.is_tensor(kind) else made.numpy()
+        return [made for _ in kind] if is_list else made if torch.is_tensor(kind) else made.numpy()
 
     diffusor.sample = half
     with tempfile.TemporaryDirectory() as folder:
@@ -455,10 +432,11 @@ def reverse_transform(image: Tensor) -> Image.Image:
 
 
 def check_length(betas: Tensor, timesteps: int) -> None:
-    if len(betas) != timesteps:
-        raise Wrong(f"{len(betas)} betas", f"{timesteps}, one per timestep", "0 .. T has T + 1 entries")
-    if not ((betas > 0) & (betas < 1)).all():
-        raise Wrong(f"betas from {betas.min():.4g} to {betas.max():.4g}", "all strictly between 0 and 1")
+    """Raises `Wrong` where there are not T betas, each strictly between 0 and 1."""
+    slip = "0 .. T has T + 1 entries"
+    hold(len(betas) == timesteps, f"{len(betas)} betas", f"{timesteps}, one per timestep", slip)
+    inside = ((betas > 0) & (betas < 1)).all()
+    hold(inside, f"betas from {betas.min():.4g} to {betas.max():.4g}", "all strictly between 0 and 1")
 
 
 @fact("2.3", "the linear schedule runs from beta_start to beta_end")
@@ -477,9 +455,8 @@ def cosine_schedule(solution: Solution) -> None:
         alphas_bar = torch.cos((x + s) / (1 + s) * math.pi / 2) ** power
         return (1 - alphas_bar[1:] / alphas_bar[:-1]).clamp(least, most)
 
-    looks_like = "clip missing at 0.999" if len(betas) == 1000 and betas[-1] > 0.99999 else ""
-    if looks_like:
-        raise Wrong(f"beta {betas[-1]:.6f} at t = 999", "0.999", looks_like)
+    cut = len(betas) != 1000 or betas[-1] <= 0.99999
+    hold(cut, f"beta {betas[-1]:.6f} at t = 999", "0.999", "clip missing at 0.999")
     check_length(betas, 1000)
     slips = {
         "cut off at 0.9999, not at 0.999": cosine(most=0.9999),
@@ -497,39 +474,26 @@ def sigmoid_schedule(solution: Solution) -> None:
     for start, end, timesteps in ((1e-4, 0.02, 1000), (1e-3, 0.3, 60)):
         betas = solution.schedule("sigmoid", beta_start=start, beta_end=end, timesteps=timesteps)
         check_length(betas, timesteps)
-        if start == 1e-3 and betas[-1] < 0.1:
-            raise Wrong(
-                f"beta {betas[-1]:.4g} at the end", "nearly beta_end, 0.3", "beta_start and beta_end are overwritten"
-            )
-        if betas[0] < start or betas[-1] > end:
-            raise Wrong(
-                f"betas from {betas[0]:.4g} to {betas[-1]:.4g}",
-                f"within {start:g} and {end:g}",
-                "the sigmoid schedule's range: not scaled to beta_start .. beta_end",
-            )
-        shares = (betas - start) / (end - start)
+        fixed = start == 1e-3 and betas[-1] < 0.1
+        slip = "beta_start and beta_end are overwritten"
+        hold(not fixed, f"beta {betas[-1]:.4g} at the end", "nearly beta_end, 0.3", slip)
+        inside = betas[0] >= start and betas[-1] <= end
+        slip, found = "the sigmoid schedule's range: not scaled to beta_start .. beta_end", f"{betas[0]:.4g} to"
+        hold(inside, f"betas from {found} {betas[-1]:.4g}", f"within {start:g} and {end:g}", slip)
+        # The sheet leaves open how t runs from 0 to T, and solutions choose s_limit: any sigmoid over -s .. s is right.
+        shares, quarter = (betas - start) / (end - start), timesteps // 4
         x = torch.logit(shares.clamp(1e-9, 1 - 1e-9))
-        s_limit = -x[0].item()
-        grids = [
-            torch.linspace(0, 1, timesteps, dtype=torch.float64),
-            torch.arange(timesteps, dtype=torch.float64) / timesteps,
-            torch.arange(1, timesteps + 1, dtype=torch.float64) / timesteps,
-        ]
-        tolerance = 2e-4
-        for grid in grids:
-            limit = -x[timesteps // 4].item() / (1 - 2 * grid[timesteps // 4].item())
-            if limit > 0 and ((torch.sigmoid(limit * (2 * grid - 1)) - shares).abs() < tolerance).all():
-                if not 3 <= limit <= 20:
-                    raise Wrong(
-                        f"s_limit {limit:.3g}", "3 to 20", "the sigmoid schedule's range: no S remains of the sigmoid"
-                    )
+        steps = torch.arange(timesteps, dtype=torch.float64)
+        for grid in (steps / (timesteps - 1), steps / timesteps, (steps + 1) / timesteps):
+            limit = (-x[quarter] / (1 - 2 * grid[quarter])).item()
+            if limit > 0 and ((torch.sigmoid(limit * (2 * grid - 1)) - shares).abs() < 2e-4).all():
+                slip = "the sigmoid schedule's range: no S remains of the sigmoid"
+                hold(3 <= limit <= 20, f"s_limit {limit:.3g}", "3 to 20", slip)
                 break
         else:
-            raise Wrong(
-                f"beta {betas[timesteps // 2]:.4g} in the middle, {betas[0]:.4g} at first",
-                f"{(start + end) / 2:.4g} and nearly {start:g}",
-                "the sigmoid schedule's range: 0 .. 1 in place of -s .. s" if abs(s_limit) < 0.01 else "",
-            )
+            slip = "the sigmoid schedule's range: 0 .. 1 in place of -s .. s" if abs(x[0]) < 0.01 else ""
+            found = f"beta {betas[timesteps // 2]:.4g} in the middle, {betas[0]:.4g} at first"
+            raise Wrong(found, f"{(start + end) / 2:.4g} and nearly {start:g}", slip)
 
 
 @fact("2.3", "x_T keeps less than 1% of the image with the settings of the program", advice=True)
@@ -538,40 +502,29 @@ def end_of_the_process(solution: Solution) -> None:
     if found is None:
         return  # they can't be read off the source; the schedules are judged above
     timesteps, name, ends = found
-    given = {} if name == "cosine" else {"beta_start": ends[0], "beta_end": ends[1]}
-    left = torch.cumprod(1 - solution.schedule(name, timesteps=timesteps, **given), 0)[-1].item()
-    if left > 0.01:
-        keeps = f"x_T keeps {left:.0%} of the image at T = {timesteps}: samples start from noise the model never saw"
-        raise Wrong(f"alpha-bar {left:.3f} at T = {timesteps} of the {name} schedule", "below 0.01", keeps)
+    left = torch.cumprod(1 - solution.schedule(name, timesteps=timesteps, **ends), 0)[-1].item()
+    keeps = f"x_T keeps {left:.0%} of the image at T = {timesteps}: samples start from noise the model never saw"
+    hold(left <= 0.01, f"alpha-bar {left:.3f} at T = {timesteps} of the {name} schedule", "below 0.01", keeps)
 
 
-def settings_of_main(folder: Path) -> tuple[int, str, list[float]] | None:
+def settings_of_main(folder: Path) -> tuple[int, str, dict] | None:
     """(default of --timesteps, name of the schedule, beta_start and beta_end) of a main file; None if not plain there.
 
     The schedule is the one in the function that the call of `Diffusion` names, as the skeleton has it.
     """
     path = next((folder / f"{prefix}main.py" for prefix in PREFIXES if (folder / f"{prefix}main.py").is_file()), None)
-    tree = ast.walk(ast.parse(path.read_bytes())) if path else ()
-    steps, used, schedules = None, None, {}
-    for node in tree:
-        if isinstance(node, ast.Call) and any(
-            isinstance(a, ast.Constant) and a.value == "--timesteps" for a in node.args
-        ):
-            steps = next((k.value for k in node.keywords if k.arg == "default"), None)
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Diffusion" and len(node.args) > 1:
-            used = getattr(node.args[1], "id", None)
-        name = getattr(node, "name", None) or getattr(next(iter(getattr(node, "targets", ())), None), "id", None)
-        if isinstance(node, (ast.Assign, ast.FunctionDef)):
-            calls = [call for call in ast.walk(node) if isinstance(call, ast.Call)]
-            calls = [call for call in calls if str(getattr(call.func, "id", "")).endswith("_beta_schedule")]
-            if len(calls) == 1:
-                schedules[name] = calls[0]
-    call = schedules.get(used)
-    if call is None or not isinstance(steps, ast.Constant) or not isinstance(steps.value, int):
+    source = re.sub(r"#[^\n]*", "", path.read_text(encoding="utf-8", errors="replace")) if path else ""
+    steps = re.search(r"""["']--timesteps["'][^)]*default=(\d+)""", source)
+    used = re.search(r"\bDiffusion\([^,()]+,\s*(\w+)", source)
+    if steps is None or used is None:
         return None
-    kind = call.func.id.replace("_beta_schedule", "")
-    ends = [a.value for a in call.args[:2] if isinstance(a, ast.Constant) and isinstance(a.value, float)]
-    return (steps.value, kind, ends) if kind == "cosine" or len(ends) == 2 else None
+    maker = re.search(rf"\b{used[1]}\s*(=|\().*?\b(\w+)_beta_schedule\(\s*([^()]*)\)", source, re.DOTALL)
+    if maker is None:
+        return None
+    ends = re.findall(r"(?:^|,)\s*(?:beta_\w+\s*=\s*)?(\d*\.\d+|\d+e-\d+)\s*(?=,|$)", maker[3])
+    if maker[2] != "cosine" and len(ends) != 2:
+        return None
+    return int(steps[1]), maker[2], dict(zip(("beta_start", "beta_end"), map(float, ends)))
 
 
 # ---------------------------------------------------------------------------- 2.4
@@ -585,33 +538,27 @@ def conditional(solution: Solution, p_uncond: float) -> tuple[nn.Module, Tensor,
     """(model, the same image 64 times, its times)."""
     if not solution.takes(solution.get("model", "Unet").forward, "classes"):
         raise Missing("Unet.forward takes no classes")
-    x = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)).expand(64, -1, -1, -1).contiguous()
-    return solution.unet(p_uncond), x, torch.full((64,), 3)
+    return solution.unet(p_uncond), random_image().repeat(64, 1, 1, 1), torch.full((64,), 3)
 
 
-def rows_equal(a: Tensor, b: Tensor) -> Tensor:
-    """Which images of two batches are the same, (B,)."""
-    return (a - b).flatten(1).abs().amax(1) < 1e-5 * a.abs().max()
+def share_equal(a: Tensor, b: Tensor) -> float:
+    """The share of images that are the same in two batches."""
+    return ((a - b).flatten(1).abs().amax(1) < 1e-5 * a.abs().max()).double().mean().item()
 
 
 @fact("2.4 a", "the class changes what the U-Net predicts")
 def class_matters(solution: Solution) -> None:
     model, x, t = conditional(solution, 0.0)
-    a, b = (solution.forward(model.eval(), x, t, labels(value)) for value in (0, 1))
-    if rows_equal(a, b).all():
-        raise Wrong("the same output for two classes", "different ones", "the class embedding reaches no block")
+    equal = share_equal(*(solution.forward(model.eval(), x, t, labels(value)) for value in (0, 1)))
+    hold(equal < 1, "the same output for two classes", "different ones", "the class embedding reaches no block")
 
 
 @fact("2.4 a", "labels are dropped in training mode only")
 def class_in_eval(solution: Solution) -> None:
     model, x, t = conditional(solution, 0.5)
-    a, b = (solution.forward(model.eval(), x, t, labels(value)) for value in (0, 1))
-    if rows_equal(a, b).any():
-        raise Wrong(
-            f"{rows_equal(a, b).double().mean():.0%} of the labels without effect in eval mode",
-            "0%",
-            "labels are dropped in eval mode",
-        )
+    equal = share_equal(*(solution.forward(model.eval(), x, t, labels(value)) for value in (0, 1)))
+    found = f"{equal:.0%} of the labels without effect in eval mode"
+    hold(equal == 0, found, "0%", "labels are dropped in eval mode")
 
 
 @fact("2.4 a", "in training each label is dropped by itself, with probability p_uncond")
@@ -623,29 +570,23 @@ def class_dropped(solution: Solution) -> None:
         for value in (0, 1):
             seed_all(seed)
             outputs.append(solution.forward(model.train(), x, t, labels(value)))
-        shares.append(rows_equal(*outputs).double().mean().item())
-    mean = sum(shares) / len(shares)
-    if set(shares) == {0.0, 1.0}:
-        raise Wrong("all labels of a batch dropped, or none", "each by itself", "dropped for the batch as a whole")
+        shares.append(share_equal(*outputs))
+    slip = "dropped for the batch as a whole"
+    hold(set(shares) != {0.0, 1.0}, "all labels of a batch dropped, or none", "each by itself", slip)
     slips = {"labels are never dropped": 0.0, "labels are always dropped": 1.0}
-    expect(mean, 0.5, slips, where="share of dropped labels for p_uncond = 0.5:", scale=0.1, rel=0)
-    other = torch.tensor(shares).std().item()
-    if other == 0:
-        raise Wrong("the same share in every batch", "a random one", "a fixed number of labels is dropped")
+    where = "share of dropped labels for p_uncond = 0.5:"
+    expect(sum(shares) / len(shares), 0.5, slips, where=where, scale=0.1, rel=0)
+    slip = "a fixed number of labels is dropped"
+    hold(len(set(shares)) > 1, "the same share in every batch", "a random one", slip)
 
 
 @fact("2.4 a", "the labels that were given stay as they are")
 def class_kept(solution: Solution) -> None:
     model, x, t = conditional(solution, 0.5)
-    given = labels(2)
+    given, slip = labels(2), "dropped in place: the caller's labels are lost"
     for mode in (True, False):
         solution.forward(model.train(mode), x, t, given)
-        if not torch.equal(given, labels(2)):
-            raise Wrong(
-                "labels that were changed by the call",
-                "the ones given",
-                "dropped in place: the caller's labels are lost",
-            )
+        hold(torch.equal(given, labels(2)), "labels that were changed by the call", "the ones given", slip)
 
 
 @fact("2.4 b", "p_losses hands the labels to the U-Net")
@@ -655,12 +596,8 @@ def loss_classes(solution: Solution) -> None:
     model, given = Stub(without=0.2), torch.arange(4)
     solution.loss(model, images(0.0), torch.full((4,), 3), classes=given)
     seen = model.calls[0].labels
-    if seen is None or not torch.equal(seen.reshape(-1), given):
-        raise Wrong(
-            f"labels {None if seen is None else seen.tolist()} in the U-Net",
-            f"{given.tolist()}",
-            "labels are lost on the way",
-        )
+    seen = None if seen is None else seen.reshape(-1).tolist()
+    hold(seen == given.tolist(), f"labels {seen} in the U-Net", f"{given.tolist()}", "labels are lost on the way")
 
 
 def guided(solution: Solution, w: float) -> tuple[float, int]:
@@ -703,13 +640,8 @@ def guidance_equation(solution: Solution) -> None:
 
 @fact("2.4 b", "both predictions of a step come from one call of the U-Net", advice=True)
 def guidance_calls(solution: Solution) -> None:
-    calls = guided(solution, 3.0)[1]
-    if calls != 1:
-        raise Wrong(
-            f"{calls} calls",
-            "1, of a batch twice as large",
-            "the model is called twice where one batch of double size does",
-        )
+    calls, slip = guided(solution, 3.0)[1], "the model is called twice where one batch of double size does"
+    hold(calls == 1, f"{calls} calls", "1, of a batch twice as large", slip)
 
 
 # ---------------------------------------------------------------------------- the verdicts
