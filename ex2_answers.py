@@ -5,9 +5,7 @@ All sentences are computed from the figures; what is missing is named with the c
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import shlex
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,19 +13,37 @@ from pathlib import Path
 import imageio.v3 as imageio
 import numpy as np
 
-from ex2_checkpoint import RunLog
-from ex2_cli import PRESETS
+from ex2_checkpoint import RunLog, read_commands
 from ex2_compare import NOT_COMPARABLE, half_width, mean_and_interval, over_seeds
-from ex2_config import Config, config_of
+from ex2_config import config_of
 from ex2_normal import loss_at, verdict
 
 CLEAR = 1.05  # ratio of two figures of single runs from which on one is called smaller: less is chance
-PROCESS_FILMS = {
+CAPTIONS = {
+    "time_embedding.png": "Each row is a sine or cosine of the time, from fast (top) to slow: no two times look alike.",
+    "training.png": "Left: the loss falls steeply at first, then slowly. Middle: the learning rate rises, then falls "
+    "to zero. Right: the size of the gradient.",
     "forward.gif": "forward process (turned round here): images of the test set and their noise",
     "reverse.gif": "reverse process: what the model makes of noise",
+    "forward_strip.png": "Forward process: noise is added from left to right, until nothing of the image is left.",
+    "reverse_strip.png": "Reverse process: the model removes a little noise at a time; large forms come first.",
+    "x_zero_strip.png": "The model's estimate of x_0 at each t: a mean of many images at first, then one of them.",
+    "nearest.png": "Top: samples. Below each: the training image that is nearest to it, by pixels and by features.",
+    "loss_over_t.png": "Loss over the time: little noise (left) is hard to tell from the image's own detail, much is "
+    "easy. Dashed: the floor, the loss of a predictor that knows all training images by heart. On average over them no "
+    "model is below it; one that comes near it there, but not on test images, has learnt them by heart as well. "
+    "Dotted: a run of ours, to compare with.",
+    "bits_per_dim.png": "Bits per dimension: most of the bound is spent on the last details, at small t.",
+    "schedules.png": "Left: the noise a step adds. Middle: what is left of the image, longest with cosine; right: its "
+    "log-SNR.",
+    "samples.png": "Samples.",
+    "class_grid.png": "Samples of every class, a row for each.",
+    "guidance.gif": "one sample per class, from the same noise at every w",
+    "guidance_grid.png": "The same noise at growing w: at w = -1 the class has no say, from w = 1 on it decides.",
+    "guidance_curve.png": "More guidance: more samples show their class (left), but they differ less (recall, middle).",
+    "study/samples.png": "Samples of every setting, a row for each; a column starts from the same noise.",
+    "study/curves.png": "Losses over the steps, and over the noise level, to be compared there; a line per run.",
 }
-GUIDANCE_FILMS = {"guidance.gif": "one sample per class, from the same noise at every w"}
-NOT_IN_COMMANDS = ("cuda", "resume", "allow_changes", "num_threads", "dry_run", "log_interval")
 
 
 @dataclass(frozen=True)
@@ -56,6 +72,11 @@ class Run:
         """Whether pictures of the data set belong to the page: photographs may have terms that forbid it."""
         return self.config["dataset"] == "shapes"
 
+    def command(self, tested: bool = False) -> str:
+        """The last one that trained it, or tested it; "" where it is not known."""
+        known = read_commands(self.folder)
+        return next((line for line in reversed(known) if line.startswith("python ex2_main.py test ") == tested), "")
+
 
 @dataclass(frozen=True)
 class Study:
@@ -79,14 +100,18 @@ class Part:
     commands: list[str] = field(default_factory=list)
     missing: list[tuple[str, str]] = field(default_factory=list)  # (what, command that makes it)
 
-    def add_picture(self, path: Path, shows: str, command: str, needed: bool = True) -> None:
-        """Puts the picture in or, where it is needed, says what makes it."""
-        kind = self.animations if path.suffix == ".gif" else self.pictures
+    @property
+    def is_empty(self) -> bool:
+        return not (self.sentences or self.pictures or self.animations or self.missing)
+
+    def show(self, path: Path, command: str = "", needed: bool = True, caption: str = "") -> None:
+        """Puts a picture in or, where it is needed and not there, says what makes it."""
+        caption = caption or CAPTIONS[path.name]
         if is_picture(path):
-            kind.append((path, shows))
+            (self.animations if path.suffix == ".gif" else self.pictures).append((path, caption))
             self.commands += [command] if command and command not in self.commands else []
         elif needed:
-            self.missing.append((f"{path.name}: {shows.rstrip('. ')}", command))
+            self.missing.append((f"{path.name}: {caption.rstrip('. ')}", command))
 
 
 def is_picture(path: Path) -> bool:
@@ -111,86 +136,27 @@ def figure(value) -> str:
     return f"{number:.0f}" if number == round(number) or abs(number) >= 1000 else f"{number:.4g}"
 
 
-def test_command(run: Run) -> str:
-    """The command that tests a run."""
-    samples = run.report.get("samples", {})
-    scales = [f"{row['guidance_scale']:g}" for row in samples.get("by_scale", ())]
-    flags = f" --eval_samples {samples['count']}" if samples else ""
-    flags += f" --eval_scales {' '.join(scales)}" if len(scales) > 1 else ""
-    own = run.config["sample_steps"] or run.config["timesteps"]
-    flags += f" --sample_steps {samples['steps']}" if samples.get("steps", own) != own else ""
-    return f"python ex2_main.py test --checkpoint {shlex.quote(run.folder.as_posix())}{flags}"
-
-
-def train_command(run: Run) -> str:
-    """The command that trains and draws a run: its settings where they are not the default."""
-    settings = settings_of(run.config)
-    for preset, config in PRESETS.items():
-        if settings == settings_of(vars(config)):
-            return f"python ex2_main.py --preset {preset}"
-    # Defaults can depend on the data set, which is itself named where it is not the default one.
-    default, flags = {**vars(Config(dataset=run.config["dataset"])), "dataset": Config().dataset}, []
-    for name, value in settings.items():
-        if value is None or value == default[name]:
-            continue
-        if isinstance(value, bool):
-            flags.append(f"--{name}" if value else f"--no_{name}")
-        else:
-            texts = map(str, value) if isinstance(value, tuple) else [str(value)]
-            flags.append(f"--{name} {' '.join(map(shlex.quote, texts))}")
-    return f"python ex2_main.py {' '.join(flags)}"
-
-
-def settings_of(config: dict) -> dict:
-    """The settings that belong into a command, as `Config` has them: JSON has lists for tuples."""
-    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
-    return {name: value for name, value in settings.items() if name not in NOT_IN_COMMANDS}
-
-
-def compare_command(study: Study) -> str:
-    """The command of a study."""
-    values = {name: dict.fromkeys(row[name] for row in study.rows) for name in study.varied}
-    first = study.runs[0]
-    own = {**first.config, "data_seed": None, "results_dir": Config.results_dir}
-    base = f"python ex2_main.py compare {train_command(dataclasses.replace(first, config=own)).split(' ', 2)[2]}"
-    for preset, config in PRESETS.items():
-        same = {**own, **{name: getattr(config, name) for name in (*study.varied, "run_name", "seed")}}
-        if settings_of(same) == settings_of(vars(config)):
-            base = f"python ex2_main.py compare --preset {preset}"
-    vary = "".join(f" --vary {name}={','.join(values[name])}" for name in study.varied)
-    seeds = len({row.get("seed") for row in study.rows})
-    counts = {run.report["samples"]["count"] for run in study.runs if "samples" in run.report}
-    scales = list(dict.fromkeys(f"{float(row['w']):g}" for row in study.rows if row.get("w")))
-    flags = f" --seeds {seeds}" if seeds > 1 else ""
-    flags += f" --eval_samples {max(counts, default=0)}"
-    flags += f" --eval_scales {' '.join(scales)}" if len(scales) > 1 else ""
-    return f"{base}{vary}{flags}"
-
-
 # ---------------------------------------------------------------------------- 2.1, 2.2: a run
 
 
 def network_part(run: Run) -> Part:
     """2.1: what was trained, on what, for how long."""
-    config, part, train = run.config, Part(run.name), train_command(run)
-    size, rows = config["image_size"], run.log
+    config, rows, part = run.config, run.log, Part(run.name)
     part.sentences.append(
         f"{'Class-conditional' if config['class_free_guidance'] else 'Unconditional'} attention U-Net "
         f"(dim {config['dim']}, multipliers {', '.join(map(str, config['dim_mults']))}) on {config['dataset']} at "
-        f"{size}x{size}; {config['timesteps']} timesteps of the {config['schedule']} schedule; AdamW at a peak "
-        f"learning rate of {config['lr']:g}, {config['loss_type']} loss, {config['batch_size']} images per step."
+        f"{config['image_size']}x{config['image_size']}; {config['timesteps']} timesteps of the {config['schedule']} "
+        f"schedule; AdamW at a peak learning rate of {config['lr']:g}, {config['loss_type']} loss, "
+        f"{config['batch_size']} images per step."
     )
     if rows:
-        last = rows[-1]
-        part.sentences.append(
-            f"Training: {int(last['step']):,} steps, {int(last['step']) * config['batch_size']:,} images, in "
-            f"{float(last['seconds']) / 60:.1f} minutes."
-        )
+        steps, minutes = int(rows[-1]["step"]), float(rows[-1]["seconds"]) / 60
+        images = steps * config["batch_size"]
+        part.sentences.append(f"Training: {steps:,} steps, {images:,} images, in {minutes:.1f} minutes.")
     note = run.folder / "note.txt"  # the user's own words on the run
     if note.is_file():
         part.sentences.append(" ".join(note.read_text(encoding="utf-8", errors="replace").split()))
-    shows = "Left: the loss falls steeply at first, then slowly. Middle: the learning rate rises, then falls to zero. "
-    part.add_picture(run.folder / "training.png", shows + "Right: the size of the gradient.", train)
+    part.show(run.folder / "training.png", run.command())
     return part
 
 
@@ -205,25 +171,21 @@ def network_answer(run: Run) -> str:
 
 def process_part(run: Run) -> Part:
     """2.2 a-d, f: forward and reverse process as pictures."""
-    part, train, data = Part(run.name), train_command(run), run.may_show_data
-    shows = "Forward process: noise is added from left to right, until nothing of the image is left."
-    part.add_picture(run.folder / "forward_strip.png", shows, train, data)
-    shows = "Reverse process: from noise (left) the model removes a little noise at a time; large forms come first."
-    part.add_picture(run.folder / "reverse_strip.png", shows, train)
-    shows = "The model's estimate of x_0 at each t: a mean of many images at first, then one of them."
-    part.add_picture(run.folder / "x_zero_strip.png", shows, train)
-    if not run.config["class_free_guidance"]:
-        part.add_picture(run.folder / "samples.png", "Samples.", train)
+    part = Part(run.name)
+    part.show(run.folder / "forward_strip.png", run.command(), run.may_show_data)
+    for name in ("reverse_strip", "x_zero_strip", *(() if run.config["class_free_guidance"] else ("samples",))):
+        part.show(run.folder / f"{name}.png", run.command())
     return part
 
 
-def side_by_side(title: str, runs: list[Run], films: dict[str, str]) -> Part:
-    """2.2 f, 2.4 c: animations of all runs, file -> what it shows, which share a slider."""
+def side_by_side(title: str, runs: list[Run], films: tuple[str, ...]) -> Part:
+    """2.2 f, 2.4 c: animations of all runs, which share a slider."""
     part = Part(title)
     for run in runs:
         needed = {"forward.gif": run.may_show_data, "guidance.gif": run.can_guide}
-        for name, shows in films.items():
-            part.add_picture(run.folder / name, f"{run.name}, {shows}", train_command(run), needed.get(name, True))
+        for name in films:
+            caption = f"{run.name}, {CAPTIONS[name]}"
+            part.show(run.folder / name, run.command(), needed.get(name, True), caption)
     part.commands = []  # each run's part has them
     return part
 
@@ -241,36 +203,28 @@ def process_answer(run: Run) -> str:
 
 def quality_part(run: Run) -> Part:
     """2.2 e: losses, bits per dimension, figures of samples."""
-    part, report, test_again = Part(run.name), run.report, test_command(run)
+    part, report = Part(run.name), run.report
+    command = run.command(tested=True) or f"python ex2_main.py test --checkpoint {run.folder.as_posix()}"
     if not report:
-        part.missing.append(("the figures of this run, or those of this version", test_again))
+        part.missing.append(("the figures of this run, or those of this version", command))
         return part
     part.sentences += losses_sentences(report)
     if "samples" in report:
         part.sentences += samples_sentences(report["samples"])
         part.table = samples_table(report["samples"])
-        shows = "Top: samples. Below each: the training image that is nearest to it, by pixels and by features."
-        part.add_picture(run.folder / "nearest.png", shows, test_again, run.may_show_data)
+        part.show(run.folder / "nearest.png", command, run.may_show_data)
     else:
-        part.missing.append(("figures of samples (Fréchet distance, precision and recall)", test_again))
+        part.missing.append(("figures of samples (Fréchet distance, precision and recall)", command))
     part.sentences.append(f"Is this normal? {' '.join(verdict(run.config, report, run.log))}")
-    shows = "Loss over the time: little noise (left) is hard to tell from the image's own detail, much noise is easy. "
-    if "floor" in report["losses"]:
-        shows += (
-            "Dashed: the floor, the loss of a predictor that knows all training images by heart. On average over the "
-            "training images no model is below it; one that comes near it there, but not on test images, has learnt "
-            "them by heart as well. "
-        )
-    part.add_picture(run.folder / "loss_over_t.png", shows + "Dotted: a run of ours, to compare with.", test_again)
-    shows = "Bits per dimension: most of the bound is spent on the last details, at small t."
-    part.add_picture(run.folder / "bits_per_dim.png", shows, test_again)
+    for name in ("loss_over_t.png", "bits_per_dim.png"):
+        part.show(run.folder / name, command)
     return part
 
 
 def losses_sentences(report: dict) -> list[str]:
     """What losses and bound say."""
     test, val, bound = report["losses"]["test"], report["losses"]["val"], report["bits_per_dim"]
-    said = [f"Figures are of the {report['weights']} weights."]
+    said = []
     if len(test["t"]) > 1:
         hard, easy = int(np.argmax(test["l2"])), int(np.argmin(test["l2"]))
         said.append(
@@ -278,51 +232,37 @@ def losses_sentences(report: dict) -> list[str]:
             f"of zero has 1) and easiest at t = {test['t'][easy] + 1} ({test['l2'][easy]:.2g})."
         )
     gap = np.mean(val["l2"]) / np.mean(test["l2"]) - 1
-    said.append(f"The mean validation loss differs from the mean test loss by {abs(gap):.1%}.")
     name = min(("beta", "beta_tilde"), key=lambda name: bound[name]["total"])
-    said.append(
+    return [
+        *said,
+        f"The mean validation loss differs from the mean test loss by {abs(gap):.1%}.",
         f"The variational bound is {bound[name]['total']:.2f} bits per dimension at best (sigma^2 = {name}, "
-        f"{bound['images']} test images); {bound[name]['decoder'] / bound[name]['total']:.0%} of it is the last step."
-    )
-    return said
+        f"{bound['images']} test images); {bound[name]['decoder'] / bound[name]['total']:.0%} of it is the last step.",
+    ]
 
 
 def quality_answer(run: Run) -> str:
     """2.2 e in a sentence."""
-    own = row_of(run.report["samples"])
-    test = run.report["samples"]["test_images"]
+    samples = run.report["samples"]
+    own = next(row for row in samples["by_scale"] if row["guidance_scale"] == samples["own_scale"])
     accuracy = f"; {own['class_accuracy']:.0%} of the samples show their class" if "class_accuracy" in own else ""
     return (
         f"On {run.name} the l2 loss of test images is {np.mean(run.report['losses']['test']['l2']):.3g} in the mean "
         f"over t, and the samples have a Fréchet distance of {own['frechet_distance']:.3g} to the training images, "
-        f"where test images have {test['frechet_distance']:.3g}{accuracy}."
+        f"where test images have {samples['test_images']['frechet_distance']:.3g}{accuracy}."
     )
-
-
-def row_of(samples: dict) -> dict:
-    """The figures at the run's own guidance scale."""
-    return next(row for row in samples["by_scale"] if row["guidance_scale"] == samples["own_scale"])
 
 
 def samples_sentences(samples: dict) -> list[str]:
-    """What the figures of samples say."""
-    row = row_of(samples)
-    said = []
-    if row["frechet_distance"] is not None:
-        near, far = samples["test_images"]["frechet_distance"], samples["noise"]["frechet_distance"]
-        floor = "" if near is None else f"{near:.3g} for {samples['test_images']['count']} test images, "
-        said.append(
-            f"The Fréchet distance of {samples['count']} samples at w = {row['guidance_scale']:g} to the training "
-            f"images is {row['frechet_distance']:.3g} ({floor}{far:.3g} for noise; features: {samples['features']})."
-        )
+    """What the samples were compared by, and whether they are copies."""
     pixels = samples["memorisation"]["pixels"]
     copies = "look for copies in the picture" if pixels["share_nearer"] > 0.2 else "no sign of copying"
-    said.append(
+    return [
+        f"Samples are compared with training images ({samples['count']} at each w; features: {samples['features']}).",
         f"The nearest training image is {pixels['median']['samples']:.1f} grey levels from a sample and "
         f"{pixels['median']['test_images']:.1f} from a test image (medians), and {pixels['share_nearer']:.0%} of the "
-        f"samples are nearer than 95% of test images: {copies}."
-    )
-    return said
+        f"samples are nearer than 95% of test images: {copies}.",
+    ]
 
 
 def samples_table(samples: dict) -> list[dict]:
@@ -342,14 +282,11 @@ def samples_table(samples: dict) -> list[dict]:
 
 def guidance_part(run: Run) -> Part:
     """2.4: samples by class and what the guidance scale does."""
-    part, train = Part(run.name), train_command(run)
-    part.add_picture(run.folder / "class_grid.png", "Samples of every class, a row for each.", train)
+    part = Part(run.name)
+    part.show(run.folder / "class_grid.png", run.command())
     if run.can_guide:
-        part.sentences += guidance_sentences(run.report.get("samples", {}).get("by_scale", []))
-        shows = "The same noise at growing w: at w = -1 the class has no say, from w = 1 on it decides."
-        part.add_picture(run.folder / "guidance_grid.png", shows, train)
-        shows = "More guidance: more samples show their class (left), but they differ less (recall, middle)."
-        part.add_picture(run.folder / "guidance_curve.png", shows, test_command(run))
+        part.show(run.folder / "guidance_grid.png", run.command())
+        part.show(run.folder / "guidance_curve.png", run.command(tested=True))
     return part
 
 
@@ -365,31 +302,10 @@ def guidance_answer(run: Run) -> str:
     )
 
 
-def guidance_sentences(rows: list[dict]) -> list[str]:
-    """What figures at several guidance scales say."""
-    if len(rows) < 2:
-        return []
-    said = []
-    for name, what, best in (
-        ("class_accuracy", "The share of samples that show their class", max),
-        ("recall", "Recall, the share of training images that samples come near to,", max),
-        ("frechet_distance", "The Fréchet distance to the training images", min),
-    ):
-        known = [row for row in rows if row.get(name) is not None]
-        if known:
-            values = ", ".join(f"{row[name]:.3g} at w = {row['guidance_scale']:g}" for row in known)
-            winner = best(known, key=lambda row: row[name])["guidance_scale"]
-            said.append(f"{what} is {values}: {'highest' if best is max else 'smallest'} at w = {winner:g}.")
-    return said
-
-
 def butterflies_part(run: Run) -> Part:
     """2.5: what the butterflies look like."""
-    part, conditional = Part(run.name), run.config["class_free_guidance"]
-    part.sentences.append(f"At {run.config['image_size']} pixels; the sections above have its figures.")
-    name = "class_grid.png" if conditional else "samples.png"
-    shows = f"Samples{' of every species, a row for each' if conditional else ''}."
-    part.add_picture(run.folder / name, shows, train_command(run))
+    part = Part(run.name, [f"At {run.config['image_size']} pixels; the sections above have its figures."])
+    part.show(run.folder / ("class_grid.png" if run.config["class_free_guidance"] else "samples.png"), run.command())
     return part
 
 
@@ -397,11 +313,10 @@ def butterflies_answer(run: Run) -> str:
     """2.5 in a sentence."""
     images = int(run.log[-1]["step"]) * run.config["batch_size"]
     given = "conditional on the species" if run.config["class_free_guidance"] else "unconditional"
-    size = run.config["image_size"]
-    loss = np.mean(run.report["losses"]["test"]["l2"])
     return (
-        f"A model {given} at {size}x{size} pixels has a mean l2 loss of {loss:.3g} on test images after a training on "
-        f"{images:,} images; its samples are below."
+        f"A model {given} at {run.config['image_size']}x{run.config['image_size']} pixels has a mean l2 loss of "
+        f"{np.mean(run.report['losses']['test']['l2']):.3g} on test images after a training on {images:,} images; its "
+        "samples are below."
     )
 
 
@@ -416,11 +331,9 @@ def study_part(study: Study) -> Part:
     part.sentences += [study_answer(study), *loss_sentences(study)]
     if {"schedule", "timesteps"} & set(study.varied):
         part.sentences.append(NOT_COMPARABLE)
-    command = compare_command(study)
-    shows = "Samples of every setting, a row for each; a column starts from the same noise."
-    part.add_picture(study.folder / "samples.png", shows, command)
-    shows = "Losses over the steps, and over the noise level, where settings are comparable; a line per run."
-    part.add_picture(study.folder / "curves.png", shows, command)
+    command = (read_commands(study.folder) or [""])[-1]
+    for name in ("samples.png", "curves.png"):
+        part.show(study.folder / name, command, caption=CAPTIONS[f"study/{name}"])
     return part
 
 

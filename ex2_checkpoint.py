@@ -20,6 +20,7 @@ LOG_COLUMNS = ("step", "epoch", "seconds", "lr", "grad_norm", "train_loss", "epo
 CHECKPOINT_FORMAT = 3
 CHECKPOINT_NAME = "ckpt.pt"
 PREVIOUS = ".previous"  # ending of the checkpoint before the newest
+COMMANDS_NAME = "commands.txt"  # how everything in the folder was made
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
@@ -135,6 +136,20 @@ def read_json(path: Path) -> dict:
         print(f"{path} is damaged or of another program: left out")
         return {}
     return content
+
+
+def note_command(folder: Path, command: str) -> None:
+    """Puts a command at the end of the list in the folder of a run; none is there twice."""
+    lines = [line for line in read_commands(folder) if line != command] + [command, ""]
+    write_atomically(folder / COMMANDS_NAME, "\n".join(lines).encode("utf-8", "replace"))
+
+
+def read_commands(folder: Path) -> list[str]:
+    """The commands that were called in the folder of a run, the latest one last."""
+    try:
+        return (folder / COMMANDS_NAME).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
 
 
 # ---------------------------------------------------------------------------- log.csv

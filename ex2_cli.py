@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 from dataclasses import fields
 
 from ex2_config import WEIGHTS, Config, expanded
@@ -136,6 +137,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     check.add_argument("--json", action="store_true", help="the verdicts as JSON")
     check.add_argument("--time_limit", type=float, default=30, help="seconds for each fact (default: 30)")
 
+    given = argv
     if not argv or (argv[0] not in commands.choices and argv[0] not in ("-h", "--help")):
         argv = ["train", *argv]
     args, unknown = parser.parse_known_args(argv)
@@ -146,6 +148,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
             raise InputError(f"{flag} is {fixed} and can't be given to {args.command}: train with it")
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    args.called = shlex.join(["python", "ex2_main.py", *given])
     args.given = {name: value for name, value in vars(args).items() if name in names}
     return args
 

@@ -25,7 +25,7 @@ import ex2_config as cfg
 import ex2_job as job
 import ex2_viz as viz
 from ex2_check import as_lines, check_solution
-from ex2_checkpoint import load_checkpoint
+from ex2_checkpoint import load_checkpoint, note_command
 from ex2_cli import PRESETS, check_scales, choose_classes, choose_scales, parse_args
 from ex2_compare import grid_of_runs, is_judged, parse_vary, write_comparison, write_study
 from ex2_data import DataSplits, InputError
@@ -148,7 +148,7 @@ def prepare_training(args):
     config = dataclasses.replace(PRESETS[args.preset], **args.given) if args.preset else cfg.Config(**args.given)
     device = job.pick_device(config.cuda, config.num_threads)
     job.computes_in_bfloat16(config.amp, device)  # refuses what this GPU can't
-    make_run_dir(config.run_dir)
+    make_run_dir(config.run_dir, args.called)
     return config, device
 
 
@@ -159,7 +159,7 @@ def run_test(args) -> None:
     splits = cfg.load_data(config)
     if splits.class_names != tuple(checkpoint["class_names"]):
         raise InputError(f"the data has classes {splits.class_names}, the checkpoint {checkpoint['class_names']}")
-    make_run_dir(config.run_dir)
+    make_run_dir(config.run_dir, args.called)
     model = cfg.restore_model(checkpoint, config, device, args.weights)
     diffusor = cfg.build_diffusion(config, device)
     judge = None
@@ -243,8 +243,8 @@ def next_free(folder: Path) -> Path:
     return next(path for i in itertools.count(1) if not (path := folder / f"{i:03d}").exists())
 
 
-def make_run_dir(path: Path) -> None:
-    """Creates the folder and sees that it can be written to; of several processes the first one does."""
+def make_run_dir(path: Path, called: str = "") -> None:
+    """Creates the folder, or sees that it can be written to, and notes what was called; the first process does."""
     if not is_main():
         return
     try:
@@ -253,6 +253,8 @@ def make_run_dir(path: Path) -> None:
         (path / ".writable").unlink()
     except OSError as error:
         raise InputError(f"can't write to {path} ({error.strerror}): choose a folder you can write to") from error
+    if called:
+        note_command(path, called)
 
 
 def run_report(args) -> None:

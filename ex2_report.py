@@ -23,8 +23,6 @@ from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
 from ex2_answers import (
-    GUIDANCE_FILMS,
-    PROCESS_FILMS,
     Part,
     Run,
     Study,
@@ -43,7 +41,6 @@ from ex2_answers import (
     side_by_side,
     study_answer,
     study_part,
-    train_command,
 )
 from ex2_checkpoint import read_json, write_atomically
 from ex2_compare import as_markdown
@@ -129,93 +126,77 @@ class Section:
 
 def sections(runs: list[Run], studies: list[Study]) -> list[Section]:
     """The page, sub-task by sub-task."""
-    compare = "python ex2_main.py compare --preset quick --seeds 3 --vary"
-    quick = "python ex2_main.py --preset quick"
-    train = [missing_part("a trained run", quick)]
+    compare, quick = "python ex2_main.py compare --preset quick --seeds 3 --vary", "python ex2_main.py --preset quick"
     schedule, null = studies_of(studies, {"schedule"}), studies_of(studies, {"null_token", "p_uncond"})
     training = [study for study in studies if set(study.varied) - {"schedule", "null_token", "p_uncond"}]
     guided = [run for run in runs if run.config["class_free_guidance"]]
     butterflies = [run for run in runs if run.config["dataset"] == "butterflies" or "butterfl" in run.name]
     embedding, schedules = Part("The time, as the network gets it"), Part("The schedules")
     for run in [run for run in runs if is_picture(run.folder / "schedules.png")][:1]:
-        shows = "Each row is a sine or cosine of the time, from fast (top) to slow: no two times look the same."
-        embedding.add_picture(run.folder / "time_embedding.png", shows, train_command(run))
-        shows = (
-            "Left: the noise a step adds. Middle: what is left of the image; cosine keeps it longest. "
-            "Right: as log-SNR."
-        )
-        schedules.add_picture(run.folder / "schedules.png", shows, train_command(run))
+        embedding.show(run.folder / "time_embedding.png", run.command())
+        schedules.show(run.folder / "schedules.png", run.command())
+    process_films = side_by_side(
+        "Side by side, from noise (left end of the slider) to images", runs, ("forward.gif", "reverse.gif")
+    )
+    guidance_films = side_by_side("Guidance, from w = -1 to 5", guided, ("guidance.gif",))
+
+    def parts(make, subjects, missing: str, command: str) -> list[Part]:
+        return [tried(make, subject) for subject in subjects] or [Part("", missing=[(missing, command)])]
+
+    def answers(make, *groups) -> str:
+        return " ".join(filter(None, (answer_of(make, subjects) for subjects in groups)))
+
     return [
         Section(
             "network",
             "2.1 The network and its training",
             "What does the network look like, and how does it know the time?",
-            answer_of(network_answer, runs),
-            [*([embedding] if embedding.pictures else []), *([tried(network_part, run) for run in runs] or train)],
+            answers(network_answer, runs),
+            [embedding, *parts(network_part, runs, "a trained run", quick)],
         ),
         Section(
             "process",
             "2.2 a-d, f: Noising and denoising",
             "How does an image become noise, and noise an image?",
-            answer_of(process_answer, runs),
-            [
-                side_by_side("Side by side, from noise (left end of the slider) to images", runs, PROCESS_FILMS),
-                *(tried(process_part, run) for run in runs),
-            ]
-            if runs
-            else train,
+            answers(process_answer, runs),
+            [process_films, *parts(process_part, runs, "a trained run", quick)],
         ),
         Section(
             "quality",
             "2.2 e: How good is it?",
             "How good is the model on test images, and how good are its samples?",
-            answer_of(quality_answer, runs),
-            [tried(quality_part, run) for run in runs] or train,
+            answers(quality_answer, runs),
+            parts(quality_part, runs, "a trained run", quick),
         ),
         Section(
             "training",
             "2.2 Training with other settings",
             "What do the learning rate and the number of timesteps change?",
-            " ".join(filter(None, (answer_of(study_answer, [study]) for study in training))),
-            [tried(study_part, study) for study in training]
-            or [missing_part("a study of the learning rate", f"{compare} lr=3e-4,1e-3,3e-3")],
+            answers(study_answer, *([study] for study in training)),
+            parts(study_part, training, "a study of the learning rate", f"{compare} lr=3e-4,1e-3,3e-3"),
         ),
         Section(
             "schedules",
             "2.3 Beta schedules",
             "Which schedule trains best, and what do they look like?",
-            answer_of(study_answer, schedule),
-            ([schedules] if schedules.pictures else train)
-            + (
-                [tried(study_part, study) for study in schedule]
-                or [missing_part("a comparison of the schedules", f"{compare} schedule=linear,cosine,sigmoid")]
-            ),
+            answers(study_answer, schedule),
+            [schedules]
+            + parts(study_part, schedule, "a comparison of them", f"{compare} schedule=linear,cosine,sigmoid"),
         ),
         Section(
             "guidance",
             "2.4 Classifier-free guidance",
             "What do the class and the guidance scale w do, and which null token?",
-            " ".join(filter(None, (answer_of(guidance_answer, guided), answer_of(study_answer, null)))),
-            (
-                [
-                    side_by_side("Guidance, from w = -1 to 5", guided, GUIDANCE_FILMS),
-                    *(tried(guidance_part, run) for run in guided),
-                ]
-                if guided
-                else [missing_part("a run with classes", quick)]
-            )
-            + (
-                [tried(study_part, study) for study in null]
-                or [missing_part("a comparison of null tokens", f"{compare} null_token=learned,zero")]
-            ),
+            f"{answers(guidance_answer, guided)} {answers(study_answer, null)}".strip(),
+            [guidance_films, *parts(guidance_part, guided, "a run with classes", quick)]
+            + parts(study_part, null, "a comparison of null tokens", f"{compare} null_token=learned,zero"),
         ),
         Section(
             "butterflies",
             "2.5 Butterflies",
             "Does it work for butterflies?",
-            answer_of(butterflies_answer, butterflies),
-            [tried(butterflies_part, run) for run in butterflies]
-            or [missing_part("a run on butterflies", "python ex2_main.py --preset butterflies")],
+            answers(butterflies_answer, butterflies),
+            parts(butterflies_part, butterflies, "a run on butterflies", "python ex2_main.py --preset butterflies"),
         ),
     ]
 
@@ -223,11 +204,6 @@ def sections(runs: list[Run], studies: list[Study]) -> list[Section]:
 def studies_of(studies: list[Study], settings: set[str]) -> list[Study]:
     """The studies that vary one of the settings."""
     return [study for study in studies if settings & set(study.varied)]
-
-
-def missing_part(what: str, command: str) -> Part:
-    """Names what is missing, and the command that makes it."""
-    return Part("", missing=[(what, command)])
 
 
 def write_page(results_dir: Path) -> None:
@@ -240,6 +216,8 @@ def write_page(results_dir: Path) -> None:
     if not runs and not studies:
         raise InputError(f"no run in {results_dir}: train one first, for example python ex2_main.py --preset quick")
     content = sections(runs, studies)
+    for section in content:
+        section.parts[:] = [part for part in section.parts if not part.is_empty]
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(link=partial(link, results_dir), frames=lambda path: list(frames(path)), figure=figure)
     page = environment.get_template("ex2_report.html").render(sections=content)
@@ -286,4 +264,4 @@ def as_text(content: Iterable[Section], results_dir: Path) -> Iterator[str]:
             for command in part.commands:
                 yield f"Made by `{command}`\n"
             for what, command in part.missing:
-                yield f"Missing: {what}. Made by `{command}`.\n"
+                yield f"Missing: {what}.{f' Made by `{command}`.' if command else ''}\n"

@@ -49,9 +49,26 @@ def rejected(argv, capsys, code=2):
 def test_train_writes_every_file_of_the_run(run):
     names = {path.name for path in run.iterdir()}
     assert names == {
-        *("config.json", "log.csv", "ckpt.pt", "test_metrics.json", "training.png", "loss_over_t.png", "schedules.png"),
+        *(
+            "commands.txt",
+            "config.json",
+            "log.csv",
+            "ckpt.pt",
+            "test_metrics.json",
+            "training.png",
+            "loss_over_t.png",
+            "schedules.png",
+        ),
         *("forward_strip.png", "forward.gif", "reverse_strip.png", "reverse.gif", "x_zero_strip.png"),
-        *("class_grid.png", "guidance_grid.png", "guidance.gif", "bits_per_dim.png", "time_embedding.png", ".lock"),
+        *(
+            "class_grid.png",
+            "guidance_grid.png",
+            "guidance.gif",
+            "bits_per_dim.png",
+            "time_embedding.png",
+            "schedules.png",
+        ),
+        ".lock",
     }
     rows = list(csv.DictReader((run / "log.csv").open()))
     assert int(rows[-1]["step"]) == 9 and float(rows[-1]["val_loss"]) > 0

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import re
-import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -16,12 +15,12 @@ import torch
 from tiny import TINY
 
 import ex2_answers
-import ex2_config as cfg
+import ex2_checkpoint as ckpt
 import ex2_main
 import ex2_report
-from ex2_answers import Run, Study, samples_sentences, study_part, train_command
+from ex2_answers import Run, Study, samples_sentences, study_part
 from ex2_checkpoint import RunLog, read_json
-from ex2_cli import PRESETS, parse_args
+from ex2_cli import PRESETS
 from ex2_diffusion import SCHEDULES, Diffusion, evenly_spaced
 from ex2_normal import loss_at
 from ex2_report import find_runs, find_studies
@@ -101,22 +100,23 @@ def test_missing_parts_are_named_with_their_command(results, tmp_path):
     (tmp_path / "guided" / "class_grid.png").unlink()
     assert ex2_main.main(["report", "--results_dir", str(tmp_path)]) == 0
     text = (tmp_path / "report.md").read_text("utf-8")
-    assert (
-        "Missing: class_grid.png: Samples of every class, a row for each. Made by `python ex2_main.py --run_name "
-        "guided" in text
-    )
+    what = "Missing: class_grid.png: Samples of every class, a row for each. Made by `python ex2_main.py --dataset"
+    assert what in text
     assert "compare --preset quick --seeds 3 --vary schedule=linear,cosine,sigmoid" in text
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_the_command_of_a_run_makes_the_same_run(name):
-    config = dataclasses.replace(PRESETS[name], run_name="a run (1)", flip=False, save_model=False)
-    run = Run(Path("results/a run (1)"), json.loads(json.dumps(dataclasses.asdict(config))), {})
-    args = parse_args(shlex.split(train_command(run))[2:])
-    assert cfg.Config(**args.given) == config
-    assert shlex.split(ex2_answers.test_command(run))[-1] == "results/a run (1)"
-    run.report["samples"] = {"count": 500, "steps": 7, "by_scale": [{"guidance_scale": 0.0}, {"guidance_scale": 1.0}]}
-    assert ex2_answers.test_command(run).endswith(" --eval_samples 500 --eval_scales 0 1 --sample_steps 7")
+def test_commands_stand_as_they_were_called(results):
+    """Of a run and of a study the latest, and none twice."""
+    called = (results / "guided" / "commands.txt").read_text("utf-8").splitlines()
+    assert called[0].startswith("python ex2_main.py --dataset shapes") and called[0].endswith("--run_name guided")
+    assert called[1].startswith("python ex2_main.py test --checkpoint") and len(called) == 2
+    text = (results / "report.md").read_text("utf-8")
+    vary = "--vary schedule=linear,cosine --eval_samples 130"
+    assert all(f"Made by `{line}`" in text for line in called) and f"{vary}`" in text
+    ckpt.note_command(results / "guided", called[0])
+    assert ckpt.read_commands(results / "guided") == called[::-1]
+    ckpt.note_command(results / "guided", called[1])
+    assert ckpt.read_commands(results / "guided") == called
 
 
 def test_old_half_written_and_foreign_folders_do_not_stop_the_page(results, tmp_path):
@@ -219,17 +219,6 @@ def test_seeds_are_compared_with_themselves_alone():
     assert ex2_answers.contest({"a": {0: 1.0}, "b": {1: 1.0}}, "loss") == ""
 
 
-def test_the_command_of_a_study_makes_the_same_study():
-    study = study_of({"linear": 2.0, "cosine": 1.0}, seeds=3)
-    for run in study.runs:
-        run.report["samples"] = {"count": 500}
-    command = ex2_answers.compare_command(study)
-    assert (
-        command
-        == "python ex2_main.py compare --preset quick --vary schedule=linear,cosine --seeds 3 --eval_samples 500"
-    )
-
-
 @pytest.mark.parametrize("s", [0.1, 0.5])
 def test_reading_between_the_times_favours_no_schedule(gaussian, s):
     # The optimal denoiser's loss depends on the log-SNR alone, so whatever differs here is an error of reading.
@@ -257,20 +246,6 @@ def test_copies_are_suspected_where_samples_are_too_near(share, verdict):
         "memorisation": {"pixels": pixels},
     }
     assert verdict in samples_sentences(samples)[1]
-
-
-def test_sentences_on_guidance_follow_from_the_figures():
-    rows = [
-        {"guidance_scale": w, "class_accuracy": a, "recall": r, "frechet_distance": d}
-        for w, a, r, d in ((-1, 0.1, 0.8, 20.0), (0, 0.7, 0.9, 10.0), (1, 0.95, 0.85, 3.0), (3, 0.9, 0.6, 4.0))
-    ]
-    said = ex2_answers.guidance_sentences(rows)
-    assert [sentence.rsplit(":", 1)[1] for sentence in said] == [
-        " highest at w = 1.",
-        " highest at w = 0.",
-        " smallest at w = 1.",
-    ]
-    assert ex2_answers.guidance_sentences(rows[:1]) == []
 
 
 # ------------------------------------------------------------------ in a browser
@@ -316,20 +291,6 @@ def test_tables_show_four_digits_and_a_dash_for_nothing():
         "2",
         "100000",
     ]
-
-
-@pytest.mark.parametrize(
-    "given, flags",
-    [
-        ({"dataset": "butterflies", "image_size": 32}, "--dataset butterflies --image_size 32"),
-        ({"dataset": "butterflies", "image_size": 128}, "--dataset butterflies"),
-        ({"dataset": "shapes", "flip": False}, "--dataset shapes"),
-        ({"dataset": "shapes", "flip": True}, "--dataset shapes --flip"),
-    ],
-)
-def test_commands_of_runs_know_the_defaults_of_the_data_set(tmp_path, given, flags):
-    run = Run(tmp_path, dataclasses.asdict(cfg.Config(**given)), None)
-    assert train_command(run) == f"python ex2_main.py {flags}"
 
 
 # ------------------------------------------------------------------ what an earlier run left behind
