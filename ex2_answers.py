@@ -16,6 +16,7 @@ import numpy as np
 from ex2_checkpoint import RunLog, read_commands
 from ex2_compare import NOT_COMPARABLE, half_width, mean_and_interval, over_seeds
 from ex2_config import config_of
+from ex2_evaluation import samples_table
 from ex2_normal import loss_at, verdict
 
 CLEAR = 1.05  # ratio of two figures of single runs from which on one is called smaller: less is chance
@@ -121,19 +122,6 @@ def is_picture(path: Path) -> bool:
     except Exception:  # many kinds for damaged files
         return False
     return True
-
-
-def figure(value) -> str:
-    """A cell of a table: fractions to four digits, whole numbers as they are, a dash where there is none."""
-    if value is None or value == "":
-        return "-"
-    try:
-        number = float(value)
-    except ValueError:
-        return str(value)
-    if not math.isfinite(number):
-        return str(value)
-    return f"{number:.0f}" if number == round(number) or abs(number) >= 1000 else f"{number:.4g}"
 
 
 # ---------------------------------------------------------------------------- 2.1, 2.2: a run
@@ -262,18 +250,6 @@ def samples_sentences(samples: dict) -> list[str]:
         f"The nearest training image is {pixels['median']['samples']:.1f} grey levels from a sample and "
         f"{pixels['median']['test_images']:.1f} from a test image (medians), and {pixels['share_nearer']:.0%} of the "
         f"samples are nearer than 95% of test images: {copies}.",
-    ]
-
-
-def samples_table(samples: dict) -> list[dict]:
-    """The figures of test images, of samples at each scale and of noise, as rows."""
-    entries = [("test images", samples["test_images"])]
-    entries += [(f"samples, w = {row['guidance_scale']:g}", row) for row in samples["by_scale"]]
-    names = ("frechet_distance", "kid", "precision", "recall", "class_accuracy")
-    head = ("Fréchet distance", "KID", "precision", "recall", "class accuracy")
-    return [
-        {"images": title, **{label: row.get(name) for label, name in zip(head, names)}}
-        for title, row in (*entries, ("noise", samples["noise"]))
     ]
 
 

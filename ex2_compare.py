@@ -20,7 +20,7 @@ from ex2_checkpoint import CHECKPOINT_NAME, RunLog, load_checkpoint, read_json, 
 from ex2_config import Config, build_diffusion, build_model, restore_model
 from ex2_data import InputError
 from ex2_diffusion import sample_in_batches
-from ex2_evaluation import how_judged
+from ex2_evaluation import as_markdown, how_judged
 from ex2_job import FittingModel
 
 VARIABLE_GROUPS = ("diffusion process", "model", "training")  # the data and the seed are the same for all runs
@@ -229,14 +229,6 @@ def mean_and_interval(values: list[float]) -> float | str | None:
 def half_width(values: list[float]) -> float:
     """Half the width of the 95% interval of the mean of two values or more, by Student's t."""
     return T_QUANTILES[len(values)] * statistics.stdev(values) / len(values) ** 0.5
-
-
-def as_markdown(rows: list[dict]) -> str:
-    """A table with the keys of the first row as its head; figures to four digits."""
-    lines = [list(rows[0]), ["---"] * len(rows[0])]
-    for row in rows:
-        lines.append(["-" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()])
-    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
 
 
 def draw_side_by_side(runs: dict[str, Config], path: Path, device) -> None:

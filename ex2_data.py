@@ -152,15 +152,7 @@ def file_key(path: Path, made: str) -> bytes:
 
 
 def load_splits(
-    name: str,
-    data_dir: str | None,
-    image_size: int,
-    seed: int,
-    num_workers: int = 0,
-    *,
-    square: str = "crop",
-    cache_dir: str | None = None,
-    label_column: str | None = None,
+    name, data_dir, image_size, seed, num_workers=0, *, square="crop", cache_dir=None, label_column=None
 ) -> DataSplits:
     """The data set `name` (one of `DATASETS`) at `image_size`, its training images split 90/10 into train and val.
 
@@ -170,13 +162,14 @@ def load_splits(
         InputError: the data is missing, damaged or not laid out as expected.
     """
     if name == "cifar10":
-        train, test, class_names = load_cifar10(data_dir, image_size)
+        loaded = load_cifar10(data_dir, image_size)
     elif name == "shapes":
-        train, test, class_names = load_shapes(image_size)
+        loaded = load_shapes(image_size)
     elif name == "folder":
-        train, test, class_names = load_folder(data_dir, image_size, seed, num_workers, square)
+        loaded = load_folder(data_dir, image_size, seed, num_workers, square)
     else:
-        train, test, class_names = load_butterflies(data_dir, image_size, seed, square, cache_dir, label_column)
+        loaded = load_butterflies(data_dir, image_size, seed, square, cache_dir, label_column)
+    train, test, class_names = loaded
     train, val = split_off(train, seed)
     return DataSplits(train, val, test, class_names)
 
@@ -215,15 +208,8 @@ def find_cifar10(data_dir: str | None) -> Path:
         archive, unpacked = place / CIFAR10.filename, (place / CIFAR10.base_folder).is_dir()
         if not unpacked and not archive.is_file():
             continue
-        if not unpacked and not check_integrity(archive, CIFAR10.tgz_md5):
-            raise InputError(f"{archive} is damaged (its md5 is not {CIFAR10.tgz_md5}): delete it and fetch it anew")
-        try:
-            if not unpacked:
-                extract_archive(str(archive), str(place))
-        except OSError as error:
-            place = Path("data")
-            print(f"{archive} can't be unpacked where it lies ({error.strerror}): unpacking it into {place}")
-            extract_archive(str(archive), str(place))
+        if not unpacked:
+            place = unpack(archive)
         check_cifar10_files(place)
         return place
     target = places[0] if chosen else Path("data")
@@ -231,11 +217,23 @@ def find_cifar10(data_dir: str | None) -> Path:
         CIFAR10(target, download=True)
     except (URLError, OSError, RuntimeError) as error:
         looked = ", ".join(str(place / CIFAR10.base_folder) for place in places)
-        raise InputError(
-            f"CIFAR-10 not found (looked for {looked}) and the download failed ({error}): give --data_dir or "
-            f"$CIFAR10_ROOT, copy {CIFAR10.filename} into {target}, or train offline with --dataset shapes"
-        ) from error
+        advice = f"give --data_dir or $CIFAR10_ROOT, copy {CIFAR10.filename} into {target}, or take --dataset shapes"
+        what = f"CIFAR-10 not found (looked for {looked}) and the download failed ({error})"
+        raise InputError(f"{what}: {advice}") from error
     return target
+
+
+def unpack(archive: Path) -> Path:
+    """The folder that CIFAR-10 was unpacked into: where the archive lies or, where that can't be written to, ./data."""
+    if not check_integrity(archive, CIFAR10.tgz_md5):
+        raise InputError(f"{archive} is damaged (its md5 is not {CIFAR10.tgz_md5}): delete it and fetch it anew")
+    try:
+        extract_archive(str(archive), str(archive.parent))
+        return archive.parent
+    except OSError as error:
+        print(f"{archive} can't be unpacked where it lies ({error.strerror}): unpacking it into ./data")
+        extract_archive(str(archive), "data")
+        return Path("data")
 
 
 def check_cifar10_files(root: Path) -> None:
@@ -299,9 +297,10 @@ def say_skipped(folder: Path, entries: list[Path], why: str) -> None:
     """Counts what is left out by its kind, and names broken links."""
     if not entries:
         return
-    broken = [entry.name for entry in entries if entry.is_symlink() and not entry.exists()]
+    broken = sorted(entry.name for entry in entries if entry.is_symlink() and not entry.exists())
     kinds = Counter(entry.suffix or entry.name for entry in entries if entry.name not in broken)
-    kinds.update({"broken links: " + " ".join(sorted(broken)[:5]): len(broken)} if broken else {})
+    if broken:
+        kinds[f"broken links: {' '.join(broken[:5])}"] = len(broken)
     found = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
     print(f"{folder}: skipped {len(entries)} entries that {why} ({found})")
 
@@ -385,15 +384,12 @@ def read_all(files: ImageFiles, num_workers: int) -> ImageSet:
 # ---------------------------------------------------------------------------- butterflies
 
 
-def load_butterflies(
-    data_dir: str | None, image_size: int, seed: int, square: str, cache_dir: str | None, label_column: str | None
-) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
+def load_butterflies(data_dir, image_size: int, seed: int, square: str, cache_dir, label_column):
     """2.5: the Smithsonian butterflies through the `datasets` library; a seeded tenth of them is the test set.
-
-    The library keeps the download and the resized images in `cache_dir`, so both are done once.
 
     Args:
         data_dir: a parquet file, or a folder of parquet files or of images, in place of the download.
+        cache_dir: where the library keeps the download and the resized images.
         label_column: the column that becomes the class; rare values become one class, "other". None: one class for all.
 
     Raises:
@@ -433,11 +429,8 @@ def open_butterflies(data_dir: str | None, cache_dir: str | None):
         return datasets.load_dataset("parquet", data_files=files, cache_dir=cache_dir, split="train")
     except Exception as error:  # many kinds: no network, no space, a damaged file, an empty folder
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        where = data_dir or BUTTERFLIES
-        raise InputError(
-            f"can't load the butterflies from {where} ({reason}): with no network, download the set's parquet file "
-            "elsewhere and give it as --data_dir"
-        ) from error
+        advice = "with no network, download the set's parquet file elsewhere and give it as --data_dir"
+        raise InputError(f"can't load the butterflies from {data_dir or BUTTERFLIES} ({reason}): {advice}") from error
 
 
 def column_labels(rows, label_column: str | None) -> tuple[Tensor, tuple[str, ...]]:

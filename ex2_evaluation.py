@@ -7,8 +7,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -17,33 +19,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import ex2_metrics as metrics
 import ex2_viz as viz
 from ex2_checkpoint import RunLog, read_json, write_atomically
 from ex2_config import Config
 from ex2_data import DataSplits, ImageSet, InputError, reverse_transform, to_model_range
 from ex2_diffusion import SPACING, Diffusion, ImageNoise, evenly_spaced, sample_in_batches
 from ex2_distributed import gathered_rows, is_main, share_of, shared_samples
-from ex2_features import (
-    BATCH_SIZE,
-    Inception,
-    Reference,
-    SmallClassifier,
-    classifier_reference,
-    inception_reference,
-)
+from ex2_features import BATCH_SIZE, Inception, Reference, SmallClassifier, classifier_reference, inception_reference
 from ex2_loader import make_loader
-from ex2_metrics import (
-    NOISE_SEED,
-    VARIANCES,
-    OptimalDenoiser,
-    ShapesOracle,
-    bits_per_dim,
-    frechet_distance,
-    kernel_distance,
-    loss_over_timesteps,
-    nearest,
-    precision_recall,
-)
 from ex2_normal import images_seen, reference_losses, verdict
 
 ORACLE_SAMPLES = 200
@@ -71,29 +55,18 @@ def evaluate(model, splits: DataSplits, diffusor: Diffusion, config: Config, wei
         name: make_loader(getattr(splits, name), config.batch_size * 2, diffusor.device, num_workers=config.num_workers)
         for name in ("val", "test")
     }
-    losses = {
-        name: loss_over_timesteps(model, loader, diffusor, times, max_images=count) for name, loader in loaders.items()
-    }
-    if config.can_guide:
-        for name, loader in loaders.items():
-            losses[f"{name}_unconditional"] = loss_over_timesteps(
-                model, loader, diffusor, times, max_images=count, unconditional=True
-            )
+    losses = {}
+    for name, without in itertools.product(loaders, (False, True) if config.can_guide else (False,)):
+        losses[f"{name}_unconditional" if without else name] = metrics.loss_over_timesteps(
+            model, loaders[name], diffusor, times, max_images=count, unconditional=without
+        )
     if isinstance(splits.train, ImageSet):
         losses.update(losses_of_training(model, splits.train, diffusor, config, times))
-    report = {
-        "weights": weights,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "schedule": config.schedule,
-        "timesteps": config.timesteps,
-        "eval_images": config.eval_images,
-        "losses": losses,
-        "bits_per_dim": {
-            "split": "test",
-            "given": "the class" if config.class_free_guidance else "nothing",
-            **bits_per_dim(model, loaders["test"], diffusor, config.eval_timesteps, count),
-        },
-    }
+    bound = {"split": "test", "given": "the class" if config.class_free_guidance else "nothing"}
+    bound.update(metrics.bits_per_dim(model, loaders["test"], diffusor, config.eval_timesteps, count))
+    report = {"weights": weights, "parameters": sum(p.numel() for p in model.parameters())}
+    report.update({name: getattr(config, name) for name in ("schedule", "timesteps", "eval_images")})
+    report.update(losses=losses, bits_per_dim=bound)
     if config.dataset == "shapes" and config.class_free_guidance:
         report["class_accuracy"] = shapes_accuracy(model, diffusor, config)
     return report
@@ -109,10 +82,10 @@ def losses_of_training(model, train: ImageSet, diffusor: Diffusion, config: Conf
     images, labels = train.images, train.labels
     if config.flip:
         images, labels = torch.cat((images, images.flip(-1))), labels.repeat(2)
-    optimal = OptimalDenoiser(diffusor, images, labels if config.class_free_guidance else None)
+    optimal = metrics.OptimalDenoiser(diffusor, images, labels if config.class_free_guidance else None)
     return {
-        "train": loss_over_timesteps(model, loader, diffusor, times),
-        "floor": loss_over_timesteps(optimal, loader, diffusor, times),
+        "train": metrics.loss_over_timesteps(model, loader, diffusor, times),
+        "floor": metrics.loss_over_timesteps(optimal, loader, diffusor, times),
     }
 
 
@@ -145,10 +118,9 @@ def shapes_accuracy(model, diffusor: Diffusion, config: Config) -> dict:
     """Share of conditional samples that the template oracle assigns to their class."""
     count = 10 if config.dry_run else ORACLE_SAMPLES
     classes = torch.arange(count) % model.null_class
-    images = shared_samples(
-        diffusor, model, count, config.sample_batch, config.seed + 1, classes=classes, **config.sampling
-    )
-    accuracy = ShapesOracle(config.image_size).accuracy(reverse_transform(images), classes)
+    common = {"classes": classes, **config.sampling}
+    images = shared_samples(diffusor, model, count, config.sample_batch, config.seed + 1, **common)
+    accuracy = metrics.ShapesOracle(config.image_size).accuracy(reverse_transform(images), classes)
     return {"accuracy": accuracy, "samples": count, **config.sampling}
 
 
@@ -157,19 +129,40 @@ def print_losses(report: dict) -> None:
     losses = report["losses"]
     columns = [("val", "l1"), ("val", "l2"), ("test", "l1"), ("test", "l2")]
     columns += [(name, "l2") for name in ("test_unconditional", "train", "floor") if name in losses]
-    titles = [f"{name.replace('test_unconditional', 'no class')} {loss}" for name, loss in columns]
-    print("loss of the predicted noise")
-    print(f"{'t':>6}", *(f"{title:>11}" for title in titles))
-    for k, t in enumerate(losses["val"]["t"]):
-        print(f"{t + 1:>6}", *(f"{losses[name][loss][k]:>11.4f}" for name, loss in columns))
+    rows = [{"t": t + 1} for t in losses["val"]["t"]]
+    for name, loss in columns:
+        for row, value in zip(rows, losses[name][loss]):
+            row[f"{name.replace('_', ' ')} {loss}"] = value
+    print(f"loss of the predicted noise\n{as_markdown(rows)}", end="")
     bound = report["bits_per_dim"]
-    for name in VARIANCES:
+    for name in metrics.VARIANCES:
         error = bound[name]["standard_error"]
         spread = "" if error is None else f" +- {error:.3f}"
         print(f"bits/dim of {bound['images']} test images, sigma^2 = {name}: {bound[name]['total']:.3f}{spread}")
     if "class_accuracy" in report:
         figures = report["class_accuracy"]
         print(f"{figures['accuracy']:.1%} of {figures['samples']} samples show their class")
+
+
+def figure(value) -> str:
+    """A cell of a table: fractions to four digits, whole numbers as they are, a dash where there is none."""
+    if value is None or value == "":
+        return "-"
+    try:
+        number = float(value)
+    except ValueError:
+        return str(value)
+    if not math.isfinite(number):
+        return str(value)
+    return f"{number:.0f}" if number == round(number) or abs(number) >= 1000 else f"{number:.4g}"
+
+
+def as_markdown(rows: Sequence[Mapping]) -> str:
+    """A table whose head are the keys of the first row, in columns of equal width."""
+    lines = [list(rows[0]), *([figure(cell) for cell in row.values()] for row in rows)]
+    widths = [max(len(cell) for cell in column) for column in zip(*lines)]
+    lines.insert(1, ["-" * max(3, width) for width in widths])
+    return "".join(f"| {' | '.join(map(str.ljust, cells, widths))} |\n" for cells in lines)
 
 
 # ---------------------------------------------------------------------------- samples
@@ -193,15 +186,12 @@ class Described:
     class_accuracy: float | None
 
 
-def build_judge(
-    splits: DataSplits, device, config: Config, folder: Path, count: int, inception_weights: str | None = None
-) -> Judge:
+def build_judge(splits: DataSplits, device, config: Config, folder: Path, count: int, inception_weights=None) -> Judge:
     """The features to judge by; classes are told by the oracle where it knows them, else by the small classifier.
 
     Args:
         folder: keeps the small classifier and the features of the training images for the next call.
-        count: how many samples shall be judged.
-        inception_weights: their file; None takes the features of the data set's own classifier.
+        count: how many samples shall be judged.  inception_weights: their file, else the small classifier is taken.
 
     Raises:
         InputError: too few samples or training images for the width of the features, or no usable Inception.
@@ -211,61 +201,36 @@ def build_judge(
         splits = dataclasses.replace(splits, train=splits.train.subset(torch.arange(min(256, len(splits.train)))))
     else:
         check_enough((Inception if inception_weights else SmallClassifier).width, count, splits)
-    workers = {"num_workers": config.num_workers}
-    by_oracle = config.dataset == "shapes"
+    by_oracle, workers = config.dataset == "shapes", config.num_workers
     has_classes = config.class_free_guidance and len(splits.class_names) > 1
-    reference = classifier = None
+    reference = classifier = classify = None
     if inception_weights:
-        reference = inception_reference(splits, inception_weights, folder, device, **workers)
+        reference = inception_reference(splits, inception_weights, folder, device, num_workers=workers)
     if reference is None or (has_classes and not by_oracle):
-        classifier = classifier_reference(splits, folder, device, flip=config.flip, **workers)
-    reference = reference or classifier
-    if not has_classes:
-        return Judge(reference, None, config.num_workers)
-    classify = ShapesOracle(config.image_size).classify if by_oracle else classifier.extractor.classify
-    return Judge(reference, classify, config.num_workers)
+        classifier = classifier_reference(splits, folder, device, flip=config.flip, num_workers=workers)
+    if has_classes:
+        classify = metrics.ShapesOracle(config.image_size).classify if by_oracle else classifier.extractor.classify
+    return Judge(reference or classifier, classify, workers)
 
 
 def check_enough(width: int, count: int, splits: DataSplits) -> None:
     """Raises an InputError where a covariance of `width` features would be singular."""
-    training_images = len(splits.train) + len(splits.val)
+    too_few, training_images = f"too few for features of width {width}", len(splits.train) + len(splits.val)
     if count <= width:
-        raise InputError(
-            f"--eval_samples {count} are too few for features of width {width}: give more than {width}, better "
-            f"{8 * width}, or 0 to judge no samples"
-        )
+        raise InputError(f"--eval_samples {count} are {too_few}: give more, better {8 * width}, or 0 to judge none")
     if training_images <= width:
-        raise InputError(
-            f"{training_images} training images are too few for features of width {width}: give --eval_samples 0"
-        )
+        raise InputError(f"{training_images} training images are {too_few}: give --eval_samples 0")
 
 
 def how_judged(judge: Judge, config: Config, count: int) -> dict:
     """What figures of `count` samples depend on beside the model: how these are drawn, by what they are compared."""
-    return {
-        "features": judge.reference.extractor.description,
-        "count": count,
-        "seed": config.seed + 1,
-        "own_scale": config.sampling["guidance_scale"],
-        "sampler": config.sampler,
-        "eta": config.eta,
-        "guidance_interval": list(config.guidance_interval),
-        "steps": config.sampling["steps"] or config.timesteps,
-        "spacing": SPACING,
-    }
+    drawn = {"seed": config.seed + 1, "own_scale": config.sampling["guidance_scale"], "sampler": config.sampler}
+    drawn.update(eta=config.eta, guidance_interval=list(config.guidance_interval), spacing=SPACING)
+    drawn.update(steps=config.sampling["steps"] or config.timesteps)
+    return {"features": judge.reference.extractor.description, "count": count, **drawn}
 
 
-def judge_samples(
-    judge: Judge,
-    model,
-    splits: DataSplits,
-    diffusor: Diffusion,
-    config: Config,
-    *,
-    count: int,
-    scales: Sequence[float],
-    weights: str = "ema",
-) -> dict:
+def judge_samples(judge: Judge, model, splits, diffusor, config: Config, *, count: int, scales, weights="ema") -> dict:
     """Samples at each guidance scale against the training images, with test images and noise beside them. 2.4 c.
 
     All scales start from the same noise. Draws the nearest training images. Each process samples and describes its
@@ -335,13 +300,11 @@ def noise_batches(count: int, shape: Sequence[int]) -> Iterator[tuple[Tensor, No
     mine = share_of(count)
     for first in range(mine.start, mine.stop, BATCH_SIZE):
         size = min(BATCH_SIZE, mine.stop - first)
-        noise = ImageNoise(NOISE_SEED, first, size).draw((size, *shape))
+        noise = ImageNoise(metrics.NOISE_SEED, first, size).draw((size, *shape))
         yield reverse_transform(noise), None
 
 
-def sampled_batches(
-    model, diffusor: Diffusion, config: Config, labels: Tensor, scale: float
-) -> Iterator[tuple[Tensor, Tensor]]:
+def sampled_batches(model, diffusor, config: Config, labels: Tensor, scale: float) -> Iterator[tuple[Tensor, Tensor]]:
     """One sample per label of this process's share, at guidance scale `scale`; as many of a model without classes."""
     mine = share_of(len(labels))
     labels = labels[mine.start : mine.stop]
@@ -359,17 +322,10 @@ def compare(reference: Reference, images: Described) -> dict:
     features = images.features
     side = min(len(features), len(reference.features), MANIFOLD_LIMIT)
     few = side < FEWEST_COMPARED
-    kid, deviation = (None, None) if few else kernel_distance(reference.features, features)
-    precision, recall = (None, None) if few else precision_recall(reference.features[:side], features[:side])
-    figures = {
-        "count": len(features),
-        "frechet_distance": distance_or_none(reference, images, len(features)),
-        "kid": kid,
-        "kid_deviation": deviation,
-        "precision": precision,
-        "recall": recall,
-        "precision_recall_count": side,
-    }
+    kid, deviation = (None, None) if few else metrics.kernel_distance(reference.features, features)
+    precision, recall = (None, None) if few else metrics.precision_recall(reference.features[:side], features[:side])
+    figures = {"count": len(features), "frechet_distance": distance_or_none(reference, images, len(features))}
+    figures.update(kid=kid, kid_deviation=deviation, precision=precision, recall=recall, precision_recall_count=side)
     return figures if images.class_accuracy is None else {**figures, "class_accuracy": images.class_accuracy}
 
 
@@ -377,7 +333,7 @@ def distance_or_none(reference: Reference, images: Described, count: int) -> flo
     """Fréchet distance of the first `count` images; None where there are no more of them than features."""
     features = images.features[:count]
     enough = min(len(features), len(reference.features)) > features.shape[1]
-    return frechet_distance(reference.features, features) if enough else None
+    return metrics.frechet_distance(reference.features, features) if enough else None
 
 
 def check_memorisation(judge: Judge, samples: Described, real: Described, device, path: Path) -> dict:
@@ -395,16 +351,14 @@ def check_memorisation(judge: Judge, samples: Described, real: Described, device
     training = judge.reference.images
     gallery = make_loader(training, BATCH_SIZE, "cpu", num_workers=judge.num_workers)  # all of them, in every process
     gallery = tqdm(gallery, "nearest training images", -(-len(training) // BATCH_SIZE), leave=False, disable=None)
-    features = torch.cat(
-        [judge.reference.extractor.features(part.to(device)).cpu() for part in queries.split(BATCH_SIZE)]
-    )
-    grey_levels = queries[0].numel() ** 0.5
+    describe_part = judge.reference.extractor.features
+    features = torch.cat([describe_part(part.to(device)).cpu() for part in queries.split(BATCH_SIZE)])
+    pixels = (reverse_transform(images).flatten(1).float() for images, _ in gallery)
     found = {
-        "pixels": nearest(
-            queries.flatten(1).float(), (reverse_transform(images).flatten(1).float() for images, _ in gallery)
-        ),
-        "features": nearest(features, judge.reference.features.split(5000)),
+        "pixels": metrics.nearest(queries.flatten(1).float(), pixels),
+        "features": metrics.nearest(features, judge.reference.features.split(5000)),
     }
+    grey_levels = queries[0].numel() ** 0.5
     rows, report = [to_model_range(samples.pixels[:MEMORY_SHOWN])], {"images": counts}
     for name, (distance, index) in found.items():
         mirrored = distance.view(2, -1).argmin(0)
@@ -416,27 +370,29 @@ def check_memorisation(judge: Judge, samples: Described, real: Described, device
             "median": {"samples": of_samples.median().item(), "test_images": of_test.median().item()},
             "share_nearer": (of_samples < of_test.quantile(0.05)).double().mean().item(),
         }
-    labels = ["sample", "nearest training\nimage by pixels", "by features"]
     if is_main():
+        labels = ["sample", "nearest training\nimage by pixels", "by features"]
         viz.save_grid(torch.cat(rows), path, len(rows[0]), labels)
     return report
 
 
-def print_samples(report: dict) -> None:
+def samples_table(samples: dict) -> list[dict]:
+    """The figures of test images, of samples at each scale and of noise, as rows."""
+    name = "FID" if samples["features"] == Inception.description else "Fréchet distance"
+    columns = {name: "frechet_distance", "KID": "kid", "precision": "precision", "recall": "recall"}
+    columns["class accuracy"] = "class_accuracy"
+    entries = [("test images", samples["test_images"])]
+    entries += [(f"samples, w = {row['guidance_scale']:g}", row) for row in samples["by_scale"]]
+    entries.append(("noise", samples["noise"]))
+    return [{"images": title, **{head: row.get(key) for head, key in columns.items()}} for title, row in entries]
+
+
+def print_samples(samples: dict) -> None:
     """The figures of samples as a table, a row per guidance scale, between test images and noise."""
-    name = "FID" if report["features"] == Inception.description else "Fréchet"
-    made_with = f"{report['weights']} weights, {report['sampler']}, {report['steps']} steps"
-    print(f"{report['count']} samples per scale ({made_with}) against {report['reference']}")
-    print(f"features: {report['features']}")
-    print(f"{'':>12} {'images':>7} {name:>9} {'KID':>9} {'precision':>9} {'recall':>9} {'class acc.':>10}")
-    rows = [("test images", report["test_images"])]
-    rows += [(f"w = {row['guidance_scale']:g}", row) for row in report["by_scale"]]
-    for title, row in (*rows, ("noise", report["noise"])):
-        figures = [row[name] for name in ("frechet_distance", "kid", "precision", "recall")]
-        cells = " ".join(f"{'-' if figure is None else f'{figure:.4g}':>9}" for figure in figures)
-        accuracy = f"{row['class_accuracy']:.1%}" if "class_accuracy" in row else "-"
-        print(f"{title:>12} {row['count']:>7} {cells} {accuracy:>10}")
-    pixels = report["memorisation"]["pixels"]
+    made_with = f"{samples['weights']} weights, {samples['sampler']}, {samples['steps']} steps"
+    print(f"{samples['count']} samples per scale ({made_with}) against {samples['reference']}")
+    print(f"features: {samples['features']}\n{as_markdown(samples_table(samples))}", end="")
+    pixels = samples["memorisation"]["pixels"]
     print(
         f"nearest training image, in grey levels: {pixels['median']['samples']:.1f} from samples and "
         f"{pixels['median']['test_images']:.1f} from test images (medians);\n"

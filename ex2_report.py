@@ -22,31 +22,13 @@ import imageio.v3 as imageio
 from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
-from ex2_answers import (
-    Part,
-    Run,
-    Study,
-    butterflies_answer,
-    butterflies_part,
-    figure,
-    guidance_answer,
-    guidance_part,
-    is_picture,
-    network_answer,
-    network_part,
-    process_answer,
-    process_part,
-    quality_answer,
-    quality_part,
-    side_by_side,
-    study_answer,
-    study_part,
-)
+import ex2_answers as answers
+from ex2_answers import Part, Run, Study
 from ex2_checkpoint import read_json, write_atomically
-from ex2_compare import as_markdown
 from ex2_config import config_of
 from ex2_data import InputError
 from ex2_diffusion import evenly_spaced
+from ex2_evaluation import as_markdown, figure
 
 TEMPLATES = Path(__file__).parent
 FRAMES = 17  # of an animation, at most: they are part of the page
@@ -132,18 +114,18 @@ def sections(runs: list[Run], studies: list[Study]) -> list[Section]:
     guided = [run for run in runs if run.config["class_free_guidance"]]
     butterflies = [run for run in runs if run.config["dataset"] == "butterflies" or "butterfl" in run.name]
     embedding, schedules = Part("The time, as the network gets it"), Part("The schedules")
-    for run in [run for run in runs if is_picture(run.folder / "schedules.png")][:1]:
+    for run in [run for run in runs if answers.is_picture(run.folder / "schedules.png")][:1]:
         embedding.show(run.folder / "time_embedding.png", run.command())
         schedules.show(run.folder / "schedules.png", run.command())
-    process_films = side_by_side(
+    process_films = answers.side_by_side(
         "Side by side, from noise (left end of the slider) to images", runs, ("forward.gif", "reverse.gif")
     )
-    guidance_films = side_by_side("Guidance, from w = -1 to 5", guided, ("guidance.gif",))
+    guidance_films = answers.side_by_side("Guidance, from w = -1 to 5", guided, ("guidance.gif",))
 
     def parts(make, subjects, missing: str, command: str) -> list[Part]:
         return [tried(make, subject) for subject in subjects] or [Part("", missing=[(missing, command)])]
 
-    def answers(make, *groups) -> str:
+    def answer(make, *groups) -> str:
         return " ".join(filter(None, (answer_of(make, subjects) for subjects in groups)))
 
     return [
@@ -151,52 +133,54 @@ def sections(runs: list[Run], studies: list[Study]) -> list[Section]:
             "network",
             "2.1 The network and its training",
             "What does the network look like, and how does it know the time?",
-            answers(network_answer, runs),
-            [embedding, *parts(network_part, runs, "a trained run", quick)],
+            answer(answers.network_answer, runs),
+            [embedding, *parts(answers.network_part, runs, "a trained run", quick)],
         ),
         Section(
             "process",
             "2.2 a-d, f: Noising and denoising",
             "How does an image become noise, and noise an image?",
-            answers(process_answer, runs),
-            [process_films, *parts(process_part, runs, "a trained run", quick)],
+            answer(answers.process_answer, runs),
+            [process_films, *parts(answers.process_part, runs, "a trained run", quick)],
         ),
         Section(
             "quality",
             "2.2 e: How good is it?",
             "How good is the model on test images, and how good are its samples?",
-            answers(quality_answer, runs),
-            parts(quality_part, runs, "a trained run", quick),
+            answer(answers.quality_answer, runs),
+            parts(answers.quality_part, runs, "a trained run", quick),
         ),
         Section(
             "training",
             "2.2 Training with other settings",
             "What do the learning rate and the number of timesteps change?",
-            answers(study_answer, *([study] for study in training)),
-            parts(study_part, training, "a study of the learning rate", f"{compare} lr=3e-4,1e-3,3e-3"),
+            answer(answers.study_answer, *([study] for study in training)),
+            parts(answers.study_part, training, "a study of the learning rate", f"{compare} lr=3e-4,1e-3,3e-3"),
         ),
         Section(
             "schedules",
             "2.3 Beta schedules",
             "Which schedule trains best, and what do they look like?",
-            answers(study_answer, schedule),
+            answer(answers.study_answer, schedule),
             [schedules]
-            + parts(study_part, schedule, "a comparison of them", f"{compare} schedule=linear,cosine,sigmoid"),
+            + parts(answers.study_part, schedule, "a comparison of them", f"{compare} schedule=linear,cosine,sigmoid"),
         ),
         Section(
             "guidance",
             "2.4 Classifier-free guidance",
             "What do the class and the guidance scale w do, and which null token?",
-            f"{answers(guidance_answer, guided)} {answers(study_answer, null)}".strip(),
-            [guidance_films, *parts(guidance_part, guided, "a run with classes", quick)]
-            + parts(study_part, null, "a comparison of null tokens", f"{compare} null_token=learned,zero"),
+            f"{answer(answers.guidance_answer, guided)} {answer(answers.study_answer, null)}".strip(),
+            [guidance_films, *parts(answers.guidance_part, guided, "a run with classes", quick)]
+            + parts(answers.study_part, null, "a comparison of null tokens", f"{compare} null_token=learned,zero"),
         ),
         Section(
             "butterflies",
             "2.5 Butterflies",
             "Does it work for butterflies?",
-            answers(butterflies_answer, butterflies),
-            parts(butterflies_part, butterflies, "a run on butterflies", "python ex2_main.py --preset butterflies"),
+            answer(answers.butterflies_answer, butterflies),
+            parts(
+                answers.butterflies_part, butterflies, "a run on butterflies", "python ex2_main.py --preset butterflies"
+            ),
         ),
     ]
 
@@ -258,7 +242,7 @@ def as_text(content: Iterable[Section], results_dir: Path) -> Iterator[str]:
             if part.sentences:
                 yield " ".join(part.sentences) + "\n"
             if part.table:
-                yield as_markdown([{name: figure(cell) for name, cell in row.items()} for row in part.table])
+                yield as_markdown(part.table)
             for path, shows in (*part.animations, *part.pictures):
                 yield f"![{shows.translate(NO_LINK)}]({link(results_dir, path)})\n"
             for command in part.commands:

@@ -621,4 +621,4 @@ def test_an_archive_in_a_read_only_folder_is_unpacked_elsewhere(tmp_path, monkey
     monkeypatch.setattr(ex2_data, "extract_archive", extract)
     assert ex2_data.find_cifar10(str(archive.parent)) == Path("data")
     assert unpacked == [(str(archive), "data")]
-    assert "can't be unpacked where it lies (Permission denied): unpacking it into data" in capsys.readouterr().out
+    assert "can't be unpacked where it lies (Permission denied): unpacking it into ./data" in capsys.readouterr().out

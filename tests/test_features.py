@@ -386,7 +386,7 @@ def test_raw_weights_can_be_judged_and_are_named(results, tmp_path):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("--eval_samples 128", "128 are too few for features of width 128: give more than 128"),
+        ("--eval_samples 128", "128 are too few for features of width 128: give more"),
         ("--eval_samples -1", "--eval_samples must be at least 0"),
         ("--eval_samples 0 --eval_scales 1", "drop --eval_samples 0"),
         ("--eval_scales nan", "must lie within"),

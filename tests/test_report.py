@@ -16,6 +16,7 @@ from tiny import TINY
 
 import ex2_answers
 import ex2_checkpoint as ckpt
+import ex2_evaluation
 import ex2_main
 import ex2_report
 from ex2_answers import Run, Study, samples_sentences, study_part
@@ -282,7 +283,7 @@ def test_slider_and_button_work_in_a_browser_without_errors(page, tmp_path):
 
 
 def test_tables_show_four_digits_and_a_dash_for_nothing():
-    assert [ex2_answers.figure(v) for v in ("0.123456", None, "", "cosine", 123456.7, np.float64(2), "100000")] == [
+    assert [ex2_evaluation.figure(v) for v in ("0.123456", None, "", "cosine", 123456.7, np.float64(2), "100000")] == [
         "0.1235",
         "-",
         "-",
