@@ -50,9 +50,8 @@ def fit(config: cfg.Config, splits: DataSplits, diffusor: Diffusion, device) -> 
     """
     torch.manual_seed(config.seed)
     model = cfg.build_model(config, len(splits.class_names)).to(device)
-    settings = {"flip": config.flip, "seed": config.seed, "num_workers": config.num_workers}
-    part = (rank(), world_size())
-    loader = make_loader(splits.train, config.batch_size, device, train=True, part=part, **settings)
+    how = {"train": True, "flip": config.flip, "seed": config.seed, "part": (rank(), world_size())}
+    loader = make_loader(splits.train, config.batch_size, device, num_workers=config.num_workers, **how)
     val_loader = make_loader(splits.val, config.batch_size * 2, device, num_workers=config.num_workers)
     training = Training(model, config, diffusor, loader, splits.class_names)
     training.resume()
@@ -77,17 +76,16 @@ def fit(config: cfg.Config, splits: DataSplits, diffusor: Diffusion, device) -> 
 
 def announce(config: cfg.Config, splits: DataSplits, model, diffusor: Diffusion, steps: int) -> None:
     """Says what is about to be trained, on what, how and how long."""
+    size, precision = f"{config.image_size}x{config.image_size}", "float32"
+    if job.computes_in_bfloat16(config.amp, diffusor.device):
+        precision = "bfloat16 where it is safe"
     print(
-        f"{config.run_name}: {config.dataset} at {config.image_size}x{config.image_size}, "
-        f"{len(splits.train)} training, {len(splits.val)} validation and {len(splits.test)} test images, "
-        f"{len(splits.class_names)} classes"
-    )
-    precision = "bfloat16 where it is safe" if job.computes_in_bfloat16(config.amp, diffusor.device) else "float32"
-    print(
+        f"{config.run_name}: {config.dataset} at {size}, {len(splits.train)} training, {len(splits.val)} validation, "
+        f"{len(splits.test)} test images, {len(splits.class_names)} classes\n"
         f"U-Net with {sum(p.numel() for p in model.parameters()):,} parameters on {diffusor.device} in {precision}, "
-        f"{config.schedule} schedule with {config.timesteps} timesteps"
+        f"{config.schedule} schedule with {config.timesteps} timesteps\n"
+        f"{steps} optimiser steps of {config.batch_size} images; how long they take is said after the first few"
     )
-    print(f"{steps} optimiser steps of {config.batch_size} images; how long they take is said after the first few")
 
 
 class Training:
@@ -96,11 +94,9 @@ class Training:
     Several processes hold it all, and change it alike; the first one alone writes.
 
     Attributes:
-        model: the U-Net, whose weights are saved.  network: what is called in training: the U-Net, or what shares its
-            gradients with the other processes (DDP).
+        model: the U-Net, whose weights are saved.  network: what is called: the U-Net, or DDP around it.
         step: optimiser steps that are done.  epochs_done: epochs that are over, their validation included.
-        seconds: that training has taken as of the last step, in all calls of the program.
-        meter: the losses of the epoch that is going on.
+        seconds: of training as of the last step, in all calls of the program.  meter: losses of the epoch going on.
     """
 
     def __init__(self, model: Unet, config: cfg.Config, diffusor: Diffusion, loader, class_names):
@@ -170,8 +166,8 @@ class Training:
         """
         self.network.train()
         self.loader.set_epoch(self.epochs_done, self.first_batch)
-        bar = {"total": len(self.loader), "initial": self.first_batch, "disable": self.config.dry_run or None}
-        progress = tqdm(self.loader.inputs(), f"epoch {self.epochs_done + 1}", **bar)
+        bar = {"desc": f"epoch {self.epochs_done + 1}", "total": len(self.loader), "initial": self.first_batch}
+        progress = tqdm(self.loader.inputs(), **bar, disable=self.config.dry_run or None)
         with job.signals_held() as waiting:
             for inputs in progress:
                 self.take_step(inputs)
@@ -220,8 +216,7 @@ class Training:
         """Sets what changes from step to step: random numbers, learning rate, what the average forgets.
 
         The random numbers depend on the seed and the step alone, so a resumed run draws what an uninterrupted one does.
-
-        Returns: this process's rows of the batch; None where there is one process.
+        Returns this process's rows of the batch; None where there is one process.
         """
         shared, *own = np.random.SeedSequence((self.config.seed, self.step)).generate_state(1 + world_size()).tolist()
         torch.manual_seed(shared)
@@ -236,10 +231,8 @@ class Training:
 
     def eager_step(self, *inputs, rows: Rows | None = None):
         """`train_step` on what the loader's `inputs` gave, with the settings of the run."""
-        batch = self.loader.batch(*inputs)
-        return train_step(
-            self.network, self.optimizer, self.diffusor, *batch, average=self.average, rows=rows, **self.settings
-        )
+        parts, batch = (self.network, self.optimizer, self.diffusor), self.loader.batch(*inputs)
+        return train_step(*parts, *batch, average=self.average, rows=rows, **self.settings)
 
     def changed_by_step(self) -> dict[str, list]:
         """The tensors that a step changes."""
@@ -283,8 +276,7 @@ class Training:
         """Logs and shows the loss since the last time."""
         loss, norm = self.meter.close_window()
         if self.log is not None:
-            figures = {"lr": self.lr, "grad_norm": norm, "train_loss": loss}
-            self.log.write(step=self.step, epoch=self.epochs_done, **figures)
+            self.log.write(step=self.step, epoch=self.epochs_done, lr=self.lr, grad_norm=norm, train_loss=loss)
         show_loss(progress, self.epochs_done, self.first_batch, loss)
 
     def end_epoch(self, loss: float, val_loss: float) -> None:
@@ -312,10 +304,9 @@ class Training:
         """Opens log.csv and writes config.json beside it; in the first process alone."""
         if not is_main():
             return
-        config = self.config
-        settings_text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
-        write_atomically(config.run_dir / "config.json", settings_text.encode())
-        self.log = RunLog(config.run_dir / "log.csv", self.epochs_done + (self.time_spent >= 1), self.step)
+        folder, settings = self.config.run_dir, dataclasses.asdict(self.config)
+        write_atomically(folder / "config.json", (json.dumps(settings, indent=2) + "\n").encode())
+        self.log = RunLog(folder / "log.csv", self.epochs_done + (self.time_spent >= 1), self.step)
 
     def save(self) -> None:
         """Writes the run's checkpoint: `restore_model` makes a model of it, and `resume` goes on from it.
@@ -325,26 +316,15 @@ class Training:
         """
         if not self.config.save_model or not is_main():
             return
-        save_checkpoint(
-            self.config.run_dir / CHECKPOINT_NAME,
-            config=dataclasses.asdict(self.config),
-            class_names=self.class_names,
-            model=self.model.state_dict(),
-            ema=self.average.model.state_dict(),
-            optimizer=self.optimizer_state(),
-            epoch=self.epochs_done,
-            step=self.step,
-            seconds=self.seconds,
-            meter=self.meter.state_dict(),
-            processes=world_size(),
-        )
+        optimizer = self.optimizer.state_dict()
+        for group in optimizer["param_groups"]:
+            group["lr"] = float(group["lr"])
+        weights = {"model": self.model.state_dict(), "ema": self.average.model.state_dict(), "optimizer": optimizer}
+        progress = {"epoch": self.epochs_done, "step": self.step, "seconds": self.seconds, "processes": world_size()}
+        run = {"config": dataclasses.asdict(self.config), "class_names": self.class_names}
+        path = self.config.run_dir / CHECKPOINT_NAME
+        save_checkpoint(path, **run, **weights, **progress, meter=self.meter.state_dict())
         self.saved_at = time.monotonic()
-
-    def optimizer_state(self) -> dict:
-        """The optimiser's state_dict, with the learning rate as a number."""
-        state = self.optimizer.state_dict()
-        state["param_groups"] = [{**group, "lr": float(group["lr"])} for group in state["param_groups"]]
-        return state
 
     def drop_previous(self) -> None:
         """Removes the checkpoint before the newest, which a finished run needs no more: pools have small quotas."""
@@ -364,17 +344,13 @@ class Training:
         saved = from_main(self.find_checkpoint, "the checkpoint")
         if saved is None:
             return
-        changed = changed_settings(cfg.config_of(saved, {}), config)
+        changed, other = changed_settings(cfg.config_of(saved, {}), config), "choose another --run_name"
         if changed and not config.allow_changes:
-            raise InputError(
-                f"{config.run_dir} holds a run with other settings ({changed}): choose another --run_name, or go on "
-                "with the new ones by --allow_changes"
-            )
+            what = f"{config.run_dir} holds a run with other settings ({changed})"
+            raise InputError(f"{what}: {other}, or go on with the new ones by --allow_changes")
         if saved["class_names"] != self.class_names:
-            raise InputError(
-                f"{config.run_dir} holds a run on other classes ({', '.join(saved['class_names'])} there, "
-                f"{', '.join(self.class_names)} now): choose another --run_name"
-            )
+            classes = f"{', '.join(saved['class_names'])} there, {', '.join(self.class_names)} now"
+            raise InputError(f"{config.run_dir} holds a run on other classes ({classes}): {other}")
         self.load_weights(saved)
         self.epochs_done, self.step, self.seconds = saved["epoch"], saved["step"], saved["seconds"]
         self.meter = LossMeter(self.epochs_done, shared=True)
@@ -384,14 +360,11 @@ class Training:
         else:
             self.meter.load_state_dict(saved["meter"])
         if not 0 <= self.first_batch <= self.steps_per_epoch:
-            raise InputError(f"{config.run_dir} holds a run on other images: choose another --run_name")
-        if saved["processes"] != world_size():
-            there, now = saved["processes"], world_size()
-            print(f"{there} processes there, {now} now: a step still takes {config.batch_size} images in all")
-        print(
-            f"{config.run_dir}: {self.step} of {self.total_steps} steps ({self.epochs_done} of {config.epochs} epochs) "
-            "are done, going on from there"
-        )
+            raise InputError(f"{config.run_dir} holds a run on other images: {other}")
+        if (there := saved["processes"]) != world_size():
+            print(f"{there} processes there, {world_size()} now: a step still takes {config.batch_size} images in all")
+        done = f"{self.step} of {self.total_steps} steps ({self.epochs_done} of {config.epochs} epochs)"
+        print(f"{config.run_dir}: {done} are done, going on from there")
 
     def find_checkpoint(self) -> dict | None:
         """What the run is to go on from; None to start anew. A run that lost a process always goes on."""
@@ -400,7 +373,7 @@ class Training:
         if config.resume and not there:
             raise InputError(f"--resume: no checkpoint in {config.run_dir}; drop the flag to start a new run")
         anew = config.resume is False and not is_restart()
-        return None if config.dry_run or anew or not there else load_checkpoint(config.run_dir)
+        return load_checkpoint(config.run_dir) if there and not anew and not config.dry_run else None
 
     def load_weights(self, saved: dict) -> None:
         """Weights, their average and the optimiser's moments of a checkpoint.
@@ -412,9 +385,8 @@ class Training:
             self.model.load_state_dict(saved["model"])
             self.average.model.load_state_dict(saved["ema"])
         except RuntimeError as error:
-            raise InputError(
-                f"the weights in {self.config.run_dir} don't fit the model's settings: choose another --run_name"
-            ) from error
+            what = f"the weights in {self.config.run_dir} don't fit the model's settings"
+            raise InputError(f"{what}: choose another --run_name") from error
         own = self.optimizer.state_dict()["param_groups"]  # betas and kind are those of this run
         self.optimizer.load_state_dict({"state": saved["optimizer"]["state"], "param_groups": own})
         set_learning_rate(self.optimizer, saved["optimizer"]["param_groups"][0]["lr"])  # until the next step

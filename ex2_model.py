@@ -7,6 +7,7 @@ Architecture and parameter names are the exercise skeleton's, which follows "The
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,16 +21,13 @@ CACHED_ELEMENTS = 2**20  # of the queries of linear attention, 4 MB, that a CPU 
 class SinusoidalPositionEmbeddings(nn.Module):
     """Turns the time t into a vector the network can compute with: the positional encoding (2.1).
 
-    A network cannot do much with a raw integer such as t = 731: the number is huge beside the other activations, and
-    neighbouring times have to be told apart as well as far ones. So t is shown as the hands of many clocks: dim/2
-    pairs (sin(w t), cos(w t)) whose frequencies w fall geometrically from 1 to 1/10000. The fast clocks tell t from
-    t + 1, the slow ones early from late, and every value stays in [-1, 1]. A shift of t turns every pair by a fixed
-    angle, whatever t is, so "a little later" means the same everywhere.
+    A network cannot do much with a raw integer such as t = 731: it is huge beside the other activations. So t is shown
+    as the hands of many clocks: dim/2 pairs (sin(w t), cos(w t)) whose frequencies w fall geometrically from 1 to
+    1/10000. The fast clocks tell t from t + 1, the slow ones early from late, and every value stays in [-1, 1]. A shift
+    of t turns every pair by a fixed angle, whatever t is, so "a little later" means the same everywhere.
 
-    Vaswani et al. 2017, section 3.5 (https://arxiv.org/abs/1706.03762). (B,) -> (B, dim).
-
-    Raises:
-        ValueError: dim is odd or below 4.
+    Vaswani et al. 2017, section 3.5 (https://arxiv.org/abs/1706.03762). (B,) -> (B, dim); a ValueError for dim odd or
+    below 4.
     """
 
     def __init__(self, dim: int):
@@ -132,10 +130,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         _, _, height, width = x.shape
         if height * width > MAX_ATTENTION_POSITIONS:
-            raise ValueError(
-                f"full attention over {height}x{width} positions would not fit; "
-                "give the U-Net more levels (dim_mults) or smaller images, so that its innermost level is at most 32x32"
-            )
+            advice = "give more levels (dim_mults) or smaller images, so that the innermost level is at most 32x32"
+            raise ValueError(f"full attention over {height}x{width} positions would not fit: {advice}")
         pixels = pixels_of(x)  # (B, H*W, C)
         qkv = F.linear(pixels, self.to_qkv.weight.flatten(1)).unflatten(-1, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B, heads, H*W, dim_head)
@@ -148,8 +144,8 @@ class LinearAttention(nn.Module):
     """Self-attention whose cost grows with the positions, not with their square; Shen et al. 2018.
 
     https://arxiv.org/abs/1812.01243: out = W_out (W_v x softmax(k)^T) softmax(q), the product in brackets first. It has
-    no positions left, so W_v and W_out are multiplied into it, instead of being applied to every pixel: the same
-    function with a third less arithmetic at 32 channels, and no tensor of values as large as the image.
+    no positions left, so W_v and W_out are multiplied into it and not applied to every pixel: the same function with a
+    third less arithmetic at 32 channels.
     """
 
     def __init__(self, dim: int, heads: int = 4, dim_head: int = 32):
@@ -209,10 +205,7 @@ class Residual(nn.Module):
 
 
 def attention(dim: int, kind: type[nn.Module]) -> nn.Module:
-    """Attention beside a shortcut. What it adds starts at zero, as in the code of Dhariwal and Nichol 2021.
-
-    With torch's usual start trainings take longer; docs/recipes.md has figures.
-    """
+    """Attention beside a shortcut. What it adds starts at zero (Dhariwal and Nichol 2021): training takes less time."""
     return Residual(PreNorm(dim, kind(dim)))
 
 
@@ -243,10 +236,9 @@ class Unet(nn.Module):
     """Predicts the noise eps in x_t from x_t, the time, and optionally the class; Ho et al. 2020, appendix B.
 
     Args:
-        dim: base width; level i has dim * dim_mults[i] channels.
+        dim: base width; level i has dim * dim_mults[i] channels.  channels: of the image.
         init_dim: width after the first convolution; None is dim.  out_dim: output channels; None is `channels`.
         dim_mults: one entry per level; every level but the last halves the image.
-        channels: of the image.
         resnet_block_groups: groups of the group norms; must divide every width.
         class_free_guidance: make a class-conditional model (2.4 a) of `num_classes` classes, whose labels are replaced
             by the null class with probability `p_uncond` (None is 0.1) per sample, in training mode only.
@@ -279,15 +271,11 @@ class Unet(nn.Module):
         widths = [init_dim, *(dim * mult for mult in dim_mults)]
         for width in (dim, *widths):
             if width % resnet_block_groups:
-                raise ValueError(
-                    f"group norm can't split {width} channels into {resnet_block_groups} groups "
-                    f"(dim={dim}, init_dim={init_dim}, dim_mults={tuple(dim_mults)}): "
-                    f"use multiples of {resnet_block_groups}"
-                )
+                given = f"dim={dim}, init_dim={init_dim}, dim_mults={tuple(dim_mults)}"
+                what = f"group norm can't split {width} channels into {resnet_block_groups} groups ({given})"
+                raise ValueError(f"{what}: use multiples of {resnet_block_groups}")
         emb_dim = dim * 4
-
-        def block(dim_in: int, dim_out: int) -> ResnetBlock:
-            return ResnetBlock(dim_in, dim_out, emb_dim=emb_dim, groups=resnet_block_groups, dropout=dropout)
+        block = partial(ResnetBlock, emb_dim=emb_dim, groups=resnet_block_groups, dropout=dropout)
 
         self.channels = channels
         self.out_dim = channels if out_dim is None else out_dim
@@ -328,9 +316,9 @@ class Unet(nn.Module):
         self.null_class = None
         if not class_free_guidance:
             return
+        self.p_uncond = 0.1 if p_uncond is None else p_uncond
         if num_classes is None or num_classes < 1:
             raise ValueError(f"classifier-free guidance needs num_classes of at least 1, got {num_classes}")
-        self.p_uncond = 0.1 if p_uncond is None else p_uncond
         if not 0 <= self.p_uncond <= 1:
             raise ValueError(f"p_uncond is a probability, 0 .. 1; got {p_uncond}")
         if null_token not in NULL_TOKENS:
@@ -367,15 +355,13 @@ class Unet(nn.Module):
             ValueError: H or W no multiple of 2^(levels - 1), or labels for an unconditional model.
         """
         if x.shape[-1] % self.size_factor or x.shape[-2] % self.size_factor:
-            raise ValueError(
-                f"images of {x.shape[-2]}x{x.shape[-1]} pixels can't be halved {len(self.downs) - 1} times: "
-                f"their sides must be multiples of {self.size_factor}"
-            )
+            what = f"images of {x.shape[-2]}x{x.shape[-1]} pixels can't be halved {len(self.downs) - 1} times"
+            raise ValueError(f"{what}: their sides must be multiples of {self.size_factor}")
+        if classes is not None and not self.class_free_guidance:
+            raise ValueError("this U-Net is unconditional and takes no classes (train with class_free_guidance)")
         emb = self.time_mlp(time)  # (B, 4 dim)
         if self.class_free_guidance:
             emb = emb + self.embed_classes(classes, len(x))
-        elif classes is not None:
-            raise ValueError("this U-Net is unconditional and takes no classes (train with class_free_guidance)")
 
         if x.device.type == "cpu" or self.compiled:  # faster so; on a GPU only compiled group norms keep it
             x = x.contiguous(memory_format=torch.channels_last)
