@@ -87,9 +87,7 @@ def grid_of_runs(base: Config, varied: dict[str, list], num_classes: int, seeds:
         changes, fixed = dict(zip(varied, values)), {}
         if seed != base.seed:
             changes["seed"] = seed
-            fixed = {
-                "data_seed": base.seed if base.data_seed is None else base.data_seed
-            }  # all runs have the same data
+            fixed = {"data_seed": base.seed if base.data_seed is None else base.data_seed}  # all have the same data
         name = ",".join(f"{setting}={value}" for setting, value in changes.items())
         try:
             runs[name] = dataclasses.replace(base, results_dir=str(base.run_dir), run_name=name, **changes, **fixed)
@@ -130,9 +128,7 @@ def is_judged(config: Config, judge, count: int, scales: Sequence[float] = ()) -
 # ---------------------------------------------------------------------------- what comes out
 
 
-def write_comparison(
-    runs: dict[str, Config], varied: dict[str, list], failed: dict[str, str], out: Path, device
-) -> None:
+def write_comparison(runs: dict[str, Config], varied: dict[str, list], failed: dict, out: Path, device) -> None:
     """table.csv, table.md, curves.png and samples.png of judged runs; those that failed have an empty row.
 
     table.csv has a row per run and guidance scale, table.md the means over the seeds.
@@ -157,10 +153,7 @@ def write_comparison(
     write_atomically(out / "table.md", (text + "\n").encode())
     if done:
         losses = {name: report["losses"]["test"] for name, report in reports.items()}
-        groups = {
-            name: ",".join(f"{setting}={getattr(config, setting)}" for setting in varied)
-            for name, config in done.items()
-        }
+        groups = {name: ",".join(f"{s}={getattr(config, s)}" for s in varied) for name, config in done.items()}
         viz.plot_comparison(logs, losses, groups, out / "curves.png")
         first = min(config.seed for config in done.values())
         draw_side_by_side({name: c for name, c in done.items() if c.seed == first}, out / "samples.png", device)
@@ -205,8 +198,7 @@ def over_seeds(rows: list[dict], varied: Sequence[str]) -> list[dict]:
 
 
 def summary_of(group: list[dict], varied: Sequence[str], several: bool) -> dict:
-    """The row of `over_seeds` for runs that differ in their seed alone; "runs" tells how many, where there are "
-    "`several`."""
+    """The row of `over_seeds` for runs that differ in their seed alone; "runs" tells how many, of `several`."""
     summary = {}
     for name in group[0]:
         if name in varied or name == "w":
@@ -236,17 +228,10 @@ def draw_side_by_side(runs: dict[str, Config], path: Path, device) -> None:
     rows = []
     for config in runs.values():
         checkpoint = load_checkpoint(config.run_dir)
-        names = checkpoint["class_names"]
-        classes = torch.arange(COLUMNS_SHOWN) % len(names) if config.class_free_guidance else None
-        batches = sample_in_batches(
-            build_diffusion(config, device),
-            FittingModel(restore_model(checkpoint, config, device)),
-            COLUMNS_SHOWN,
-            config.sample_batch,
-            config.seed,
-            classes=classes,
-            **config.sampling,
-        )
+        classes = torch.arange(COLUMNS_SHOWN) % len(checkpoint["class_names"]) if config.class_free_guidance else None
+        diffusor, model = build_diffusion(config, device), FittingModel(restore_model(checkpoint, config, device))
+        how = {"classes": classes, **config.sampling}
+        batches = sample_in_batches(diffusor, model, COLUMNS_SHOWN, config.sample_batch, config.seed, **how)
         rows.append(torch.cat(list(batches)))
     labels = [name.replace(",", "\n") for name in runs]
     viz.save_grid(torch.cat(rows), path, COLUMNS_SHOWN, labels, title="same noise in every column")

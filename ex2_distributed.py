@@ -162,12 +162,9 @@ def meet(what: str, timeout: datetime.timedelta | None = None) -> None:
     try:
         dist.monitored_barrier(_cpu_group, timeout or _timeout, wait_all_ranks=True)
     except RuntimeError as error:
-        minutes = (timeout or _timeout).total_seconds() / 60
-        reason = str(error).splitlines()[0]
-        raise ProcessesError(
-            f"process {rank()} of {world_size()} waited for the others at '{what}', up to {minutes:g} min "
-            f"(--timeout_minutes): {reason}"
-        ) from error
+        waited = f"up to {(timeout or _timeout).total_seconds() / 60:g} min (--timeout_minutes)"
+        who, reason = f"process {rank()} of {world_size()}", str(error).splitlines()[0]
+        raise ProcessesError(f"{who} waited for the others at '{what}', {waited}: {reason}") from error
 
 
 def gathered(own, what: str) -> list:
@@ -216,52 +213,27 @@ def in_turns(make: Callable[[], T], what: str) -> T:
 
 def mean_over_processes(value: Tensor) -> Tensor:
     """The mean of all processes' values, on their device; nothing waits for a GPU."""
-    if world_size() == 1:
-        return value
-    value = value.clone()
-    dist.all_reduce(value)
-    return value / world_size()
+    if world_size() > 1:
+        value = value / world_size()
+        dist.all_reduce(value)
+    return value
 
 
-class Agreement:
-    """The largest of what the processes report after every step: a signal that reached one, and the time spent.
+def agreed(signal_number: int, seconds: float) -> tuple[int, float]:
+    """The largest of what the processes report after a step: a signal that reached one (0: none), and the time spent.
 
-    So all stop after the same step, and have the same learning rate. What is reported counts from the next step on, so
-    that none waits for the network.
+    So all stop after the same step, and have the same learning rate.
     """
-
-    def __init__(self):
-        self.agreed = (0, 0.0)
-        self.going_on = None  # (work handle, the tensor that will hold the maxima)
-
-    def __call__(self, signal_number: int, seconds: float, *, at_once: bool = False) -> tuple[int, float]:
-        """(signal number to stop for, 0 for none; seconds spent), the same on every process.
-
-        Args:
-            signal_number: that reached this process; 0 for none.  at_once: let this report count now.
-        """
-        if world_size() == 1:
-            return signal_number, seconds
-        self.count()
-        report = torch.tensor([signal_number, seconds], dtype=torch.float64)
-        self.going_on = (dist.all_reduce(report, dist.ReduceOp.MAX, _cpu_group, async_op=True), report)
-        if at_once:
-            self.count()
-        return self.agreed
-
-    def count(self) -> None:
-        if self.going_on is not None:
-            work, maxima = self.going_on
-            work.wait()
-            self.going_on = None
-            self.agreed = (int(maxima[0]), float(maxima[1]))
+    if world_size() == 1:
+        return signal_number, seconds
+    report = torch.tensor([signal_number, seconds], dtype=torch.float64)
+    dist.all_reduce(report, dist.ReduceOp.MAX, _cpu_group)
+    return int(report[0]), float(report[1])
 
 
 def shared_samples(diffusor, model, count: int, batch_size: int, seed: int, *, classes=None, **sampling) -> Tensor:
     """`count` images (N, C, H, W) on the CPU, each process sampling its share; arguments as in `sample_in_batches`."""
     mine = share_of(count)
-    own_classes = None if classes is None else classes[mine.start : mine.stop]
-    batches = sample_in_batches(
-        diffusor, model, len(mine), batch_size, seed, classes=own_classes, first=mine.start, **sampling
-    )
+    own = {"classes": None if classes is None else classes[mine.start : mine.stop], "first": mine.start}
+    batches = sample_in_batches(diffusor, model, len(mine), batch_size, seed, **own, **sampling)
     return gathered_rows(list(batches), "samples")

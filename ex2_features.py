@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Callable
 
@@ -22,10 +23,9 @@ from ex2_data import DataSplits, ImageFiles, ImageSet, InputError, reverse_trans
 from ex2_distributed import from_main, gathered_rows, is_main, share_of, world_size
 from ex2_loader import make_loader
 
-INCEPTION_WEIGHTS = (
-    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
-)
 INCEPTION_SHA256 = "6726825d"  # its first digits stand in the file's name
+FIDELITY = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+INCEPTION_WEIGHTS = f"{FIDELITY}weights-inception-2015-12-05-{INCEPTION_SHA256}.pth"
 CLASSIFIER_VERSION = 1  # of network and training: others are not taken from the cache, their features differ
 CLASSIFIER_EPOCHS = 8
 BATCH_SIZE = 128
@@ -125,9 +125,8 @@ class Inception(nn.Module):
             import torch_fidelity  # noqa: F401
             from torchmetrics.image.fid import NoTrainInceptionV3
         except ModuleNotFoundError as error:
-            raise InputError(
-                "--inception_weights needs torch-fidelity: pip install -r requirements-extras.txt"
-            ) from error
+            advice = "pip install -r requirements-extras.txt"
+            raise InputError(f"--inception_weights needs torch-fidelity: {advice}") from error
         if not Path(weights).is_file():
             raise InputError(f"no Inception weights at {weights}: download {INCEPTION_WEIGHTS} and give its path")
         if not hashlib.sha256(Path(weights).read_bytes()).hexdigest().startswith(INCEPTION_SHA256):
@@ -144,9 +143,7 @@ class Inception(nn.Module):
 # ---------------------------------------------------------------------------- training, applying, caching
 
 
-def train_classifier(
-    dataset, num_classes: int, device, *, flip: bool, epochs: int, num_workers: int = 0
-) -> SmallClassifier:
+def train_classifier(dataset, num_classes: int, device, *, flip: bool, epochs: int, num_workers=0) -> SmallClassifier:
     """A `SmallClassifier` trained on `dataset`, with shifts and, where `flip` says so, mirrored images; in eval mode.
 
     The same on the same machine with the same number of threads; elsewhere rounding makes it another one.
@@ -226,19 +223,14 @@ def classifier_reference(splits: DataSplits, folder: Path, device, *, flip: bool
 
     def compute() -> dict:
         print(f"training the classifier that samples are judged by, on {len(images)} images")
-        training = {"flip": flip, "epochs": CLASSIFIER_EPOCHS, "num_workers": num_workers}
+        how = {"flip": flip, "epochs": CLASSIFIER_EPOCHS, "num_workers": num_workers}
+        make = partial(train_classifier, images, num_classes, device, **how)
         model = SmallClassifier(num_classes, images[0][0].shape[-1])
-        model.load_state_dict(
-            from_main(
-                lambda: train_classifier(images, num_classes, device, **training).cpu().state_dict(), "the classifier"
-            )
-        )
+        model.load_state_dict(from_main(lambda: make().cpu().state_dict(), "the classifier"))
         model.to(device).eval()
-        return {
-            "model": model.state_dict(),
-            "accuracy": accuracy(model, splits.test, device, num_workers),
-            "features": features_of(model, images, device, num_workers).half(),
-        }
+        right = accuracy(model, splits.test, device, num_workers)
+        features = features_of(model, images, device, num_workers).half()
+        return {"model": model.state_dict(), "accuracy": right, "features": features}
 
     saved = cached(folder / f"classifier-v{CLASSIFIER_VERSION}-{fingerprint}{'-flip' if flip else ''}.pt", compute)
     classifier = SmallClassifier(num_classes, splits.test[0][0].shape[-1])
@@ -253,10 +245,8 @@ def inception_reference(splits: DataSplits, weights: str, folder: Path, device, 
     """The training images by `Inception`; their features come from `folder`, where it has them."""
     network = Inception(weights).to(device)
     images, fingerprint = training_images(splits)
-    saved = cached(
-        folder / f"inception-{fingerprint}.pt",
-        lambda: {"features": features_of(network, images, device, num_workers).half()},
-    )
+    compute = partial(features_of, network, images, device, num_workers)
+    saved = cached(folder / f"inception-{fingerprint}.pt", lambda: {"features": compute().half()})
     return Reference(network, saved["features"].float(), images)
 
 

@@ -20,7 +20,7 @@ import ex2_viz as viz
 from ex2_checkpoint import CHECKPOINT_NAME, PREVIOUS, RunLog, load_checkpoint, save_checkpoint, write_atomically
 from ex2_data import DataSplits, InputError
 from ex2_diffusion import Diffusion
-from ex2_distributed import Agreement, from_main, is_main, is_restart, rank, world_size
+from ex2_distributed import agreed, from_main, is_main, is_restart, rank, world_size
 from ex2_loader import make_loader
 from ex2_model import Unet, compile_blocks, is_compiler_error
 from ex2_replay import Replayed
@@ -110,7 +110,6 @@ class Training:
         self.total_steps = self.epochs * self.steps_per_epoch
         self.optimizer = build_optimizer(model, config.lr, config.adam_beta1)
         self.average = Average(model, config.ema_images, config.batch_size)
-        self.agreement = Agreement()
         self.log = None  # the first process has one
         self.within_step = False  # then it must not be saved: a second Ctrl-C ends it there
         self.step, self.epochs_done, self.seconds, self.lr = 0, 0, 0.0, config.lr
@@ -144,7 +143,6 @@ class Training:
             job.check_space(self.config.run_dir, 3 * 4 * weights + 20_000_000)
         self.save()  # a disk that is full shows now, and not after an epoch
         self.started = time.monotonic() - self.seconds
-        self.agreement.agreed = (0, self.seconds)
         if world_size() > 1:
             devices = [self.device] if self.device.type == "cuda" else None
             self.network = DistributedDataParallel(self.model, devices, gradient_as_bucket_view=True)
@@ -175,7 +173,7 @@ class Training:
                 if last or len(self.meter.window) == self.config.log_interval:
                     self.close_window(progress)
                 now = time.monotonic() - self.started
-                number, self.seconds = self.agreement(waiting[0] if waiting else 0, now, at_once=last)
+                number, self.seconds = agreed(waiting[0] if waiting else 0, now)
                 if number:
                     raise job.Interrupted(number)
                 if time.monotonic() - self.saved_at > 60 * self.config.save_minutes:

@@ -209,8 +209,9 @@ def run_sample(args) -> None:
         images = sample_and_save_images(count, diffusor, model, device, folder, **common, **scaled.sampling)
         rows.append(images[:GRID_IMAGES].clone())  # so that the others need not be kept
     if len(by_scale) > 1 and is_main():
-        shown = [names[c] for c in (classes or ())[:GRID_IMAGES]]
-        viz.save_guidance_grid(rows, args.scales, out / "guidance_grid.png", shown)
+        columns = min(16, len(rows[0]))  # of each the same noise
+        shown, scales = [names[c] for c in (classes or ())[:columns]], [f"w = {w:g}" for w in args.scales]
+        viz.save_grid(torch.cat([row[:columns] for row in rows]), out / "guidance_grid.png", columns, scales, shown)
         scales = " ".join(f"{w:g}" for w in args.scales)
         print(f"their figures: python ex2_main.py test --checkpoint {args.checkpoint} --eval_scales {scales}")
     print(f"done: see {out}/")

@@ -58,30 +58,22 @@ def labels_for(model, labels: Tensor, unconditional: bool = False) -> tuple[Tens
 
 @torch.no_grad()
 def loss_over_timesteps(
-    model,
-    loader: Iterable,
-    diffusor: Diffusion,
-    times: Sequence[int],
-    *,
-    max_images: int | None = None,
-    unconditional: bool = False,
+    model, loader: Iterable, diffusor: Diffusion, times: Sequence[int], *, max_images=None, unconditional=False
 ) -> dict:
     """Mean error of the predicted noise and of the x_zero estimate at each of `times`, over images of `loader`.
 
-    Image i gets the same noise at every time, in every run and at any batch size, so the figures of two models differ
-    by the models alone. Call it with the model in eval mode.
+    Image i gets the same noise at every time and in every run (`evaluation_batches`), so the figures of two models
+    differ by the models alone.
 
     Args:
-        model: (x_t, t) -> eps; (x_t, t, classes) -> eps where its `class_free_guidance` is true.
+        model: in eval mode; (x_t, t) -> eps, or (x_t, t, classes) -> eps where its `class_free_guidance` is true.
         max_images: how many of the first images to take; None takes all.
         unconditional: give a class-conditional model the null token in place of the labels.
 
     Returns: {"t": [...], "log_snr": [...], "l1": [...], "l2": [...], "x_zero_l1": [...], "x_zero_l2": [...], "images":
-    how many}. l1 and l2 are of eps: a predictor of zeros has l2 = 1. The x_zero estimate is clamped to [-1, 1], as in
-    sampling.
+    how many}. l1 and l2 are of eps: a predictor of zeros has l2 = 1. The x_zero estimate is clamped, as in sampling.
     """
-    names = ("l1", "l2", "x_zero_l1", "x_zero_l2")
-    totals = {name: torch.zeros(len(times), dtype=torch.float64) for name in names}
+    totals = {name: torch.zeros(len(times), dtype=torch.float64) for name in ("l1", "l2", "x_zero_l1", "x_zero_l2")}
     seen = torch.zeros((), dtype=torch.long)
     for images, labels, source in evaluation_batches(loader, diffusor.device, max_images):
         classes = labels_for(model, labels, unconditional)
@@ -91,9 +83,9 @@ def loss_over_timesteps(
             x_t = diffusor.q_sample(images, t, noise)
             eps = model(x_t, t, *classes).float()
             x_zero = diffusor.predict_x_zero(x_t, t, eps).clamp(-1, 1)
-            for prefix, estimate, truth in (("", eps, noise), ("x_zero_", x_zero, images)):
-                totals[prefix + "l1"][k] += F.l1_loss(estimate, truth).item() * len(images)
-                totals[prefix + "l2"][k] += F.mse_loss(estimate, truth).item() * len(images)
+            for of, estimate, truth in (("", eps, noise), ("x_zero_", x_zero, images)):
+                totals[f"{of}l1"][k] += F.l1_loss(estimate, truth).item() * len(images)
+                totals[f"{of}l2"][k] += F.mse_loss(estimate, truth).item() * len(images)
         seen += len(images)
     seen = int(total_of(seen, "images of the losses"))
     means = {name: (total_of(total, "losses") / seen).tolist() for name, total in totals.items()}
@@ -157,10 +149,7 @@ def transition_terms(diffusor: Diffusion, x_zero: Tensor, estimate: Tensor, t: T
 
     Both are Gaussians; their means differ by the x_zero `estimate`'s error times a factor of Eq. 7.
 
-    Args:
-        x_zero, estimate: (B, C, H, W).  t: (B,), one time per image.
-
-    Returns: (B,) nats per dimension, float64 on the CPU.
+    Takes x_zero, estimate (B, C, H, W) and t (B,). Returns (B,) nats per dimension, float64 on the CPU.
     """
     t = t.cpu()
     squared_error = (estimate.cpu().double() - x_zero.cpu().double()).square().flatten(1).mean(1)  # (B,)
@@ -220,8 +209,7 @@ def bits_per_dim(model, loader: Iterable, diffusor: Diffusion, draws: int, max_i
         draws: at most how many times per image beside t = 0.  model, max_images: as in `loss_over_timesteps`.
 
     Returns: "images", "calls" of the model per image, "t" (first time of each stratum), "prior" (L_T), and for each of
-    `VARIANCES` {"total", "standard_error" (None for one image), "decoder" (L_0), "terms" (mean L_t of each stratum)},
-    in bits per dimension.
+    `VARIANCES` "total", "standard_error" (None for one image), "decoder" (L_0), "terms" (mean L_t of each stratum).
     """
     strata = time_strata(diffusor.timesteps, draws)
     priors, terms = [], {name: [] for name in VARIANCES}  # batches of (B,), of (B, 1 + strata), in nats
@@ -244,12 +232,8 @@ def bits_per_dim(model, loader: Iterable, diffusor: Diffusion, draws: int, max_i
 
     sizes = torch.tensor([1.0, *map(len, strata)], dtype=torch.float64)
     prior = gathered_rows(priors, "prior term of the bound") / math.log(2)  # (N,)
-    report = {
-        "images": len(prior),
-        "calls": 1 + len(strata),
-        "t": [stratum.start for stratum in strata],
-        "prior": prior.mean().item(),
-    }
+    report = {"images": len(prior), "calls": 1 + len(strata), "t": [stratum.start for stratum in strata]}
+    report["prior"] = prior.mean().item()
     for name in VARIANCES:
         bits = gathered_rows(terms[name], "terms of the bound") / math.log(2)  # (N, 1 + strata)
         totals = prior + bits @ sizes
@@ -274,12 +258,9 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     Raises:
         ValueError: no more samples than features, so that a covariance is singular.
     """
-    width = a.shape[1]
-    if min(len(a), len(b)) <= width:
-        raise ValueError(
-            f"{min(len(a), len(b))} samples are too few for {width} features: their covariance is singular; "
-            f"take more than {width}"
-        )
+    width, fewest = a.shape[1], min(len(a), len(b))
+    if fewest <= width:
+        raise ValueError(f"{fewest} samples are too few for {width} features: take more, or a covariance is singular")
     means = [x.double().mean(0) for x in (a, b)]
     covariances = [torch.cov(x.double().T).reshape(width, width) for x in (a, b)]
     # tr (C_a C_b)^(1/2) is the sum of the singular values of C_a^(1/2) C_b^(1/2), which stays real and symmetric.
@@ -323,18 +304,17 @@ def precision_recall(real: Tensor, generated: Tensor, neighbours: int = 3) -> tu
 
 def share_inside(points: Tensor, manifold: Tensor, neighbours: int) -> float:
     """Share of `points` (N, D) within the balls around `manifold` (M, D)."""
+    distances = (torch.cdist(part, manifold) for part in manifold.split(1000))
     radii = torch.cat(
-        [torch.cdist(part, manifold).kthvalue(neighbours + 1, dim=1).values for part in manifold.split(1000)]
-    )  # (M,); the nearest of all is the point itself
+        [part.kthvalue(neighbours + 1, dim=1).values for part in distances]
+    )  # (M,); + 1 for the point itself
     inside = [(torch.cdist(part, manifold) <= radii).any(dim=1) for part in points.split(1000)]
     return torch.cat(inside).double().mean().item()
 
 
 def nearest(queries: Tensor, gallery: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     """(distance, index) of the nearest row of `gallery`, given in batches (B, D), for each of `queries` (Q, D)."""
-    best = torch.full((len(queries),), math.inf)
-    index = torch.zeros(len(queries), dtype=torch.long)
-    first = 0
+    best, index, first = torch.full((len(queries),), math.inf), torch.zeros(len(queries), dtype=torch.long), 0
     for rows in gallery:
         distance, where = torch.cdist(queries, rows).min(dim=1)
         closer = distance < best
@@ -369,9 +349,8 @@ class ShapesOracle:
         pixels = images.float() / 255
         if pixels.shape[-1] > 32:  # shapes are as plain at 32x32, and thousands of templates fit the memory
             pixels = F.interpolate(pixels, size=(32, 32), mode="area")
-        border = torch.cat(
-            (pixels[..., 0, :], pixels[..., -1, :], pixels[..., 0], pixels[..., -1]), dim=-1
-        )  # (N, 3, 4H)
+        edges = (pixels[..., 0, :], pixels[..., -1, :], pixels[..., 0], pixels[..., -1])  # 4 x (N, 3, H)
+        border = torch.cat(edges, dim=-1)
         contrast = pixels.flatten(2) - border.median(dim=-1, keepdim=True).values  # (N, 3, H*W)
         paint = (contrast * contrast.norm(dim=1, keepdim=True)).mean(dim=-1, keepdim=True)  # (N, 3, 1)
         masks = (contrast * paint).sum(1)  # (N, H*W)

@@ -11,14 +11,7 @@ import torch
 import ex2_viz as viz
 from ex2_config import Config
 from ex2_data import DataSplits
-from ex2_diffusion import (
-    SCHEDULES,
-    Diffusion,
-    ImageNoise,
-    evenly_spaced,
-    sample_in_batches,
-    thin_trajectory,
-)
+from ex2_diffusion import SCHEDULES, Diffusion, ImageNoise, evenly_spaced, sample_in_batches, thin_trajectory
 from ex2_distributed import is_main, shared_samples
 from ex2_loader import make_loader
 
@@ -47,14 +40,8 @@ def draw_process(model, splits: DataSplits, diffusor: Diffusion, config: Config)
     viz.save_process_gif(forward, out / "forward.gif")
 
     classes = None if model.null_class is None else torch.arange(count) % model.null_class
-    reverse = diffusor.sample_trajectory(
-        model,
-        config.image_size,
-        count,
-        classes=classes,
-        generator=ImageNoise(config.seed, 0, count, diffusor.device),
-        **config.sampling,
-    )
+    how = {"classes": classes, "generator": ImageNoise(config.seed, 0, count, diffusor.device), **config.sampling}
+    reverse = diffusor.sample_trajectory(model, config.image_size, count, **how)
     length = (config.sampling["steps"] or config.timesteps) + 1
     reverse = thin_trajectory(reverse, length, GIF_FRAMES)
     strip = [reverse[i] for i in evenly_spaced(len(reverse), STRIP_COLUMNS)]
@@ -93,27 +80,13 @@ def draw_samples(model, class_names, diffusor: Diffusion, config: Config) -> Non
         guided = {**common, "guidance_scale": w}
         by_scale[w] = torch.cat(list(sample_in_batches(diffusor, model, len(classes), classes=classes, **guided)))
     viz.save_guidance_gif(by_scale, config.run_dir / "guidance.gif")
-    viz.save_grid(
-        torch.stack([by_scale[w] for w in GUIDANCE_SCALES], dim=1).flatten(0, 1),
-        config.run_dir / "guidance_grid.png",
-        len(GUIDANCE_SCALES),
-        class_names,
-        [f"w = {w:g}" for w in GUIDANCE_SCALES],
-    )
+    grid = torch.stack([by_scale[w] for w in GUIDANCE_SCALES], dim=1).flatten(0, 1)
+    columns = [f"w = {w:g}" for w in GUIDANCE_SCALES]
+    viz.save_grid(grid, config.run_dir / "guidance_grid.png", len(columns), class_names, columns)
 
 
 def sample_and_save_images(
-    n_images,
-    diffusor,
-    model,
-    device,
-    store_path,
-    *,
-    classes=None,
-    class_names=None,
-    seed=0,
-    batch_size=100,
-    **sampling,
+    n_images, diffusor, model, device, store_path, *, classes=None, class_names=None, seed=0, batch_size=100, **sampling
 ) -> torch.Tensor:
     """Samples images and saves them one by one in `images/`, which holds nothing else, as tools that judge folders want
     it; the first ones stand in `grid.png` beside it. Returns (n_images, C, H, W) on the CPU.

@@ -73,15 +73,7 @@ def save_images(images: Tensor, paths: Sequence[Path]) -> None:
         write_atomically(Path(path), imageio.imwrite("<bytes>", image.permute(1, 2, 0).cpu().numpy(), extension=".png"))
 
 
-def save_grid(
-    images: Tensor,
-    path: str | Path,
-    columns: int | None = None,
-    row_labels: Sequence[str] = (),
-    column_labels: Sequence[str] = (),
-    labels: Sequence[str] = (),
-    title: str = "",
-) -> None:
+def save_grid(images: Tensor, path, columns=None, row_labels=(), column_labels=(), labels=(), title="") -> None:
     """All images (N, 3, H, W) in [-1, 1], row by row, as one PNG; labels at rows, at columns, or below each image.
 
     Args:
@@ -115,15 +107,6 @@ def save_grid(
         axes.set_title(title, fontsize=11, pad=10)
         for spine in axes.spines.values():
             spine.set_visible(False)
-
-
-def save_guidance_grid(
-    rows: Sequence[Tensor], scales: Sequence[float], path: str | Path, class_names: Sequence[str], columns: int = 16
-) -> None:
-    """2.4 c: a row of images (N, 3, H, W) per scale w; a column starts from the same noise. At most `columns`."""
-    columns = min(columns, len(rows[0]))
-    images = torch.cat([row[:columns] for row in rows])
-    save_grid(images, path, columns, [f"w = {w:g}" for w in scales], class_names[:columns])
 
 
 def save_strip(steps: Sequence[tuple[int, Tensor]], path: str | Path, title: str) -> None:
@@ -213,32 +196,29 @@ def plot_time_embedding(embedding: Tensor, path: str | Path) -> None:
     with drawing(path, (8, 3.2), colours=256, dpi=80) as figure:
         figure.set_layout_engine("tight")
         axes = figure.add_subplot()
-        picture = axes.imshow(
-            embedding.detach().cpu().T.numpy(),
-            aspect="auto",
-            cmap="RdBu",
-            extent=(1, len(embedding), embedding.shape[1], 0),
-        )
+        extent = (1, len(embedding), embedding.shape[1], 0)
+        picture = axes.imshow(embedding.detach().cpu().T.numpy(), aspect="auto", cmap="RdBu", extent=extent)
         axes.set(title="sinusoidal embedding of the time", xlabel="t", ylabel="dimension")
         figure.colorbar(picture)
 
 
+def points(rows: Sequence[Mapping[str, str]], name: str) -> tuple[list[int], list[float]]:
+    """(steps, values) of a column of log.csv, where it has a figure."""
+    filled = [row for row in rows if row[name] != ""]
+    return [int(row["step"]) for row in filled], [float(row[name]) for row in filled]
+
+
 def plot_training(rows: Sequence[Mapping[str, str]], path: str | Path) -> None:
     """Loss, learning rate and gradient norm over the optimiser steps, from the rows of log.csv."""
-
-    def column(name: str) -> tuple[list[int], list[float]]:
-        filled = [row for row in rows if row[name] != ""]
-        return [int(row["step"]) for row in filled], [float(row[name]) for row in filled]
-
     with curve_axes(path, 3) as axes:
-        axes[0].plot(*column("train_loss"), alpha=0.5, label="train, mean since the last row")
-        axes[0].plot(*column("epoch_loss"), "o-", label="train, mean of the epoch")
-        axes[0].plot(*column("val_loss"), "o-", label="val, EMA weights, fixed t and noise")
+        axes[0].plot(*points(rows, "train_loss"), alpha=0.5, label="train, mean since the last row")
+        axes[0].plot(*points(rows, "epoch_loss"), "o-", label="train, mean of the epoch")
+        axes[0].plot(*points(rows, "val_loss"), "o-", label="val, EMA weights, fixed t and noise")
         axes[0].set(title="loss of the predicted noise", yscale="log")
         axes[0].legend(fontsize=8)
-        axes[1].plot(*column("lr"))
+        axes[1].plot(*points(rows, "lr"))
         axes[1].set(title="learning rate")
-        axes[2].plot(*column("grad_norm"))
+        axes[2].plot(*points(rows, "grad_norm"))
         axes[2].set(title="gradient norm before clipping, mean", yscale="log")
         for ax in axes:
             ax.set_xlabel("optimiser step")
@@ -250,12 +230,8 @@ def plot_loss_over_t(curves: Mapping[str, Mapping], path: str | Path) -> None:
     "floor" is dashed: no model is below it on training images. "our run" is dotted, a run to compare with.
     """
     with curve_axes(path, 3) as axes:
-        titles = {
-            "l1": "l1 loss of the predicted noise",
-            "l2": "l2 loss of the predicted noise",
-            "x_zero_l2": r"l2 error of the $x_0$ estimate",
-        }
-        for ax, (loss, title) in zip(axes, titles.items()):
+        titles = ("l1 loss of the predicted noise", "l2 loss of the predicted noise", r"l2 error of the $x_0$ estimate")
+        for ax, loss, title in zip(axes, ("l1", "l2", "x_zero_l2"), titles):
             for (name, curve), style in zip(curves.items(), ("o-", "s--", "^:", "v-.", "d-", "", "")):
                 style = {"floor": "k--", "our run": "k:"}.get(name, style)
                 if loss in curve:
@@ -266,12 +242,7 @@ def plot_loss_over_t(curves: Mapping[str, Mapping], path: str | Path) -> None:
             ax.legend(fontsize=7)
 
 
-def plot_comparison(
-    logs: Mapping[str, Sequence[Mapping]],
-    losses: Mapping[str, Mapping],
-    groups: Mapping[str, str],
-    path: str | Path,
-) -> None:
+def plot_comparison(logs: Mapping, losses: Mapping, groups: Mapping[str, str], path: str | Path) -> None:
     """2.3: training and validation loss over the steps, and test loss over log-SNR, of several runs.
 
     Args:
@@ -283,10 +254,8 @@ def plot_comparison(
         for name, rows in logs.items():
             seen = groups[name] in axes[2].get_legend_handles_labels()[1]
             how = {"label": None if seen else groups[name], "color": colours[groups[name]], "alpha": 0.7}
-            for ax, column, style in ((axes[0], "train_loss", "-"), (axes[1], "val_loss", "o-")):
-                filled = [row for row in rows if row[column] != ""]
-                steps, values = [int(row["step"]) for row in filled], [float(row[column]) for row in filled]
-                ax.plot(steps, values, style, **how)
+            axes[0].plot(*points(rows, "train_loss"), "-", **how)
+            axes[1].plot(*points(rows, "val_loss"), "o-", **how)
             axes[2].plot(losses[name]["log_snr"], losses[name]["l2"], "o-", **how)
         axes[0].set(title="training loss", xlabel="optimiser step", yscale="log")
         axes[1].set(title="validation loss, EMA weights", xlabel="optimiser step", yscale="log")
@@ -315,13 +284,10 @@ def plot_guidance(report: Mapping, path: str | Path) -> None:
     """2.4 c: figures of samples over the guidance scale, with those of test images as dashed lines; `judge_samples`."""
     with curve_axes(path, 3) as axes:
         rows, test = report["by_scale"], report["test_images"]
-        panels = {"class_accuracy": 0, "precision": 1, "recall": 1, "frechet_distance": 2}
-        for name, panel in panels.items():
+        for name, panel in (("class_accuracy", 0), ("precision", 1), ("recall", 1), ("frechet_distance", 2)):
             if name in rows[0]:
-                values = [row[name] for row in rows]
-                line = axes[panel].plot(
-                    [row["guidance_scale"] for row in rows], values, "o-", label=name.replace("_", " ")
-                )
+                points = [row["guidance_scale"] for row in rows], [row[name] for row in rows]
+                line = axes[panel].plot(*points, "o-", label=name.replace("_", " "))
                 if test[name] is not None:
                     axes[panel].axhline(test[name], color=line[0].get_color(), linestyle="--", alpha=0.6)
         axes[0].set(title="samples that show their class", ylim=(0, 1.05))
