@@ -24,14 +24,7 @@ from ex2_facts import FACTS
 from ex2_solution import PREFIXES
 
 START_LIMIT = 120  # seconds until Python and torch are there
-MARKS = {
-    "right": "right",
-    "wrong": "WRONG",
-    "advice": "advice",
-    "missing": "missing",
-    "fails": "FAILS",
-    "hangs": "HANGS",
-}
+LOUD = ("wrong", "fails", "hangs")  # verdicts in capitals
 
 
 def check_solution(folder: Path, limit: float) -> list[dict]:
@@ -63,15 +56,10 @@ def judged(folder: Path, names: Sequence[str], limit: float) -> Iterator[dict]:
     command = [sys.executable, ex2_facts.__file__, str(folder), *names]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "MPLBACKEND": "Agg", "PYTHONDONTWRITEBYTECODE": "1"}
     with tempfile.TemporaryDirectory() as elsewhere:
-        process = subprocess.Popen(
-            command,
-            cwd=elsewhere,  # what it writes beside itself is gone afterwards
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=os.name == "posix",
-        )
+        streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        own_group = {"start_new_session": os.name == "posix"}
+        # What it writes beside itself is gone afterwards.
+        process = subprocess.Popen(command, cwd=elsewhere, env=environment, **streams, **own_group)
         process.stdin.write(f"{token}\n".encode())
         process.stdin.close()
         lines: queue.Queue = queue.Queue()
@@ -121,7 +109,8 @@ def as_lines(verdicts: Sequence[dict]) -> Iterator[str]:
     """The table for people, a line for each fact."""
     for verdict in verdicts:
         equation = f" ({verdict['equation']})" if verdict["equation"] else ""
-        line = f"{verdict['task']:<8} {MARKS[verdict['verdict']]:<8} {verdict['statement']}{equation}"
+        kind = verdict["verdict"].upper() if verdict["verdict"] in LOUD else verdict["verdict"]
+        line = f"{verdict['task']:<8} {kind:<8} {verdict['statement']}{equation}"
         if verdict["verdict"] in ("wrong", "advice"):
             looks_like = f": {verdict['looks_like']}" if verdict["looks_like"] else ""
             yield f"{line}\n{'':18}found {verdict['found']}, expected {verdict['expected']}{looks_like}"

@@ -113,7 +113,7 @@ class Training:
         self.log = None  # the first process has one
         self.within_step = False  # then it must not be saved: a second Ctrl-C ends it there
         self.step, self.epochs_done, self.seconds, self.lr = 0, 0, 0.0, config.lr
-        self.meter = LossMeter(0, shared=True)
+        self.meter = LossMeter(0)
         self.started = self.saved_at = time.monotonic()
         self.step_on = self.eager_step  # or its replay
         self.steps_here, self.timed = 0, []  # steps of this call, and when those of `TIMED` ended
@@ -291,7 +291,7 @@ class Training:
             self.log.write(step=self.step, epoch=self.epochs_done, epoch_loss=loss, val_loss=val_loss)
         if self.first_batch == self.steps_per_epoch:
             self.epochs_done += 1
-            self.meter = LossMeter(self.epochs_done, shared=True)
+            self.meter = LossMeter(self.epochs_done)
         self.save()
         if self.log is not None:
             viz.plot_training(self.log.rows(), self.config.run_dir / "training.png")
@@ -351,7 +351,7 @@ class Training:
             raise InputError(f"{config.run_dir} holds a run on other classes ({classes}): {other}")
         self.load_weights(saved)
         self.epochs_done, self.step, self.seconds = saved["epoch"], saved["step"], saved["seconds"]
-        self.meter = LossMeter(self.epochs_done, shared=True)
+        self.meter = LossMeter(self.epochs_done)
         if changed:
             print(f"{config.run_dir}: going on with other settings ({changed}), from the start of the epoch")
             self.step = self.epochs_done * self.steps_per_epoch

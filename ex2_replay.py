@@ -19,8 +19,8 @@ TOLERANCE = 0.1  # of a change, between a replay and the eager call: far above r
 def record(function: Callable[..., tuple], inputs: list[Tensor]) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
     """(replay, outputs): what `function(*inputs)` does, as a CUDA graph, without doing it yet.
 
-    Every replay reads `inputs` and writes `outputs` in place. Random numbers follow torch's generator. Numbers that the
-    function takes from Python are fixed, so what changes from call to call has to be in a tensor.
+    Every replay reads `inputs` and writes `outputs` in place. Numbers that the function takes from Python are fixed, so
+    what changes from call to call has to be in a tensor. Random numbers follow torch's generator.
     """
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
@@ -109,16 +109,12 @@ class Replayed:
             self.recordings += 1
             self.inputs = [x.to(device, copy=True) for x in inputs]
             self.replay, self.outputs = record(self.function, self.inputs)
+            self.recorded, self.checked = self.shapes, False
         except RuntimeError as error:  # an operation that can't be recorded, or too little memory for it
             self.give_up(str(error).splitlines()[0])
-        else:
-            self.recorded, self.checked = self.shapes, False
 
     def check(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The first replay, compared with the eager call from the same state: better a slow step than a wrong one.
-
-        Compared are the outputs, and how each part of the state changes.
-        """
+        """The first replay: outputs, and how the state changes, compared with the eager call from the same state."""
         state = self.state()
         before = {name: [x.clone() for x in part] for name, part in state.items()}
         devices = [self.inputs[0].device] if self.inputs[0].device.type == "cuda" else []

@@ -71,7 +71,7 @@ class OnCpu(TorchFunctionMode):
 class Stub(nn.Module):
     """Stands for a U-Net: `predict(x, t)` is its noise; it remembers how it was called.
 
-    With `classes` it is conditional: 1 for a class and `without` for none, whatever `predict` says.
+    Given `without` it is conditional: 1 for a class and `without` for none, whatever `predict` says.
     """
 
     def __init__(self, predict=lambda x, t: torch.zeros_like(x), without: float | None = None):
@@ -93,14 +93,10 @@ class Stub(nn.Module):
         eps = self.predict(x, t)
         if self.without is not None:
             # A label that is no class, no labels at all, or a probability of 1 to drop them.
-            none = labels is None or any(type(value) in (int, float) and value == 1 for value in extra)
-            known = (
-                torch.zeros(len(x), dtype=torch.bool)
-                if none
-                else (labels.reshape(-1) >= 0) & (labels.reshape(-1) < NULL)
-            )
-            given = known.float()
-            eps = torch.where(given.view(-1, 1, 1, 1) > 0, 1.0, self.without).expand_as(x)
+            if labels is None or any(type(value) in (int, float) and value == 1 for value in extra):
+                labels = torch.full((len(x),), NULL)
+            known = ((labels >= 0) & (labels < NULL)).view(-1, 1, 1, 1)
+            eps = torch.where(known, 1.0, self.without).expand_as(x)
         return eps + 0 * self.weight
 
 
@@ -132,11 +128,7 @@ class Solution:
         OnCpu.used = False
 
     def module(self, part: str):
-        """The module of a part, "diffusion", "model" or "main".
-
-        Raises:
-            Missing: there is no such file, or it needs a package that isn't here.
-        """
+        """The module of a part, "diffusion", "model" or "main"; or `Missing`."""
         for prefix in PREFIXES:
             if part not in self.modules and (self.folder / f"{prefix}{part}.py").is_file():
                 try:
@@ -148,11 +140,7 @@ class Solution:
         return self.modules[part]
 
     def get(self, part: str, name: str):
-        """A function or class of a module.
-
-        Raises:
-            Missing: it isn't there.
-        """
+        """A function or class of a module; or `Missing`."""
         found = getattr(self.module(part), name, None)
         if found is None:
             raise Missing(f"{self.module(part).__name__}.py has no {name}")
@@ -161,8 +149,7 @@ class Solution:
     def call(self, function: Callable, optional: Mapping | None = None, **given):
         """Calls a function with those arguments that it has, by their role; `optional` ones only if it fails without.
 
-        Raises:
-            Missing: it returns nothing.
+        `Missing` where it returns nothing.
         """
         try:
             result = function(**self.arguments(function, given))
@@ -209,9 +196,8 @@ class Solution:
         """The `Diffusion` with these betas."""
         kind = self.get("diffusion", "Diffusion")
         schedule = lambda timesteps, *args, **kwargs: betas.float()  # noqa: E731  as the skeleton's main has it
-        return kind(
-            **self.arguments(kind, {"timesteps": len(betas), "get_noise_schedule": schedule, "img_size": 8, **given})
-        )
+        roles = {"timesteps": len(betas), "get_noise_schedule": schedule, "img_size": 8, **given}
+        return kind(**self.arguments(kind, roles))
 
     def q_sample(self, x_zero: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
         given = {} if noise is None else {"noise": noise}

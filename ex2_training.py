@@ -132,14 +132,11 @@ def learning_rate(peak: float, step: int, total_steps: int, warmup_steps: int = 
 
 
 class Average:  # swa_utils.AveragedModel reads a counter on the CPU at every update: no GPU could replay that
-    """The exponential moving average of the weights (EMA): it forgets half in `ema_images` images, or in a tenth of
-    those seen so far.
+    """The exponential moving average of the weights (EMA), held by a copy of the model.
 
-    The tenth matters for short runs: with a constant decay of 0.9999 the average of 750 steps would be 93% initial
-    weights. It is the ramp of EDM (Karras et al. 2022, https://arxiv.org/abs/2206.00364), at twice its length.
-
-    Attributes:
-        model: a copy of the model that holds the averaged weights.
+    It forgets half in `ema_images` images, or in a tenth of those seen so far. The tenth matters for short runs: with a
+    constant decay of 0.9999 the average of 750 steps would be 93% initial weights. It is the ramp of EDM (Karras et al.
+    2022, https://arxiv.org/abs/2206.00364), at twice its length.
     """
 
     def __init__(self, model, ema_images: float, batch_size: int):
@@ -212,19 +209,15 @@ def show_loss(progress: tqdm, epoch: int, step: int, loss: float) -> None:
 
 
 class LossMeter:
-    """Loss of one epoch as mean over images; reads the device once per window, not once per step.
+    """Loss of one epoch as mean over images and processes; reads the device once per window, not once per step."""
 
-    Args:
-        shared: the losses are means over all processes, which add theirs at the same time.
-    """
-
-    def __init__(self, epoch: int, *, shared: bool = False):
-        self.epoch, self.shared = epoch, shared
+    def __init__(self, epoch: int):
+        self.epoch = epoch
         self.window: list[tuple] = []  # (loss, gradient norm, images, lr) of the steps since the last row of the log
         self.steps, self.images, self.total = 0, 0, 0.0
 
     def add(self, loss: Tensor, grad_norm: Tensor, images: int, lr: float) -> None:
-        self.window.append((mean_over_processes(loss) if self.shared else loss, grad_norm, images, lr))
+        self.window.append((mean_over_processes(loss), grad_norm, images, lr))
 
     def read_window(self) -> tuple:
         """(losses, gradient norms, images) of the window, one entry per step.
@@ -237,11 +230,10 @@ class LossMeter:
         finite = losses.isfinite() & norms.isfinite()
         if not finite.all():
             bad = int(finite.int().argmin())
-            raise RunError(
-                f"the loss or its gradient is not finite in step {self.steps + bad + 1} of epoch {self.epoch + 1} "
-                f"(learning rate {rates[bad]:.2g}): lower --lr or --grad_clip, or give --amp off, and choose a new "
-                "--run_name; the last checkpoint is untouched"
-            )
+            where = f"step {self.steps + bad + 1} of epoch {self.epoch + 1} (learning rate {rates[bad]:.2g})"
+            advice = "lower --lr or --grad_clip, or give --amp off, and choose a new --run_name"
+            what = f"the loss or its gradient is not finite in {where}: {advice}"
+            raise RunError(f"{what}; the last checkpoint is untouched")
         return losses, norms, counts
 
     def close_window(self) -> tuple[float, float]:
