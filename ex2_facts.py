@@ -30,19 +30,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from ex2_solution import (
-    BETAS,
-    PREFIXES,
-    TIMES,
-    Arguments,
-    Missing,
-    OnCpu,
-    Solution,
-    Stub,
-    T,
-    importing_from,
-    seed_all,
-)
+from ex2_solution import BETAS, PREFIXES, TIMES, Arguments, Missing, OnCpu, Solution, Stub, T, importing_from, seed_all
 
 
 @dataclass
