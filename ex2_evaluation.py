@@ -44,10 +44,7 @@ MEMORY_CHECKED, MEMORY_SHOWN = 256, 16  # samples whose nearest training image i
 def evaluate(model, splits: DataSplits, diffusor: Diffusion, config: Config, weights: str = "ema") -> dict:
     """Losses of val and test, bits per dimension of test, for conditional shapes also the accuracy of a few samples.
 
-    Each process evaluates its share; all have the same report.
-
-    Args:
-        model: in eval mode.  weights: which of the checkpoint's it has, for the report.
+    Each process evaluates its share; all have the same report. `weights`: which of the checkpoint's the model has.
     """
     times = evenly_spaced(diffusor.timesteps, config.eval_timesteps)
     count = 1 if config.dry_run else config.eval_images
@@ -56,7 +53,7 @@ def evaluate(model, splits: DataSplits, diffusor: Diffusion, config: Config, wei
         for name in ("val", "test")
     }
     losses = {}
-    for name, without in itertools.product(loaders, (False, True) if config.can_guide else (False,)):
+    for without, name in itertools.product((False, True) if config.can_guide else (False,), loaders):
         losses[f"{name}_unconditional" if without else name] = metrics.loss_over_timesteps(
             model, loaders[name], diffusor, times, max_images=count, unconditional=without
         )
@@ -233,8 +230,8 @@ def how_judged(judge: Judge, config: Config, count: int) -> dict:
 def judge_samples(judge: Judge, model, splits, diffusor, config: Config, *, count: int, scales, weights="ema") -> dict:
     """Samples at each guidance scale against the training images, with test images and noise beside them. 2.4 c.
 
-    All scales start from the same noise. Draws the nearest training images. Each process samples and describes its
-    share; all have the same report.
+    All scales start from the same noise. Draws the nearest training images. Each process samples its share; all have
+    the same report.
 
     Args:
         model: in eval mode.  count: samples per scale; of each batch only the features are kept, so any number fits.

@@ -159,8 +159,7 @@ class Training:
     def train_epoch(self) -> float:
         """What is left of the current epoch; returns its loss. A signal waits for the end of the step.
 
-        Raises:
-            Interrupted: one came, to this or another process; the state is that after a whole step.
+        Raises `Interrupted` where one came, to this or another process; the state is that after a whole step.
         """
         self.network.train()
         self.loader.set_epoch(self.epochs_done, self.first_batch)
@@ -187,11 +186,7 @@ class Training:
         return self.meter.mean
 
     def take_step(self, inputs: tuple) -> None:
-        """One optimiser step on what the loader's `inputs` gave.
-
-        Raises:
-            RunError: the batch doesn't fit the GPU's memory; says which would.
-        """
+        """One optimiser step on what the loader's `inputs` gave; a `RunError` says which batch would fit the memory."""
         rows, self.within_step = self.prepare_step(), True
         try:
             loss, norm = self.step_on(*inputs) if rows is None else self.step_on(*inputs, rows=rows)
@@ -255,7 +250,8 @@ class Training:
         first, last = TIMED[self.device.type == "cuda"]
         if self.steps_here not in (first, last) or self.config.dry_run:
             return
-        if self.device.type == "cuda":
+        on_gpu = self.device.type == "cuda"
+        if on_gpu:
             torch.cuda.synchronize(self.device)
         self.timed.append(time.monotonic())
         if len(self.timed) < 2:
@@ -265,8 +261,7 @@ class Training:
         minutes, size = steps * seconds / 60, self.config.batch_size
         part = f", of which --max_minutes {limit:g} leaves room for a part" if limit and limit < minutes else ""
         print(f"{steps} steps of {size} images are left: about {minutes:.1f} min at {seconds:.3f} s each{part}")
-        long = min(minutes, limit or minutes) > WORTH_COMPILING
-        if self.config.compile == "auto" and self.device.type == "cuda" and long:
+        if on_gpu and self.config.compile == "auto" and min(minutes, limit or minutes) > WORTH_COMPILING:
             print("compiling the network: one to two minutes of waiting, then faster (--compile off does without)")
             self.choose_step(compiled=True)
 
@@ -278,11 +273,7 @@ class Training:
         show_loss(progress, self.epochs_done, self.first_batch, loss)
 
     def end_epoch(self, loss: float, val_loss: float) -> None:
-        """Says, logs and saves how an epoch ended; where the time is up it stays the last one, as far as it came.
-
-        Raises:
-            RunError: the weights are not finite.
-        """
+        """Says, logs and saves how an epoch ended; where the time is up it stays the last one, as far as it came."""
         number = self.epochs_done + 1
         if not math.isfinite(val_loss):
             raise RunError(f"the weights are not finite after epoch {number}; the last checkpoint is untouched")
@@ -307,11 +298,7 @@ class Training:
         self.log = RunLog(folder / "log.csv", self.epochs_done + (self.time_spent >= 1), self.step)
 
     def save(self) -> None:
-        """Writes the run's checkpoint: `restore_model` makes a model of it, and `resume` goes on from it.
-
-        Raises:
-            RunError: a loss since the last row of the log is not finite; the last checkpoint is untouched.
-        """
+        """Writes the run's checkpoint, unless a loss is not finite: `restore_model` makes a model of it."""
         if not self.config.save_model or not is_main():
             return
         optimizer = self.optimizer.state_dict()
@@ -374,11 +361,7 @@ class Training:
         return load_checkpoint(config.run_dir) if there and not anew and not config.dry_run else None
 
     def load_weights(self, saved: dict) -> None:
-        """Weights, their average and the optimiser's moments of a checkpoint.
-
-        Raises:
-            InputError: they are of a model of another size.
-        """
+        """Weights, their average and the optimiser's moments of a checkpoint, or an `InputError` for other sizes."""
         try:
             self.model.load_state_dict(saved["model"])
             self.average.model.load_state_dict(saved["ema"])

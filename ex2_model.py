@@ -239,7 +239,7 @@ class Unet(nn.Module):
         dim: base width; level i has dim * dim_mults[i] channels.  channels: of the image.
         init_dim: width after the first convolution; None is dim.  out_dim: output channels; None is `channels`.
         dim_mults: one entry per level; every level but the last halves the image.
-        resnet_block_groups: groups of the group norms; must divide every width.
+        resnet_block_groups: groups of the group norms; a ValueError where they don't divide every width.
         class_free_guidance: make a class-conditional model (2.4 a) of `num_classes` classes, whose labels are replaced
             by the null class with probability `p_uncond` (None is 0.1) per sample, in training mode only.
         null_token: what stands for "no class": "learned" (a trainable vector) or "zero".
@@ -247,9 +247,6 @@ class Unet(nn.Module):
 
     Attributes:
         null_class: the label that means "no class", one past the last class; None for an unconditional model.
-
-    Raises:
-        ValueError: widths the group norm can't divide, no classes, or a probability outside 0 .. 1.
     """
 
     def __init__(
@@ -348,11 +345,8 @@ class Unet(nn.Module):
     def forward(self, x: Tensor, time: Tensor, classes: Tensor | None = None) -> Tensor:
         """eps (B, out_dim, H, W) for noisy images x (B, channels, H, W) at times (B,).
 
-        Args:
-            classes: (B,) labels 0 .. num_classes - 1, or `null_class`; None is the null class for all.
-
-        Raises:
-            ValueError: H or W no multiple of 2^(levels - 1), or labels for an unconditional model.
+        `classes` (B,) are labels 0 .. num_classes - 1, or `null_class`; None is the null class for all. A ValueError
+        for H or W no multiple of 2^(levels - 1), and for labels of an unconditional model.
         """
         if x.shape[-1] % self.size_factor or x.shape[-2] % self.size_factor:
             what = f"images of {x.shape[-2]}x{x.shape[-1]} pixels can't be halved {len(self.downs) - 1} times"
