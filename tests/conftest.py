@@ -2,9 +2,11 @@ import os
 
 import pytest
 import torch
+from tiny import TINY
 
 import ex2_data
 import ex2_features
+import ex2_main
 from ex2_diffusion import SCHEDULES, Diffusion, extract
 from ex2_model import Unet
 
@@ -64,6 +66,19 @@ def small_shapes():
         patch.setattr(ex2_data, "SHAPES_COUNT", {"train": 1000, "test": 200})
         patch.setattr(ex2_features, "CLASSIFIER_EPOCHS", 2)
         yield
+
+
+@pytest.fixture(scope="module")
+def splits(small_shapes):
+    return ex2_data.load_splits("shapes", None, 16, seed=0)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, small_shapes):
+    """The folder of a tiny conditional run."""
+    results = tmp_path_factory.mktemp("results")
+    assert ex2_main.main([*TINY, "--results_dir", str(results), "--class_free_guidance", "--run_name", "cond"]) == 0
+    return results / "cond"
 
 
 @pytest.fixture

@@ -1,5 +1,8 @@
 """A right solution of the exercise in few lines, and deliberate slips, each a replacement in it."""
 
+from ex2_facts import FACTS, verdict
+from ex2_solution import Solution, importing_from
+
 DIFFUSION = """
 import torch
 import torch.nn.functional as F
@@ -321,3 +324,16 @@ SLIPS = {
     "test-in-training": (*(P, "    model.eval()\n", "", "test_loop", "model.eval() is missing", ""),),
     "test-with-gradients": (*(P, "with torch.no_grad():", "if True:", "test_loop", "torch.no_grad() is missing", ""),),
 }
+
+
+def write(folder, files):
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder
+
+
+def judged(folder):
+    """fact -> verdict, in this process: a hundred times as fast as in one of its own."""
+    with importing_from(folder):
+        solution = Solution(folder)
+        return {name: verdict(solution, name) for name in FACTS}

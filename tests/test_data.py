@@ -15,27 +15,21 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from tiny import images_with_numbers, make_tree
 from torchvision.datasets import CIFAR10
 
 import ex2_data
-from ex2_cli import PRESETS
-from ex2_config import Config
 from ex2_data import (
     ImageFiles,
-    ImageSet,
     InputError,
     load_cifar10,
     load_folder,
-    load_shapes,
     load_splits,
     read_image,
     reverse_transform,
     split_off,
     to_model_range,
 )
-from ex2_loader import make_loader
-from ex2_metrics import ShapesOracle
-from ex2_shapes import SHAPES, draw_shapes
 
 # ------------------------------------------------------------------ pixels
 
@@ -51,15 +45,7 @@ def test_reverse_transform_values():
     assert reverse_transform(x).tolist() == [0, 0, 128, 255, 255]
 
 
-# ------------------------------------------------------------------ splits and loaders
-
-
-def images_with_numbers(count):
-    """Images whose left column holds their number and whose right column holds 255."""
-    images = torch.zeros(count, 3, 2, 2, dtype=torch.uint8)
-    images[..., 0] = torch.arange(count, dtype=torch.uint8)[:, None, None]
-    images[..., 1] = 255
-    return ImageSet(images, torch.arange(count))
+# ------------------------------------------------------------------ splits
 
 
 def test_split_is_90_to_10_disjoint_complete_and_seeded():
@@ -76,39 +62,6 @@ def test_too_few_images_to_split_are_named():
         split_off(images_with_numbers(3), seed=0)
 
 
-@pytest.mark.parametrize("batch_size", [1, 7, 50, 64])
-def test_resident_loader_yields_every_image_once_with_its_label(batch_size):
-    loader = make_loader(images_with_numbers(50), batch_size, "cpu", train=True)
-    batches = list(loader)
-    assert len(batches) == len(loader) == -(-50 // batch_size)
-    labels = torch.cat([labels for _, labels in batches])
-    images = reverse_transform(torch.cat([images for images, _ in batches]))
-    assert sorted(labels.tolist()) == list(range(50))
-    assert torch.equal(images[:, 0, 0, 0].long(), labels)
-
-
-def test_order_depends_on_seed_and_epoch_alone():
-    def order(seed, epoch):
-        loader = make_loader(images_with_numbers(50), 50, "cpu", train=True, seed=seed)
-        loader.set_epoch(epoch)
-        return next(iter(loader))[1].tolist()
-
-    assert order(0, 0) == order(0, 0)
-    assert order(0, 0) != order(0, 1) and order(0, 0) != order(1, 0)
-
-
-def test_flips_half_of_the_training_images_and_no_others():
-    dataset = images_with_numbers(200)
-
-    def flipped(**options):
-        images = reverse_transform(torch.cat([x for x, _ in make_loader(dataset, 32, "cpu", **options)]))
-        return (images[:, 0, 0, 0] == 255).float().mean().item()
-
-    assert 0.4 < flipped(train=True, flip=True) < 0.6
-    assert flipped(train=True, flip=False) == 0
-    assert flipped(train=False, flip=True) == 0
-
-
 def test_data_sets_survive_pickling():
     """Worker processes of Windows and macOS get their data set that way."""
     for dataset in (images_with_numbers(3), ImageFiles((), torch.empty(0), 8)):
@@ -116,13 +69,6 @@ def test_data_sets_survive_pickling():
 
 
 # ------------------------------------------------------------------ folder
-
-
-def make_tree(root, layout, size=(20, 14)):
-    for name, count in layout.items():
-        (root / name).mkdir(parents=True)
-        for i in range(count):
-            Image.new("RGB", size, (i, 100, 200)).save(root / name / f"{i:03d}.png")
 
 
 def test_folder_with_train_and_test(tmp_path):
@@ -140,80 +86,10 @@ def test_folder_of_classes_alone_holds_out_a_test_set(tmp_path):
     assert (len(train), len(test), names) == (45, 5, ("a", "b"))
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_folder_that_does_not_fit_is_read_while_training(tmp_path, monkeypatch, num_workers):
-    make_tree(tmp_path, {"a": 30, "b": 20})
-    monkeypatch.setattr(ex2_data, "RESIDENT_LIMIT", 100)
-    splits = load_splits("folder", str(tmp_path), 8, seed=0)
-    assert isinstance(splits.train, ImageFiles)
-    loader = make_loader(splits.train, 16, "cpu", train=True, flip=True, num_workers=num_workers)
-    loader.set_epoch(1)
-    batches = list(loader)
-    assert sum(len(labels) for _, labels in batches) == len(loader.dataset) == 45 - round(4.5)
-    assert batches[0][0].shape == (16, 3, 8, 8) and batches[0][0].abs().max() <= 1
-    first = [labels.tolist() for _, labels in batches]
-    loader.set_epoch(1)
-    assert [labels.tolist() for _, labels in loader] == first
-    loader.set_epoch(1, first_batch=2)
-    rest = list(loader)
-    assert len(loader) == 3 and len(rest) == 1 and torch.equal(rest[0][0], batches[2][0])
-    loader.set_epoch(1, first_batch=3)
-    assert list(loader) == []
-
-
-@pytest.mark.parametrize("first_batch", [0, 1, 3, 5, 6])
-def test_an_epoch_can_start_midway(first_batch):
-    images = torch.randint(0, 256, (45, 3, 4, 4), dtype=torch.uint8)
-    loader = make_loader(ImageSet(images, torch.arange(45)), 8, "cpu", train=True, flip=True, seed=3)
-    loader.set_epoch(2)
-    whole = list(loader)
-    loader.set_epoch(2, first_batch)
-    rest = list(loader)
-    assert len(rest) == len(whole) - first_batch
-    for (images, labels), (wanted_images, wanted_labels) in zip(rest, whole[first_batch:]):
-        assert torch.equal(images, wanted_images) and torch.equal(labels, wanted_labels)
-
-
-@pytest.mark.parametrize("resident", [True, False])
-def test_half_of_the_images_are_mirrored_anew_in_every_epoch(tmp_path, monkeypatch, resident):
-    for i in range(200):
-        folder = tmp_path / ("a", "b")[i % 2]
-        folder.mkdir(exist_ok=True)
-        Image.fromarray(np.random.default_rng(i).integers(0, 256, (8, 8, 3), np.uint8)).save(folder / f"{i}.png")
-    if not resident:
-        monkeypatch.setattr(ex2_data, "RESIDENT_LIMIT", 100)
-    splits = load_splits("folder", str(tmp_path), 8, seed=0)
-    loader = make_loader(splits.train, 200, "cpu", train=True, flip=True)
-    mirrored = []
-    for epoch in (0, 1):
-        loader.set_epoch(epoch)
-        images, _ = next(iter(loader))
-        plain = torch.stack([splits.train[i][0] for i in loader.plan.order.tolist()])
-        changed = (images != plain).flatten(1).any(1)
-        assert torch.equal(images[changed], plain[changed].flip(-1))
-        assert 0.35 < changed.double().mean() < 0.65
-        mirrored.append(set(loader.plan.order[changed].tolist()))
-    assert mirrored[0] != mirrored[1]
-
-
 def test_the_first_test_images_stand_for_all_classes(tmp_path):
     make_tree(tmp_path, {"train/a": 12, "train/b": 12, "test/a": 40, "test/b": 40})
     _, test, _ = load_folder(str(tmp_path), 8, 0, 0)
     assert 5 < test.labels[:20].sum() < 15
-
-
-@pytest.mark.parametrize("flip, expected", [(True, 0.5), (False, 0.0)])
-@pytest.mark.parametrize("train", [True, False])
-def test_files_are_flipped_in_training_alone(tmp_path, flip, expected, train):
-    (tmp_path / "a").mkdir()
-    half = Image.new("RGB", (8, 8))
-    half.paste((255, 255, 255), (0, 0, 4, 8))
-    half.save(tmp_path / "a" / "x.png")
-    files = ImageFiles((tmp_path / "a" / "x.png",) * 200, torch.zeros(200), 8)
-    torch.manual_seed(0)
-    batches = [images for images, _ in make_loader(files, 50, "cpu", train=train, flip=flip)]
-    flipped = (torch.cat(batches)[:, 0, 0, 0] < 0).float().mean().item()
-    assert flipped == pytest.approx(expected if train else 0, abs=0.1)
 
 
 def test_sixteen_bits_of_grey_are_scaled(tmp_path):
@@ -383,62 +259,6 @@ def test_damaged_batch_file_is_named(small_cifar10, no_network, damage, state):
     damage(small_cifar10 / CIFAR10.base_folder / "data_batch_3")
     with pytest.raises(InputError, match=f"data_batch_3 is {state}"):
         load_cifar10(str(small_cifar10), 32)
-
-
-# ------------------------------------------------------------------ shapes
-
-
-@pytest.mark.parametrize("image_size", [8, 16, 33])
-def test_shapes_of_any_size_have_ten_balanced_classes(image_size):
-    train, test, names = load_shapes(image_size)
-    assert train.images.shape == (10_000, 3, image_size, image_size) and train.images.dtype == torch.uint8
-    assert names == SHAPES
-    assert torch.bincount(train.labels).tolist() == [1000] * 10 and torch.bincount(test.labels).tolist() == [200] * 10
-
-
-def test_shapes_are_the_same_in_every_run_and_test_differs_from_train():
-    (train, test, _), (again, _, _) = load_shapes(8), load_shapes(8)
-    assert torch.equal(train.images, again.images)
-    known = {image.numpy().tobytes() for image in train.images}
-    assert not any(image.numpy().tobytes() in known for image in test.images)
-    # Another seed splits the same images in another way, so that figures of runs with other seeds compare.
-    first, second = (load_splits("shapes", None, 8, seed) for seed in (0, 1))
-    assert not torch.equal(first.train.images, second.train.images)
-    assert torch.equal(first.test.images, second.test.images)
-
-
-def test_shapes_are_anti_aliased_at_their_true_size():
-    """The painted area of a circle is pi r^2 at every resolution: the edge pixels carry their fraction of it."""
-    areas = []
-    for size in (16, 32, 128):
-        images = draw_shapes(np.zeros(50, int), size, np.random.default_rng(0)).double()
-        contrast = (images - images[:, :, :1, :1]).abs().sum(1)  # to the ground, which the corner shows
-        edge = contrast / contrast.amax((1, 2), keepdim=True)
-        assert ((edge > 0.1) & (edge < 0.9)).flatten(1).any(1).all()
-        areas.append((contrast.sum((1, 2)) / contrast.amax((1, 2)) / size**2).numpy())
-    assert np.abs(areas[0] / areas[2] - 1).max() < 0.1
-    assert np.abs(areas[1] / areas[2] - 1).max() < 0.05
-
-
-@pytest.mark.parametrize("size", [16, 64])
-def test_oracle_knows_fresh_shapes(size):
-    labels = np.arange(1000) % 10
-    images = draw_shapes(labels, size, np.random.default_rng(123))
-    oracle = ShapesOracle(size)
-    assert oracle.accuracy(images, torch.from_numpy(labels)) >= 0.98
-    noise = torch.randint(0, 256, (1000, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    assert oracle.accuracy(noise, torch.from_numpy(labels)) < 0.3
-
-
-def test_a_mirrored_moon_is_no_moon_and_shapes_are_not_mirrored():
-    labels = np.arange(200) % 10
-    images = draw_shapes(labels, 16, np.random.default_rng(123))
-    told = ShapesOracle(16).classify(images.flip(-1))
-    moon = torch.from_numpy(labels == SHAPES.index("moon"))
-    assert (told == torch.from_numpy(labels))[~moon].float().mean() >= 0.98
-    assert (told == SHAPES.index("moon"))[moon].sum() == 0
-    assert not Config(dataset="shapes").flip and not PRESETS["quick"].flip
-    assert Config(dataset="shapes", flip=True).flip and all(Config(dataset=d).flip for d in ("cifar10", "butterflies"))
 
 
 # ------------------------------------------------------------------ what people's files are like

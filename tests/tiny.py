@@ -1,10 +1,12 @@
-"""A run so small that it takes a second: as a command line, and as the parts that `fit` takes."""
+"""What several files of tests need: a run that takes a second, small data sets, a refusal of one line."""
 
 from types import SimpleNamespace
 
 import torch
+from PIL import Image
 
 import ex2_config as cfg
+import ex2_main
 from ex2_data import ImageSet
 
 TINY = "--dataset shapes --image_size 8 --dim 8 --dim_mults 1 2 --timesteps 30 --batch_size 100 --epochs 1".split()
@@ -39,3 +41,26 @@ def tiny_config(results_dir, **changes):
 def tiny_splits():
     sets = [random_set(40), random_set(8), random_set(8)]
     return SimpleNamespace(train=sets[0], val=sets[1], test=sets[2], class_names=("a", "b", "c"))
+
+
+def rejected(argv, capsys, code=2):
+    """The one line that `argv` is refused with."""
+    assert ex2_main.main(argv) == code
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    return captured.err
+
+
+def images_with_numbers(count):
+    """Images whose left column holds their number and whose right column holds 255."""
+    images = torch.zeros(count, 3, 2, 2, dtype=torch.uint8)
+    images[..., 0] = torch.arange(count, dtype=torch.uint8)[:, None, None]
+    images[..., 1] = 255
+    return ImageSet(images, torch.arange(count))
+
+
+def make_tree(root, layout, size=(20, 14)):
+    for name, count in layout.items():
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            Image.new("RGB", size, (i, 100, 200)).save(root / name / f"{i:03d}.png")

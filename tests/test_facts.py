@@ -1,0 +1,105 @@
+"""Facts: a right solution passes them all, and every slip is named for what it is."""
+
+import re
+from pathlib import Path
+
+import pytest
+from mini_solutions import RIGHT, SLIPS, D, M, P, judged, write
+
+import ex2_facts
+import ex2_solution
+from ex2_facts import FACTS
+
+
+def test_a_right_solution_passes_every_fact(tmp_path):
+    verdicts = judged(write(tmp_path, RIGHT))
+    assert [said for said in verdicts.values() if said["verdict"] != "right"] == []
+    assert verdicts["guidance_calls"]["adapted"] == ["w of p_sample is taken for guidance_scale"]
+
+
+@pytest.mark.parametrize("name", SLIPS)
+def test_a_slip_is_named_for_what_it_is(tmp_path, name):
+    file, there, instead, fact, looks_like, others = SLIPS[name]
+    assert RIGHT[file].count(there) == 1
+    verdicts = judged(write(tmp_path, {**RIGHT, file: RIGHT[file].replace(there, instead)}))
+    assert verdicts[fact]["verdict"] in ("wrong", "advice") and looks_like in verdicts[fact]["looks_like"], verdicts[
+        fact
+    ]
+    assert verdicts[fact]["found"] and verdicts[fact]["expected"]
+    wrong = {name for name, said in verdicts.items() if said["verdict"] != "right"}
+    assert wrong <= {fact, *others.split()}
+
+
+def test_there_are_slips_for_nearly_every_fact():
+    assert len(SLIPS) >= 25
+    assert set(FACTS) - {slip[3] for slip in SLIPS.values()} <= {
+        "unet_shape",
+        "linear_schedule",
+        "sample_result",
+        "sample_spread",
+    }
+
+
+@pytest.mark.parametrize(
+    "file, changes",
+    [
+        (
+            D,
+            {
+                "model(x, t, classes)": "model(x, time=t, classes=classes)",
+                "denoise_model(x_t, t, classes)": "denoise_model(x_t, time=t, classes=classes)",
+            },
+        ),
+        (D, {"model.null_class)": "-1)"}),
+        (
+            D,
+            {
+                "denoise_model(x_t, t) if classes is None": "denoise_model(x_t, t) if not "
+                "denoise_model.class_free_guidance or classes is None"
+            },
+        ),
+        (
+            M,
+            {
+                "torch.rand(len(x)) < self.p_uncond": "torch.from_numpy(np.random.rand(len(x))) < self.p_uncond",
+                "import torch\n": "import numpy as np\nimport torch\n",
+            },
+        ),
+        (
+            M,
+            {
+                "torch.rand(len(x)) < self.p_uncond": "torch.tensor([random.random() < self.p_uncond for _ in x])",
+                "import torch\n": "import random\nimport torch\n",
+            },
+        ),
+        (
+            P,
+            {
+                'save_image((image + 1) / 2, f"{store_path}/{i}.png")': (
+                    'save_image(image, f"{store_path}{i}.png", normalize=True)'
+                )
+            },
+        ),
+        (
+            P,
+            {
+                "    model.eval()\n": "",
+                "def run(args):": "def judge(model, *r):\n    model.eval()\n    test(model, *r)\n\n\ndef run(args):",
+            },
+        ),
+        (P, {"default=1000": "default=STEPS", "def run(args)": "STEPS = 1_0\n\n\ndef run(args)"}),
+        (P, {"\n\ndef run(args):": "    (args.out / 'x').write_text('')\n\n\ndef run(args):"}),
+    ],
+)
+def test_other_right_ways_are_right(tmp_path, file, changes):
+    text = RIGHT[file]
+    for before, after in changes.items():
+        assert before in text
+        text = text.replace(before, after, 1)
+    verdicts = judged(write(tmp_path, {**RIGHT, file: text}))
+    assert [said for said in verdicts.values() if said["verdict"] != "right"] == []
+
+
+def test_facts_know_nothing_of_ours():
+    sources = Path(ex2_facts.__file__).read_text("utf-8") + Path(ex2_solution.__file__).read_text("utf-8")
+    assert set(re.findall(r"(?:from|import) (ex2_\w+)", sources)) == {"ex2_solution"}

@@ -1,0 +1,222 @@
+"""The program as a user calls it: every command, exit codes, files, one clear line for what goes wrong."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import imageio.v3 as imageio
+import numpy as np
+import pytest
+import torch
+from tiny import TINY, rejected
+
+import ex2_checkpoint as ckpt
+import ex2_fit
+import ex2_main
+from ex2_diffusion import Diffusion
+
+pytestmark = pytest.mark.usefixtures("small_shapes")
+ROOT = Path(__file__).parent.parent
+EVAL_FEW = ["--eval_images", "5", "--eval_samples", "0", "--no_cuda"]
+
+
+def test_train_writes_every_file_of_the_run(run):
+    names = {path.name for path in run.iterdir()}
+    curves = {f"{name}.png" for name in ("training", "loss_over_t", "bits_per_dim", "schedules", "time_embedding")}
+    pictures = {"forward_strip.png", "forward.gif", "reverse_strip.png", "reverse.gif", "x_zero_strip.png"}
+    guidance = {"class_grid.png", "guidance_grid.png", "guidance.gif"}
+    files = {".lock", "commands.txt", "config.json", "log.csv", "ckpt.pt", "test_metrics.json"}
+    assert names == curves | pictures | guidance | files
+    rows = list(csv.DictReader((run / "log.csv").open()))
+    assert int(rows[-1]["step"]) == 9 and float(rows[-1]["val_loss"]) > 0
+    report = json.loads((run / "test_metrics.json").read_text())
+    assert report["losses"]["test"]["t"] == [0, 14, 29] and report["losses"]["val"]["images"] == 20
+    assert report["weights"] == "ema" and 0 <= report["class_accuracy"]["accuracy"] <= 1
+    assert json.loads((run / "config.json").read_text())["flip"] is False
+
+
+def test_unconditional_run_has_a_grid_without_class_names(tmp_path, capsys):
+    few = [*TINY, "--timesteps", "10", "--results_dir", str(tmp_path), "--dry_run"]
+    assert ex2_main.main(few) == 0  # at T = 10 linear and sigmoid schedules don't exist, and are left out of the plot
+    names = {path.name for path in (tmp_path / "DDPM-dry_run").iterdir()}
+    assert "samples.png" in names and "class_grid.png" not in names
+    assert "class_accuracy" not in json.loads((tmp_path / "DDPM-dry_run" / "test_metrics.json").read_text())
+
+
+def test_start_says_steps_and_time(tmp_path, capsys):
+    assert ex2_main.main([*TINY, "--results_dir", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "9 optimiser steps of 100 images;" in said and "3 steps of 100 images are left: about" in said
+
+
+def test_test_repeats_the_figures_of_the_training_run(run, capsys):
+    before = json.loads((run / "test_metrics.json").read_text())
+    assert ex2_main.main(["test", "--checkpoint", str(run), "--no_cuda", "--eval_samples", "0"]) == 0
+    assert json.loads((run / "test_metrics.json").read_text()) == before
+    assert "test l2" in capsys.readouterr().out
+
+
+def test_sample_writes_the_chosen_classes_and_a_grid(run, tmp_path):
+    command = ["sample", "--no_cuda", "--checkpoint", str(run / "ckpt.pt"), "--classes", "moon", "3", "--n_images", "5"]
+    assert ex2_main.main([*command, "--out", str(tmp_path), "--sample_batch", "2"]) == 0
+    names = sorted(path.name for path in (tmp_path / "images").iterdir())
+    assert names == ["0000_moon.png", "0001_diamond.png", "0002_moon.png", "0003_diamond.png", "0004_moon.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["grid.png", "images"]
+    assert imageio.imread(tmp_path / "images" / names[0]).shape == (8, 8, 3)
+    again = tmp_path.with_name("again")
+    assert ex2_main.main([*command, "--out", str(again), "--sample_batch", "5"]) == 0
+    first, second = (imageio.imread(folder / "images" / names[1]).astype(int) for folder in (tmp_path, again))
+    assert np.abs(first - second).max() <= 1
+
+
+def test_several_guidance_scales_start_from_the_same_noise(run, tmp_path):
+    command = ["sample", "--no_cuda", "--checkpoint", str(run), "--n_images", "3", "--classes", "moon", "star"]
+    assert ex2_main.main([*command, "--out", str(tmp_path / "all"), "--guidance_scale", "-1", "0", "2"]) == 0
+    assert sorted(path.name for path in (tmp_path / "all").iterdir()) == ["guidance_grid.png", "w=-1", "w=0", "w=2"]
+    assert ex2_main.main([*command, "--out", str(tmp_path / "one"), "--guidance_scale", "2"]) == 0
+    for name in ("0000_moon.png", "0001_star.png", "0002_moon.png"):
+        alone, together = (imageio.imread(tmp_path / folder / "images" / name) for folder in ("one", "all/w=2"))
+        assert np.array_equal(alone, together)
+        assert not np.array_equal(alone, imageio.imread(tmp_path / "all" / "w=0" / "images" / name))
+    # Without a class, two images of different classes from the same noise would be one.
+    free = imageio.imread(tmp_path / "all" / "w=-1" / "images" / "0000_moon.png")
+    assert ex2_main.main([*command[:-2], "ring", "--out", str(tmp_path / "ring"), "--guidance_scale", "-1"]) == 0
+    assert np.array_equal(free, imageio.imread(tmp_path / "ring" / "images" / "0000_ring.png"))
+
+
+def test_calls_of_sample_do_not_mix(run):
+    for folder in ("001", "002"):
+        assert ex2_main.main(["sample", "--no_cuda", "--checkpoint", str(run), "--n_images", "1"]) == 0
+        assert sorted(path.name for path in (run / "samples" / folder).rglob("*.png")) == [
+            "0000_circle.png",
+            "grid.png",
+        ]
+
+
+def test_broken_image_in_a_worker_is_one_line(tmp_path, capsys):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for i in range(20):
+            imageio.imwrite(tmp_path / name / f"{i}.png", np.zeros((8, 8, 3), np.uint8))
+    (tmp_path / "b" / "7.png").write_bytes(b"half")
+    flags = ["--dataset", "folder", "--data_dir", str(tmp_path), "--num_workers", "1"]
+    flags += ["--results_dir", str(tmp_path.parent / f"{tmp_path.name}-results")]
+    line = rejected(flags, capsys)
+    assert line.startswith(f"error: {tmp_path / 'b' / '7.png'} can't be read as an image")
+
+
+def test_a_full_memory_is_one_line(monkeypatch, capsys):
+    def full(*args):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+    monkeypatch.setitem(ex2_main.COMMANDS, "train", full)
+    assert "the memory is full" in rejected([], capsys, code=1)
+
+
+def test_a_full_gpu_is_one_line(monkeypatch, capsys):
+    def full(*args):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setitem(ex2_main.COMMANDS, "train", full)
+    assert "lower --batch_size" in rejected([], capsys, code=1)
+
+
+def test_dry_run_leaves_the_real_run_alone(run):
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    for command in ("test", "sample"):
+        assert ex2_main.main([command, "--checkpoint", str(run), "--dry_run"]) == 0
+    assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+
+
+def test_unconditional_model_samples_without_classes_and_refuses_them(tmp_path, capsys):
+    assert ex2_main.main([*TINY, "--results_dir", str(tmp_path), "--dry_run"]) == 0
+    sample = ["sample", "--no_cuda", "--checkpoint", str(tmp_path / "DDPM-dry_run"), "--n_images", "3"]
+    assert ex2_main.main([*sample, "--out", str(tmp_path / "out")]) == 0
+    names = sorted(path.name for path in (tmp_path / "out").rglob("*.png"))
+    assert names == ["0000.png", "0001.png", "0002.png", "grid.png"]
+    capsys.readouterr()
+    assert "this model is unconditional" in rejected([*sample, "--classes", "moon"], capsys)
+    assert "needs a class-conditional model" in rejected([*sample, "--guidance_scale", "2"], capsys)
+
+
+def test_figures_of_a_checkpoint_can_go_elsewhere(run, tmp_path):
+    before = (run / "test_metrics.json").read_bytes()
+    assert ex2_main.main(["test", "--checkpoint", str(run), "--out", str(tmp_path), *EVAL_FEW]) == 0
+    assert json.loads((tmp_path / "test_metrics.json").read_text())["losses"]["val"]["images"] == 5
+    assert (run / "test_metrics.json").read_bytes() == before
+
+
+def test_program_runs_from_anywhere_and_reports_errors_on_one_line(tmp_path):
+    command = [sys.executable, str(ROOT / "ex2_main.py"), "--epochs", "0"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: --epochs must be at least 1, got 0\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--classes", "unicorn"], "unknown class 'unicorn'; the model knows circle, square"),
+        (["--classes", "10"], "unknown class '10'"),
+        (["--n_images", "0"], "--n_images must be at least 1"),
+        (["--n_images", "100000000000"], "--n_images must be at least 1 and at most 100000"),
+        (["--out", "/"], "--out: / is no folder"),
+        (["--sample_steps", "31"], "--sample_steps must be at most"),
+    ],
+)
+def test_bad_requests_for_samples(run, flags, message, capsys):
+    assert message in rejected(["sample", "--no_cuda", "--checkpoint", str(run), *flags], capsys)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    line = rejected([*TINY, "--results_dir", str(tmp_path / "file")], capsys)
+    assert "can't write to" in line and str(tmp_path / "file") in line
+
+
+def test_a_full_disk_is_one_line_and_exit_code_1(tmp_path, capsys, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ckpt.os, "fsync", full)
+    assert "No space left on device" in rejected([*TINY, "--results_dir", str(tmp_path)], capsys, code=1)
+
+
+def test_insisting_on_a_gpu_that_is_not_there(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no CUDA GPU" in rejected(["--cuda"], capsys)
+
+
+def test_dry_run_runs_one_batch_of_each_phase(tmp_path, monkeypatch):
+    seen = []
+    real = Diffusion.p_losses
+    monkeypatch.setattr(Diffusion, "p_losses", lambda self, *a, **o: seen.append(1) or real(self, *a, **o))
+    assert ex2_main.main([*TINY, "--results_dir", str(tmp_path), "--dry_run"]) == 0
+    assert len(seen) == 1
+    rows = list(csv.DictReader((tmp_path / "DDPM-dry_run" / "log.csv").open()))
+    assert rows[-1]["step"] == "1"
+
+
+def test_the_test_set_is_used_after_training_only(tmp_path, monkeypatch):
+    used = []
+    real = ex2_fit.make_loader
+    monkeypatch.setattr(
+        ex2_fit, "make_loader", lambda dataset, *a, **o: used.append(len(dataset)) or real(dataset, *a, **o)
+    )
+    monkeypatch.setattr(ex2_main, "evaluate", lambda *args: used.append("evaluation"))
+    for name in ("write_report", "draw_process", "draw_samples"):
+        monkeypatch.setattr(ex2_main, name, lambda *args: None)
+    assert ex2_main.main([*TINY, "--results_dir", str(tmp_path), "--dry_run"]) == 0
+    assert used == [900, 100, "evaluation"]
+
+
+def test_a_folder_with_images_of_an_earlier_call_is_refused_and_untouched(run, tmp_path, capsys):
+    command = ["sample", "--no_cuda", "--checkpoint", str(run), "--n_images", "2", "--out", str(tmp_path)]
+    assert ex2_main.main(command) == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.png")}
+    capsys.readouterr()
+    assert "holds images of an earlier call" in rejected([*command, "--seed", "5"], capsys)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.png")} == before
