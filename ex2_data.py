@@ -130,27 +130,6 @@ def split_off(dataset, seed: int, share: float = HELD_OUT):
     return dataset.subset(order[held_out:]), dataset.subset(order[:held_out])
 
 
-def training_images(splits: DataSplits) -> tuple[ImageSet | ImageFiles, str]:
-    """(train and val together, their fingerprint), in an order that does not depend on how the seed split them."""
-    parts = (splits.train, splits.val)
-    labels = torch.cat([part.labels for part in parts])
-    if isinstance(splits.train, ImageSet):
-        whole = ImageSet(torch.cat([part.images for part in parts]), labels)
-        keys = (image.numpy().tobytes() for image in whole.images)
-    else:
-        whole = dataclasses.replace(splits.train, paths=tuple(p for part in parts for p in part.paths), labels=labels)
-        keys = (file_key(path, f"{whole.image_size} {whole.square}") for path in whole.paths)
-    digests = [hashlib.sha256(key + bytes([label % 256])).digest() for key, label in zip(keys, labels.tolist())]
-    order = sorted(range(len(digests)), key=digests.__getitem__)
-    return whole.subset(torch.tensor(order)), hashlib.sha256(b"".join(sorted(digests))).hexdigest()[:12]
-
-
-def file_key(path: Path, made: str) -> bytes:
-    """What tells an image file from others without reading all of it: size and first bytes, and how it is `made`."""
-    with open(path, "rb") as file:
-        return f"{path.stat().st_size} {made} ".encode() + file.read(4096)
-
-
 def load_splits(
     name, data_dir, image_size, seed, num_workers=0, *, square="crop", cache_dir=None, label_column=None
 ) -> DataSplits:

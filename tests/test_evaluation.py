@@ -14,8 +14,7 @@ import ex2_config as cfg
 import ex2_evaluation
 import ex2_features
 import ex2_main
-from ex2_data import training_images
-from ex2_features import SmallClassifier
+from ex2_features import SmallClassifier, training_images
 
 
 @pytest.fixture(scope="module")

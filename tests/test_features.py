@@ -9,8 +9,16 @@ import torch
 
 import ex2_data
 import ex2_features
-from ex2_data import ImageFiles, ImageSet, InputError, training_images
-from ex2_features import Inception, SmallClassifier, accuracy, cached, classifier_reference, train_classifier
+from ex2_data import ImageFiles, ImageSet, InputError
+from ex2_features import (
+    Inception,
+    SmallClassifier,
+    accuracy,
+    cached,
+    classifier_reference,
+    train_classifier,
+    training_images,
+)
 
 pytestmark = pytest.mark.usefixtures("small_shapes")
 
