@@ -152,9 +152,6 @@ def read_commands(folder: Path) -> list[str]:
         return []
 
 
-# ---------------------------------------------------------------------------- log.csv
-
-
 class RunLog:
     """log.csv of a run: a row per log interval and per epoch; empty cells where a row has no such figure.
 

@@ -35,9 +35,6 @@ NOT_COMPARABLE = (
 )
 
 
-# ---------------------------------------------------------------------------- the grid
-
-
 def parse_vary(texts: list[str]) -> dict[str, list]:
     """{"lr": [0.001, 0.003]} from ["lr=0.001,0.003"], each value of its setting's type.
 
@@ -123,9 +120,6 @@ def is_judged(config: Config, judge, count: int, scales: Sequence[float] = ()) -
         return False
     wanted = {} if judge is None else how_judged(judge, config, count)
     return same and all(samples.get(name) == value for name, value in wanted.items())
-
-
-# ---------------------------------------------------------------------------- what comes out
 
 
 def write_comparison(runs: dict[str, Config], varied: dict[str, list], failed: dict, out: Path, device) -> None:

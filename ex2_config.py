@@ -211,9 +211,6 @@ def check_setting(f: dataclasses.Field, value) -> None:
         raise InputError(f"{flag} must be above {rules['above']}, got {value}")
 
 
-# ---------------------------------------------------------------------------- from a Config to objects
-
-
 def load_data(config: Config) -> DataSplits:
     """The data set of a run; see `load_splits`."""
 
@@ -246,9 +243,6 @@ def build_diffusion(config: Config, device) -> Diffusion:
         return Diffusion(config.timesteps, SCHEDULES[config.schedule], config.image_size, device)
     except ValueError as error:
         raise InputError(str(error)) from error
-
-
-# ---------------------------------------------------------------------------- from a checkpoint
 
 
 def config_of(checkpoint: dict, given: dict) -> Config:

@@ -31,9 +31,6 @@ class ProcessesError(RuntimeError):
     """The processes of a run lost each other; the message is one line."""
 
 
-# ---------------------------------------------------------------------------- who we are
-
-
 def world_size() -> int:
     """How many processes train together."""
     return dist.get_world_size() if _cpu_group is not None else 1
@@ -136,9 +133,6 @@ def is_lost_connection(error: RuntimeError) -> bool:
     """Whether torch raised the error because a process didn't answer; there is no class for it in gloo."""
     words = ("gloo", "Connection", "connection", "NCCL", "timed out", "Timed out")
     return isinstance(error, getattr(dist, "DistBackendError", ())) or any(word in str(error) for word in words)
-
-
-# ---------------------------------------------------------------------------- sharing and agreeing
 
 
 def share_of(count: int, part: tuple[int, int] | None = None) -> range:

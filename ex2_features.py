@@ -31,9 +31,6 @@ CLASSIFIER_EPOCHS = 8
 BATCH_SIZE = 128
 
 
-# ---------------------------------------------------------------------------- the two networks
-
-
 class SmallClassifier(nn.Module):
     """A convolutional classifier of half a million parameters, whose last hidden layer describes an image.
 
@@ -138,9 +135,6 @@ class Inception(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """(B, 2048) features of uint8 images (B, 3, H, W)."""
         return self.network(images)
-
-
-# ---------------------------------------------------------------------------- training, applying, caching
 
 
 def train_classifier(dataset, num_classes: int, device, *, flip: bool, epochs: int, num_workers=0) -> SmallClassifier:

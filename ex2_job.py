@@ -28,9 +28,6 @@ READERS_END = 6  # seconds that processes which read images outlive a killed run
 BROKEN_PIPE = 128 + 13  # exit code of a program whose output nobody reads, as in `... | head`
 
 
-# ---------------------------------------------------------------------------- signals
-
-
 class Interrupted(KeyboardInterrupt):
     """A signal asked the program to end."""
 
@@ -89,9 +86,6 @@ def take_any_text() -> None:
             stream.reconfigure(errors="replace", line_buffering=True)
 
 
-# ---------------------------------------------------------------------------- folder and disk
-
-
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keeps a second run out of `folder`. The lock of a process that is gone is free: the system sees to that.
@@ -124,9 +118,6 @@ def check_space(folder: Path, needed: int) -> None:
             f"the run needs about {needed / 1e6:.0f} MB in {folder}, the disk has {free / 1e6:.0f} MB left: free some, "
             "or give another --results_dir"
         )
-
-
-# ---------------------------------------------------------------------------- devices and memory
 
 
 def pick_device(cuda: bool | None, num_threads: int | None = None) -> torch.device:

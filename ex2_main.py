@@ -40,9 +40,6 @@ from ex2_training import RunError, test, train  # noqa: F401  the handed-out fil
 MAX_SAMPLES = 100_000  # of one `sample`: they are held in memory until they are written
 
 
-# ---------------------------------------------------------------------------- the commands
-
-
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 2 for input that can't be used, 1 for a fault while running."""
     job.take_any_text()

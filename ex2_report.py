@@ -36,9 +36,6 @@ NO_LINK = str.maketrans("[]", "()")  # in Markdown, what stands in brackets may 
 NEEDED = ("parameters", "losses", "bits_per_dim")  # of test_metrics.json
 
 
-# ---------------------------------------------------------------------------- what there is
-
-
 def read_run(folder: Path) -> Run | None:
     """The run in a folder; None, with a line where it should be one, for a dry run or settings of another version."""
     content = read_json(folder / "config.json")
@@ -101,9 +98,6 @@ class Section:
     question: str
     answer: str
     parts: list[Part]
-
-
-# ---------------------------------------------------------------------------- the page
 
 
 def sections(runs: list[Run], studies: list[Study]) -> list[Section]:

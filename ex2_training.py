@@ -34,9 +34,6 @@ class Rows(NamedTuple):
     seed: int  # of what the network draws in this process: which labels to drop
 
 
-# ---------------------------------------------------------------------------- the step
-
-
 def train_step(
     model,
     optimizer,
@@ -156,9 +153,6 @@ class Average:  # swa_utils.AveragedModel reads a counter on the CPU at every up
         difference = torch._foreach_sub(weights, self.weights)
         torch._foreach_mul_(difference, self.share)
         torch._foreach_add_(self.weights, difference)
-
-
-# ---------------------------------------------------------------------------- the loops
 
 
 def train(model, trainloader, optimizer, diffusor, epoch, device, args) -> float:

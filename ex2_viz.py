@@ -58,9 +58,6 @@ def plain(texts: Iterable[str]) -> list[str]:
     return [str(text).encode("utf-8", "replace").decode() for text in texts]
 
 
-# ---------------------------------------------------------------------------- images
-
-
 def enlarged(images: Tensor) -> Tensor:
     """(N, C, H, W) uint8, each pixel repeated until the images are about `CELL` wide."""
     factor = max(1, round(CELL / images.shape[-1]))
@@ -156,9 +153,6 @@ def save_process_gif(steps: Sequence[tuple[int, Tensor]], path: str | Path, fps:
 def save_guidance_gif(by_scale: Mapping[float, Tensor], path: str | Path, fps: float = 4) -> None:
     """2.4 c: a GIF over the scale w, scale -> images (N, 3, H, W), each frame labelled with its w."""
     save_gif([caption(x, f"w = {w:g}") for w, x in by_scale.items()], path, fps)
-
-
-# ---------------------------------------------------------------------------- curves
 
 
 @contextmanager
