@@ -30,11 +30,9 @@ LOUD = ("wrong", "fails", "hangs")  # verdicts in capitals
 def check_solution(folder: Path, limit: float) -> list[dict]:
     """The verdict on every fact, in the order of the sheet.
 
-    Args:
-        limit: seconds for each fact.
+    limit: seconds for each fact.
 
-    Raises:
-        InputError: there is no solution in the folder.
+    Raises InputError: there is no solution in the folder.
     """
     files = [f"{prefix}{part}.py" for prefix in PREFIXES for part in ("diffusion", "model")]
     if not 0 < limit < 1e6:

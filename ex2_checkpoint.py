@@ -26,8 +26,7 @@ COMMANDS_NAME = "commands.txt"  # how everything in the folder was made
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Writes a file such that a kill or a full disk at any moment leaves the old one or the new one.
 
-    Raises:
-        OSError: it can't be written, or reads back as something else.
+    Raises OSError: it can't be written, or reads back as something else.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -73,8 +72,7 @@ def digest_of(content) -> str:
 def save_checkpoint(path: Path, **content) -> None:
     """Writes a plain dict of tensors and Python values with its digest; a checkpoint that is there becomes `PREVIOUS`.
 
-    Raises:
-        OSError: it can't be written; what was there is still there.
+    Raises OSError: it can't be written; what was there is still there.
     """
     buffer = io.BytesIO()  # torch's own writer would turn "no space left" into an error of its own
     torch.save({"format": CHECKPOINT_FORMAT, "sha256": digest_of(content), **content}, buffer)
@@ -88,8 +86,7 @@ def save_checkpoint(path: Path, **content) -> None:
 def load_checkpoint(path: str | Path, device="cpu") -> dict:
     """The content of a checkpoint file, or the newest good one in the folder of a run. Runs no code from the file.
 
-    Raises:
-        InputError: there is none, it is damaged, or it is no checkpoint of this program.
+    Raises InputError: there is none, it is damaged, or it is no checkpoint of this program.
     """
     path = Path(path)
     if not path.is_dir():
@@ -155,8 +152,7 @@ def read_commands(folder: Path) -> list[str]:
 class RunLog:
     """log.csv of a run: a row per log interval and per epoch; empty cells where a row has no such figure.
 
-    Args:
-        epochs_done, step: where the run stands. Later rows, left by a run that was cut off, are dropped.
+    epochs_done, step: where the run stands. Later rows, left by a run that was cut off, are dropped.
     """
 
     def __init__(self, path: Path, epochs_done: int = 0, step: int = 0):

@@ -38,8 +38,7 @@ NOT_COMPARABLE = (
 def parse_vary(texts: list[str]) -> dict[str, list]:
     """{"lr": [0.001, 0.003]} from ["lr=0.001,0.003"], each value of its setting's type.
 
-    Raises:
-        InputError: no setting that can be varied, or a value that it doesn't take.
+    Raises InputError: no setting that can be varied, or a value that it doesn't take.
     """
     rules = {f.name: f for f in dataclasses.fields(Config) if f.metadata["group"] in VARIABLE_GROUPS}
     rules = {name: f for name, f in rules.items() if "nargs" not in f.metadata}
@@ -74,8 +73,7 @@ def grid_of_runs(base: Config, varied: dict[str, list], num_classes: int, seeds:
 
     All run in folders of `base`'s run folder. The first seed is not in the name, so that seeds can be added later.
 
-    Raises:
-        InputError: a combination of which no model or no process can be made, or too many seeds.
+    Raises InputError: a combination of which no model or no process can be made, or too many seeds.
     """
     if not 1 <= seeds <= max(T_QUANTILES):
         raise InputError(f"--seeds must be at least 1 and at most {max(T_QUANTILES)}, got {seeds}")
@@ -177,8 +175,7 @@ def figures_of(config: Config, report: dict, log: list[dict]) -> list[dict]:
 def over_seeds(rows: list[dict], varied: Sequence[str]) -> list[dict]:
     """One row per combination and guidance scale: means over the seeds, with 95% intervals ("mean ± half its width").
 
-    Args:
-        rows: of table.csv, as numbers or as text.  varied: the settings that were varied.
+    rows: of table.csv, as numbers or as text.  varied: the settings that were varied.
     """
     several = len({row.get("seed") for row in rows}) > 1
     groups: dict[tuple, list[dict]] = {}

@@ -34,8 +34,7 @@ def setting(default, group: str, help: str, **rules):
 class Config:
     """All settings of a run; every field is the flag of the same name.
 
-    Raises:
-        InputError: a value out of range, named with its flag and what is allowed.
+    Raises InputError: a value out of range, named with its flag and what is allowed.
     """
 
     run_name: str = setting("DDPM", "run", "everything of the run lands in <results_dir>/<run_name>/")
@@ -178,8 +177,7 @@ class Config:
 def expanded(path: str) -> str:
     """A path as the shell would have it: ~ is the home folder, $NAME an environment variable. For every path there is.
 
-    Raises:
-        InputError: there is no such home folder or variable.
+    Raises InputError: there is no such home folder or variable.
     """
     if os.path.isabs(path) and os.path.exists(path):  # expanded before; its name may hold a $
         return path
@@ -223,8 +221,7 @@ def load_data(config: Config) -> DataSplits:
 def build_model(config: Config, num_classes: int) -> Unet:
     """The U-Net of a run, with new weights.
 
-    Raises:
-        InputError: settings that the U-Net refuses.
+    Raises InputError: settings that the U-Net refuses.
     """
     names = ("dim", "dim_mults", "class_free_guidance", "p_uncond", "null_token", "dropout")
     try:
@@ -236,8 +233,7 @@ def build_model(config: Config, num_classes: int) -> Unet:
 def build_diffusion(config: Config, device) -> Diffusion:
     """The diffusion process of a run.
 
-    Raises:
-        InputError: a schedule that does not work for that many timesteps.
+    Raises InputError: a schedule that does not work for that many timesteps.
     """
     try:
         return Diffusion(config.timesteps, SCHEDULES[config.schedule], config.image_size, device)
@@ -248,8 +244,7 @@ def build_diffusion(config: Config, device) -> Diffusion:
 def config_of(checkpoint: dict, given: dict) -> Config:
     """The Config a checkpoint was trained with, with the fields in `given` replaced.
 
-    Raises:
-        InputError: a value out of range, or settings that this version does not know.
+    Raises InputError: a value out of range, or settings that this version does not know.
     """
     try:
         settings = dict(checkpoint["config"])
@@ -264,8 +259,7 @@ def config_of(checkpoint: dict, given: dict) -> Config:
 def restore_model(checkpoint: dict, config: Config, device, weights: str = "ema") -> Unet:
     """The trained U-Net in eval mode on `device`, with its averaged ("ema") or last ("raw") weights.
 
-    Raises:
-        InputError: the checkpoint lacks them, or they are of a U-Net of other sizes.
+    Raises InputError: the checkpoint lacks them, or they are of a U-Net of other sizes.
     """
     model = build_model(config, len(checkpoint["class_names"]))
     state = checkpoint.get(WEIGHTS[weights])

@@ -120,8 +120,7 @@ class DataSplits:
 def split_off(dataset, seed: int, share: float = HELD_OUT):
     """(the rest, a random `share` of the images), by a seeded permutation.
 
-    Raises:
-        InputError: one of the two would be empty.
+    Raises InputError: one of the two would be empty.
     """
     held_out = round(len(dataset) * share)
     if held_out == 0 or held_out == len(dataset):
@@ -137,8 +136,7 @@ def load_splits(
 
     `square` is for `folder` and `butterflies`, `cache_dir` and `label_column` for `butterflies` alone.
 
-    Raises:
-        InputError: the data is missing, damaged or not laid out as expected.
+    Raises InputError: the data is missing, damaged or not laid out as expected.
     """
     if name == "cifar10":
         loaded = load_cifar10(data_dir, image_size)
@@ -173,8 +171,7 @@ def load_cifar10(data_dir: str | None, image_size: int) -> tuple[ImageSet, Image
 def find_cifar10(data_dir: str | None) -> Path:
     """The first folder that holds CIFAR-10, extracted or as archive; downloads it where there is none.
 
-    Raises:
-        InputError: an archive or batch file is damaged, or there is no data set and no network.
+    Raises InputError: an archive or batch file is damaged, or there is no data set and no network.
     """
     chosen = data_dir or os.environ.get("CIFAR10_ROOT")
     places = [Path(chosen).expanduser()] if chosen else []
@@ -371,8 +368,7 @@ def load_butterflies(data_dir, image_size: int, seed: int, square: str, cache_di
         cache_dir: where the library keeps the download and the resized images.
         label_column: the column that becomes the class; rare values become one class, "other". None: one class for all.
 
-    Raises:
-        InputError: the library, the network or the column is missing.
+    Raises InputError: the library, the network or the column is missing.
     """
     rows = open_butterflies(data_dir, cache_dir)
     if "image" not in rows.column_names:

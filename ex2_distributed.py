@@ -83,11 +83,9 @@ def name_of_process() -> str:
 def connected(cuda: bool | None, timeout_minutes: float) -> Iterator[None]:
     """Meets the other processes that torchrun started, if it did; all but the first are silent but for errors.
 
-    Args:
-        cuda: False stays off the GPUs.  timeout_minutes: how long to wait for a process before it counts as lost.
+    cuda: False stays off the GPUs.  timeout_minutes: how long to wait for a process before it counts as lost.
 
-    Raises:
-        ProcessesError: they can't meet.
+    Raises ProcessesError: they can't meet.
     """
     if not started_by_torchrun() or int(os.environ["WORLD_SIZE"]) == 1:
         yield
@@ -138,8 +136,7 @@ def is_lost_connection(error: RuntimeError) -> bool:
 def share_of(count: int, part: tuple[int, int] | None = None) -> range:
     """Which of `count` things in a row are this process's; the shares differ by one at most.
 
-    Args:
-        part: (rank, world size), if not those of this process.
+    part: (rank, world size), if not those of this process.
     """
     index, parts = part or (rank(), world_size())
     return range(count * index // parts, count * (index + 1) // parts)
@@ -148,8 +145,7 @@ def share_of(count: int, part: tuple[int, int] | None = None) -> range:
 def meet(what: str, timeout: datetime.timedelta | None = None) -> None:
     """Waits for all processes, as long as `connected` was told if not for `timeout`.
 
-    Raises:
-        ProcessesError: some are not there in time; names them.
+    Raises ProcessesError: some are not there in time; names them.
     """
     if world_size() == 1:
         return

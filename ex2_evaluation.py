@@ -190,8 +190,7 @@ def build_judge(splits: DataSplits, device, config: Config, folder: Path, count:
         folder: keeps the small classifier and the features of the training images for the next call.
         count: how many samples shall be judged.  inception_weights: their file, else the small classifier is taken.
 
-    Raises:
-        InputError: too few samples or training images for the width of the features, or no usable Inception.
+    Raises InputError: too few samples or training images for the width of the features, or no usable Inception.
     """
     if config.dry_run:
         folder = config.run_dir

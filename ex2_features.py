@@ -106,11 +106,9 @@ class Residual(nn.Module):
 class Inception(nn.Module):
     """Inception v3 with the weights of the original FID, as torchmetrics and torch-fidelity have it; 2048 features.
 
-    Args:
-        weights: the file of `INCEPTION_WEIGHTS`; nothing is downloaded.
+    weights: the file of `INCEPTION_WEIGHTS`; nothing is downloaded.
 
-    Raises:
-        InputError: torch-fidelity or the file is missing, or it is another file.
+    Raises InputError: torch-fidelity or the file is missing, or it is another file.
     """
 
     width = 2048

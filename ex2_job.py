@@ -90,8 +90,7 @@ def take_any_text() -> None:
 def locked(folder: Path) -> Iterator[None]:
     """Keeps a second run out of `folder`. The lock of a process that is gone is free: the system sees to that.
 
-    Raises:
-        InputError: another process works in the folder.
+    Raises InputError: another process works in the folder.
     """
     if not is_main():  # of several processes the first one holds it for all
         yield
@@ -123,11 +122,9 @@ def check_space(folder: Path, needed: int) -> None:
 def pick_device(cuda: bool | None, num_threads: int | None = None) -> torch.device:
     """The visible GPU with the most free memory where there is one, else the CPU; several processes have one each.
 
-    Args:
-        cuda: insist on the GPU (True) or stay off it (False).  num_threads: of the CPU; None leaves it to torch.
+    cuda: insist on the GPU (True) or stay off it (False).  num_threads: of the CPU; None leaves it to torch.
 
-    Raises:
-        InputError: the GPU is asked for and there is none.
+    Raises InputError: the GPU is asked for and there is none.
     """
     if num_threads is not None:
         torch.set_num_threads(num_threads)
@@ -152,8 +149,7 @@ def computes_in_bfloat16(amp: str, device: torch.device) -> bool:
 
     That is a GPU of compute capability 8, or a CPU with such instructions, of which torch tells from 2.11 on.
 
-    Raises:
-        InputError: it is asked of a GPU that can't.
+    Raises InputError: it is asked of a GPU that can't.
     """
     if device.type != "cuda":
         features = getattr(torch.cpu, "get_capabilities", dict)()
@@ -168,8 +164,7 @@ def computes_in_bfloat16(amp: str, device: torch.device) -> bool:
 def own_gpu(number: int) -> torch.device:
     """The GPU of process `number` of this machine.
 
-    Raises:
-        InputError: it has fewer GPUs than processes.
+    Raises InputError: it has fewer GPUs than processes.
     """
     if number >= torch.cuda.device_count():
         raise InputError(
@@ -183,8 +178,7 @@ class FittingModel:
     """A noise predictor for evaluation and sampling: it splits batches that don't fit the GPU's memory, and replays its
     calls there. The same predictions, sooner.
 
-    Args:
-        amp: compute in bfloat16, as the training did; for samples, whose losses nobody compares.
+    amp: compute in bfloat16, as the training did; for samples, whose losses nobody compares.
     """
 
     def __init__(self, model, amp: bool = False):

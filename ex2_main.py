@@ -98,8 +98,7 @@ def run_train(args) -> None:
 def run_compare(args) -> None:
     """`compare`: trains and judges runs of every combination of varied settings; finished ones are kept. 2.2 to 2.4.
 
-    Raises:
-        RunError: a run failed; the others have their place in the table.
+    Raises RunError: a run failed; the others have their place in the table.
     """
     varied = parse_vary(args.vary)
     scales = check_scales(args)
@@ -266,8 +265,7 @@ def run_report(args) -> None:
 def run_check(args) -> None:
     """`check`: a solution of the exercise in the skeleton's names, judged by facts. 2.1 to 2.4.
 
-    Raises:
-        RunError: not all of it is right.
+    Raises RunError: not all of it is right.
     """
     verdicts = check_solution(Path(args.folder), args.time_limit)
     print(json.dumps(verdicts, indent=2) if args.json else "\n".join(as_lines(verdicts)))

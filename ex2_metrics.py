@@ -98,8 +98,7 @@ class OptimalDenoiser:
     By Bayes and Eq. 5 each image x_i weighs exp(-|x_t - sqrt(alphas_bar) x_i|^2 / (2 (1 - alphas_bar))). Of test images
     it knows nothing: there a trained model is far better.
 
-    Args:
-        images: (N, 3, H, W) uint8.  labels: (N,), for a predictor that is told the class; None: it isn't.
+    images: (N, 3, H, W) uint8.  labels: (N,), for a predictor that is told the class; None: it isn't.
     """
 
     def __init__(self, diffusor: Diffusion, images: Tensor, labels: Tensor | None = None):
@@ -205,8 +204,7 @@ def bits_per_dim(model, loader: Iterable, diffusor: Diffusion, draws: int, max_i
     each, with its own noise. The sum of stratum size times term is unbiased; its spread over the images gives the
     standard error. From T - 1 draws on every time is visited. The x_zero estimate is clamped, as in sampling.
 
-    Args:
-        draws: at most how many times per image beside t = 0.  model, max_images: as in `loss_over_timesteps`.
+    draws: at most how many times per image beside t = 0.  model, max_images: as in `loss_over_timesteps`.
 
     Returns: "images", "calls" of the model per image, "t" (first time of each stratum), "prior" (L_T), and for each of
     `VARIANCES` "total", "standard_error" (None for one image), "decoder" (L_0), "terms" (mean L_t of each stratum).
@@ -255,8 +253,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     |mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)). https://arxiv.org/abs/1706.08500. It is called FID on
     Inception's features only.
 
-    Raises:
-        ValueError: no more samples than features, so that a covariance is singular.
+    Raises ValueError: no more samples than features, so that a covariance is singular.
     """
     width, fewest = a.shape[1], min(len(a), len(b))
     if fewest <= width:
@@ -332,8 +329,7 @@ class ShapesOracle:
     Knows the renderer and no trained network, so it can judge the samples of one. Colours are taken out first: each
     picture becomes one channel, its pixels' projection on the line between ground and paint.
 
-    Args:
-        image_size: pixels.  templates: renders per class.
+    image_size: pixels.  templates: renders per class.
     """
 
     def __init__(self, image_size: int, templates: int = 800):

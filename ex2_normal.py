@@ -46,8 +46,7 @@ def loss_at(curve: Mapping, log_snr: float) -> float:
 def verdict(config: Mapping, report: Mapping, log: Sequence[Mapping]) -> list[str]:
     """Sentences on what is off and what to try, or that nothing is.
 
-    Args:
-        config: of the run, as a dict.  report: test_metrics.json.  log: rows of log.csv.
+    config: of the run, as a dict.  report: test_metrics.json.  log: rows of log.csv.
     """
     images = images_seen(config, log)
     point = reference_of(config, images)

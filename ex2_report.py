@@ -187,8 +187,7 @@ def studies_of(studies: list[Study], settings: set[str]) -> list[Study]:
 def write_page(results_dir: Path) -> None:
     """index.html and report.md, which show the pictures where they are; no network is needed.
 
-    Raises:
-        InputError: nothing was tested yet.
+    Raises InputError: nothing was tested yet.
     """
     runs, studies = find_runs(results_dir), find_studies(results_dir)
     if not runs and not studies:

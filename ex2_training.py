@@ -162,8 +162,7 @@ def train(model, trainloader, optimizer, diffusor, epoch, device, args) -> float
         trainloader: yields (images (B, C, H, W) in [-1, 1], labels (B,)).
         args: has `log_interval` and `dry_run` (one batch only).
 
-    Raises:
-        ValueError: images that are not in [-1, 1].  RunError: the loss is no longer finite.
+    Raises ValueError: images that are not in [-1, 1].  RunError: the loss is no longer finite.
     """
     model.train()
     meter, lr = LossMeter(epoch), float(optimizer.param_groups[0]["lr"])
@@ -183,8 +182,7 @@ def train(model, trainloader, optimizer, diffusor, epoch, device, args) -> float
 def test(model, testloader, diffusor, device, args) -> dict:
     """2.2 e: l1 and l2 loss at fixed times with fixed noise, without label dropout; see `loss_over_timesteps`.
 
-    Args:
-        args: `eval_timesteps` and `eval_images` bound the work where it has them; `dry_run` takes one image.
+    args: `eval_timesteps` and `eval_images` bound the work where it has them; `dry_run` takes one image.
     """
     training = model.training
     model.eval()
@@ -216,8 +214,7 @@ class LossMeter:
     def read_window(self) -> tuple:
         """(losses, gradient norms, images) of the window, one entry per step.
 
-        Raises:
-            RunError: a loss or a gradient is not finite.
+        Raises RunError: a loss or a gradient is not finite.
         """
         losses, norms, counts, rates = zip(*self.window)
         losses, norms, counts = torch.stack(losses).cpu(), torch.stack(norms).cpu(), torch.tensor(counts)
@@ -233,8 +230,7 @@ class LossMeter:
     def close_window(self) -> tuple[float, float]:
         """Mean loss over the images and mean gradient norm over the steps of the window, which starts anew.
 
-        Raises:
-            RunError: a loss or a gradient of the window is not finite.
+        Raises RunError: a loss or a gradient of the window is not finite.
         """
         losses, norms, counts = self.read_window()
         window_total = (losses.double() * counts).sum().item()
@@ -251,8 +247,7 @@ class LossMeter:
     def state_dict(self) -> dict:
         """What a checkpoint keeps of the epoch that is going on.
 
-        Raises:
-            RunError: a loss or a gradient of the window is not finite.
+        Raises RunError: a loss or a gradient of the window is not finite.
         """
         if self.window:
             self.read_window()

@@ -73,8 +73,7 @@ def save_images(images: Tensor, paths: Sequence[Path]) -> None:
 def save_grid(images: Tensor, path, columns=None, row_labels=(), column_labels=(), labels=(), title="") -> None:
     """All images (N, 3, H, W) in [-1, 1], row by row, as one PNG; labels at rows, at columns, or below each image.
 
-    Args:
-        columns: images in a row; None makes the grid about square.
+    columns: images in a row; None makes the grid about square.
     """
     columns = columns or int(np.ceil(np.sqrt(len(images))))
     side = images.shape[-1] * max(1, round(CELL / images.shape[-1])) + 16
