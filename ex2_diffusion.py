@@ -104,8 +104,10 @@ def check_images(x_zero: Tensor) -> None:
 
 
 class ImageNoise:
-    """The noise of images `first` .. `first + count - 1` of the run with this seed, drawn on the device: the same for
-    an image at any batch size, as 16 in a row share a generator, and a batch takes its rows."""
+    """The noise of images `first` .. `first + count - 1` of the run with this seed, drawn on the device.
+
+    The same for an image at any batch size: 16 in a row share a generator, and a batch takes its rows.
+    """
 
     block = 16
 
@@ -410,9 +412,9 @@ def check_sampling(sampler: str, eta: float, guidance_interval: tuple[float, flo
 def checked_classes(classes: Tensor | Sequence[int], batch_size: int, null_class: int | None) -> Tensor:
     """`classes` as a tensor (B,), once there is a label of the model per image; else a ValueError."""
     classes = torch.as_tensor(classes)
-    most = math.inf if null_class is None else null_class
+    most, known = (math.inf, "") if null_class is None else (null_class, f" within 0 .. {null_class - 1}")
     if classes.shape != (batch_size,) or not ((classes >= 0) & (classes <= most)).all():
-        raise ValueError(f"classes must be {batch_size} labels, 0 .. {most - 1}, got {classes.tolist()}")
+        raise ValueError(f"classes must be {batch_size} labels{known}, got {classes.tolist()}")
     return classes
 
 
