@@ -36,7 +36,7 @@ from ex2_diffusion import ImageNoise  # noqa: E402
 DEVICE = job.pick_device(None)
 AMP = job.computes_in_bfloat16("auto", DEVICE)
 CUDA = DEVICE.type == "cuda"
-TESTS = ("test_gpu.py", "test_replay.py", "test_cli.py") if CUDA else ("test_gpu.py",)
+TESTS = ("test_gpu.py", "test_replay.py", "test_main.py") if CUDA else ("test_gpu.py",)
 STEPS = 50 if CUDA else 6  # of which losses are compared
 TIMED = 40 if CUDA else 2  # steps between two looks at the clock
 
