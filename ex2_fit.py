@@ -59,18 +59,19 @@ def fit(config: cfg.Config, splits: DataSplits, diffusor: Diffusion, device) -> 
     if not training.finished:
         announce(config, splits, model, diffusor, training.total_steps - training.step)
         training.start()
-    while not training.finished:
-        try:
+    try:
+        while not training.finished:
             loss = training.train_epoch()
             val = test(training.average.model, val_loader, diffusor, device, config)
             training.end_epoch(loss, sum(val[config.loss_type]) / len(val["t"]))
-        except (job.Interrupted, BrokenPipeError):  # a signal; or nobody reads what is printed
-            if not training.within_step:
-                with job.signals_held():
-                    training.save()
-            raise
+    except (job.Interrupted, BrokenPipeError):  # a signal; or nobody reads what is printed
+        if not training.within_step:
+            with job.signals_held():
+                training.save()
+        raise
+    finally:
+        training.step_on = None  # and with it the memory of its recordings
     training.drop_previous()
-    training.step_on = None  # and with it the memory of its recording
     return training.average.model.eval()
 
 
@@ -151,7 +152,8 @@ class Training:
     def choose_step(self, compiled: bool) -> None:
         """Makes the step the fastest that this device has: replayed on a GPU, with a compiled network if told so."""
         if compiled or self.model.compiled:
-            compile_blocks(self.model, compiled)
+            rows, _ = self.loader.plan.own_rows(0)
+            compile_blocks(self.model, rows.stop - rows.start if compiled else 0)
         self.step_on = self.eager_step
         if replays(self.config, self.device):
             self.step_on = Replayed(self.eager_step, self.changed_by_step, "the training step")

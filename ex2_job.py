@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ex2_data import SIGNALS, InputError
 from ex2_distributed import is_main, local_rank, started_by_torchrun, world_size
-from ex2_replay import Replayed
+from ex2_replay import Replayed, free_memory
 
 LOCK_NAME, HOLDER_NAME = ".lock", ".holder"  # the lock, which stays there; who has it
 READERS_END = 6  # seconds that processes which read images outlive a killed run, and keep its lock
@@ -202,7 +202,7 @@ class FittingModel:
                 if size == 1:
                     raise
                 self.largest = (min(size, len(x)) + 1) // 2
-            torch.cuda.empty_cache()  # after the except block, which kept the failed call's tensors alive
+            free_memory()  # after the except block, which kept the failed call's tensors alive
             print(f"the GPU's memory is full: going on with {self.largest} images per network call")
 
 
@@ -217,7 +217,7 @@ def batch_that_fits(attempt, batch_size: int) -> int:
     """The largest of batch_size / 2, / 4, ... for which `attempt(size)` fits the GPU's memory; 0 where none does."""
     size = batch_size // 2
     while size > 0:
-        torch.cuda.empty_cache()
+        free_memory()
         try:
             attempt(size)
             return size

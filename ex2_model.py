@@ -150,16 +150,14 @@ class LinearAttention(nn.Module):
 
     def __init__(self, dim: int, heads: int = 4, dim_head: int = 32):
         super().__init__()
-        self.scale = dim_head**-0.5
-        self.heads = heads
+        self.heads, self.scale = heads, dim_head**-0.5
         self.to_qkv = nn.Conv2d(dim, heads * dim_head * 3, 1, bias=False)
         self.to_out = nn.Sequential(nn.Conv2d(heads * dim_head, dim, 1), nn.GroupNorm(1, dim))
         nn.init.zeros_(self.to_out[1].weight)  # see `attention`
 
     def forward(self, x: Tensor) -> Tensor:
         _, _, height, width = x.shape
-        _, norm = self.to_out
-        pixels = pixels_of(x)  # (B, H*W, C)
+        pixels, norm = pixels_of(x), self.to_out[1]  # (B, H*W, C)
         # Queries and keys are the largest tensors of all: a CPU waits for its memory unless they stay in its cache.
         size = max(1, CACHED_ELEMENTS // (height * width * self.to_qkv.out_channels // 3))
         parts = pixels.split(size) if x.device.type == "cpu" else [pixels]
@@ -217,8 +215,8 @@ def Downsample(dim: int, dim_out: int) -> nn.Module:
 class Upsample(nn.Sequential):
     """Doubles height and width by repeating pixels, then a 3x3 convolution. (B, dim_out, 2H, 2W).
 
-    Of the nine repeated pixels under a filter only four differ, so it is computed as a transposed convolution of
-    stride 2 whose filters are sums of the weights: the same function, with 4 multiplications instead of 9.
+    Of the nine repeated pixels under a filter only four differ. So it is a transposed convolution of stride 2 whose
+    filters are sums of the weights: the same function, with 4 multiplications instead of 9.
     """
 
     def __init__(self, dim: int, dim_out: int):
@@ -274,8 +272,7 @@ class Unet(nn.Module):
         emb_dim = dim * 4
         block = partial(ResnetBlock, emb_dim=emb_dim, groups=resnet_block_groups, dropout=dropout)
 
-        self.channels = channels
-        self.out_dim = channels if out_dim is None else out_dim
+        self.channels, self.out_dim = channels, channels if out_dim is None else out_dim
         self.compiled = False  # see `compile_blocks`
         self.size_factor = 2 ** (len(dim_mults) - 1)  # image sides must be multiples of it
 
@@ -283,8 +280,7 @@ class Unet(nn.Module):
         self.time_mlp = nn.Sequential(
             SinusoidalPositionEmbeddings(dim), nn.Linear(dim, emb_dim), nn.GELU(), nn.Linear(emb_dim, emb_dim)
         )
-        levels = list(zip(widths[:-1], widths[1:]))
-        self.downs = nn.ModuleList()
+        levels, self.downs = list(zip(widths[:-1], widths[1:])), nn.ModuleList()
         for i, (dim_in, dim_out) in enumerate(levels):
             last = i == len(levels) - 1
             shrink = nn.Conv2d(dim_in, dim_out, 3, padding=1) if last else Downsample(dim_in, dim_out)
@@ -309,8 +305,7 @@ class Unet(nn.Module):
         self._init_class_conditioning(class_free_guidance, p_uncond, num_classes, null_token, emb_dim)
 
     def _init_class_conditioning(self, class_free_guidance, p_uncond, num_classes, null_token, emb_dim) -> None:
-        self.class_free_guidance = class_free_guidance
-        self.null_class = None
+        self.class_free_guidance, self.null_class = class_free_guidance, None
         if not class_free_guidance:
             return
         self.p_uncond = 0.1 if p_uncond is None else p_uncond
@@ -381,8 +376,8 @@ class Unet(nn.Module):
         return self.final_conv(x).contiguous()
 
 
-def compile_blocks(model: Unet, compiled: bool = True) -> None:
-    """Compiles the blocks and attentions of a U-Net in place, or undoes it; parameters and their names stay.
+def compile_blocks(model: Unet, size: int = 0) -> None:
+    """Compiles the blocks and attentions of a U-Net in place, for batches of `size` images alone; 0 undoes it.
 
     Blocks of equal shapes share their code, so this waits less than compiling the network as a whole.
     """
@@ -390,11 +385,16 @@ def compile_blocks(model: Unet, compiled: bool = True) -> None:
     for module in model.modules():
         if isinstance(module, (ResnetBlock, Residual)):
             module.__dict__.pop("forward", None)
-            if compiled:
-                module.forward = torch.compile(module.forward, dynamic=False)
-    model.compiled = compiled
+            if size:
+                module.forward = for_batches_of(size, torch.compile(module.forward, dynamic=False), module.forward)
+    model.compiled = size > 0
+
+
+def for_batches_of(size: int, compiled, plain):
+    """A forward pass that is `compiled` for batches of `size` images, and `plain` for others."""
+    return lambda x, *rest: (compiled if len(x) == size else plain)(x, *rest)
 
 
 def is_compiler_error(error: Exception) -> bool:
-    """Whether torch could not compile, for example because there is no C++ compiler or no Triton."""
+    """Whether torch could not compile, as without a C++ compiler or Triton."""
     return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))

@@ -6,48 +6,70 @@ the GPU takes to compute them. A replay computes the same, and a CPU does withou
 
 from __future__ import annotations
 
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Callable
 
 import torch
 from torch import Tensor
 
 WARM_UP = 3  # eager calls with equal shapes before the recording: in them libraries choose their algorithms
-MOST = 4  # recordings: where shapes take turns, one of them stays recorded, and the others are called eagerly
+MOST = 8  # recordings of one function, each for other shapes; calls of yet other shapes are eager
 TOLERANCE = 0.1  # of a change, between a replay and the eager call: far above rounding in bfloat16, far below a fault
 
 
-def record(function: Callable[..., tuple], inputs: list[Tensor]) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
-    """(replay, outputs): what `function(*inputs)` does, as a CUDA graph, without doing it yet.
+@dataclass
+class Recording:
+    """What was recorded for inputs of certain shapes: `replay` reads `inputs` and writes `outputs`, in place."""
 
-    Every replay reads `inputs` and writes `outputs` in place. Numbers that the function takes from Python are fixed, so
-    what changes from call to call has to be in a tensor. Random numbers follow torch's generator.
+    inputs: list[Tensor]
+    replay: Callable[[], None]
+    outputs: tuple[Tensor, ...]
+    checked: bool = False
+
+
+def record(function: Callable[..., tuple], inputs: list[Tensor], stream, pool) -> Recording:
+    """What `function(*inputs)` does, as a CUDA graph, without doing it yet.
+
+    Numbers that the function takes from Python are fixed, so what changes from call to call has to be in a tensor.
+    Random numbers follow torch's generator. Recordings of one `pool` share its memory: they are replayed one by one.
     """
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
             outputs = function(*inputs)
     except RuntimeError:
-        torch.cuda.set_stream(stream)
+        torch.cuda.set_stream(current)
         del graph
         end_recording(torch.cuda.default_generators[torch.cuda.current_device()])
         raise
-    return graph.replay, outputs
+    return Recording(inputs, graph.replay, outputs)
 
 
 def end_recording(generator: torch.Generator) -> None:
     """After a recording that failed, torch's generator still takes itself for recorded, and would not draw any more."""
     if hasattr(generator, "graphsafe_set_state"):
         generator.graphsafe_set_state(generator.clone_state())
-    else:  # before torch 2.5 a recording that works ends it
-        with torch.cuda.graph(torch.cuda.CUDAGraph()):
-            torch.zeros((), device=generator.device)
+        return
+    graph = torch.cuda.CUDAGraph()  # before torch 2.5 a recording that works ends it
+    with torch.cuda.stream(torch.cuda.Stream()):
+        graph.capture_begin()
+        torch.zeros((), device=generator.device)
+        graph.capture_end()
+
+
+def free_memory() -> None:
+    """Gives back to the GPU what torch keeps. After a recording that failed, torch before 2.13 refuses to."""
+    with suppress(RuntimeError):
+        torch.cuda.empty_cache()
 
 
 class Replayed:
-    """Calls `function` eagerly at first, then replays it; the first replay is checked against the eager call.
+    """Calls `function` eagerly at first, then replays it; each first replay is checked against the eager call.
 
-    A call whose shapes are not the recorded ones is eager, and recorded anew once it repeats. Where memory is too small
-    for a recording beside the eager call, there is none.
+    Each shape that comes `WARM_UP` times is recorded. Where memory is too small for that beside the eager call, nothing
+    is.
 
     Args:
         function: (tensors) -> tuple of tensors.
@@ -57,44 +79,49 @@ class Replayed:
 
     def __init__(self, function: Callable[..., tuple], state: Callable[[], dict[str, list[Tensor]]] = dict, what="it"):
         self.function, self.state, self.what = function, state, what
-        self.shapes, self.calls = None, 0  # of the latest calls, and how many in a row had them
-        self.recorded = None  # the shapes of what is recorded
-        self.recordings, self.stream = 0, None
-        self.checked = self.failed = False
+        self.calls, self.recordings = Counter(), {}  # by shapes
+        self.stream = self.pool = None
+        self.failed = False
+
+    @property
+    def checked(self) -> bool:
+        """Whether there are recordings, and each computes what the eager call does."""
+        return bool(self.recordings) and all(recording.checked for recording in self.recordings.values())
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         try:
             return self.call(inputs)
         except torch.cuda.OutOfMemoryError:
-            if self.recorded is None:  # it doesn't fit without a recording either
+            if not self.recordings:  # it doesn't fit without a recording either
                 raise
         self.give_up("too little memory for both")  # after the block, which kept the failed call's tensors alive
-        torch.cuda.empty_cache()
+        free_memory()
         return self.function(*inputs)
 
     def call(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        shapes = [(x.shape, x.dtype) for x in inputs]
-        self.calls = self.calls + 1 if shapes == self.shapes else 1
-        self.shapes = shapes
-        if shapes != self.recorded:
-            if self.failed or self.recordings == MOST:
+        shapes = tuple((x.shape, x.dtype) for x in inputs)
+        recording = self.recordings.get(shapes)
+        if recording is None:
+            if self.failed or len(self.recordings) == MOST:
                 return self.function(*inputs)
             outputs = self.warm_up(inputs)
-            if self.calls == WARM_UP:
-                self.start(inputs, outputs[0].device)
+            self.calls[shapes] += 1
+            if self.calls[shapes] == WARM_UP:
+                self.start(shapes, inputs, outputs[0].device)
             return outputs
-        for static, x in zip(self.inputs, inputs):
+        for static, x in zip(recording.inputs, inputs):
             static.copy_(x, non_blocking=True)
-        if not self.checked:
-            return self.check(inputs)
-        self.replay()
-        return tuple(x.clone() for x in self.outputs)
+        if not recording.checked:
+            return self.check(recording, inputs)
+        recording.replay()
+        return tuple(x.clone() for x in recording.outputs)
 
     def warm_up(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """An eager call on a stream of its own, as CUDA asks for before a recording."""
         if not torch.cuda.is_available():  # what stands in for a GPU in tests
             return self.function(*inputs)
-        self.stream = self.stream or torch.cuda.Stream()
+        if self.stream is None:
+            self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
         current = torch.cuda.current_stream()
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
@@ -102,44 +129,42 @@ class Replayed:
         current.wait_stream(self.stream)
         return outputs
 
-    def start(self, inputs: tuple[Tensor, ...], device: torch.device) -> None:
+    def start(self, shapes: tuple, inputs: tuple[Tensor, ...], device: torch.device) -> None:
         """Records the function; from the next call with these shapes on it is replayed."""
-        self.recorded = self.replay = self.outputs = None  # frees the memory of an earlier recording
         try:
-            self.recordings += 1
-            self.inputs = [x.to(device, copy=True) for x in inputs]
-            self.replay, self.outputs = record(self.function, self.inputs)
-            self.recorded, self.checked = self.shapes, False
+            static = [x.to(device, copy=True) for x in inputs]
+            self.recordings[shapes] = record(self.function, static, self.stream, self.pool)
         except RuntimeError as error:  # an operation that can't be recorded, or too little memory for it
             self.give_up(str(error).splitlines()[0])
 
-    def check(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def check(self, recording: Recording, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The first replay: outputs, and how the state changes, compared with the eager call from the same state."""
         state = self.state()
-        before = {name: [x.clone() for x in part] for name, part in state.items()}
-        devices = [self.inputs[0].device] if self.inputs[0].device.type == "cuda" else []
+        before = copies(state)
+        devices = [recording.inputs[0].device] if recording.inputs[0].device.type == "cuda" else []
         try:
             with torch.random.fork_rng(devices):
                 outputs = tuple(x.clone() for x in self.function(*inputs))
+            wanted = copies(state)
+            restore(state, before)
+            recording.replay()
+            off = [distance([x], [y]) > TOLERANCE * distance([y]) for x, y in zip(recording.outputs, outputs)]
+            for name, part in state.items():
+                off.append(distance(part, wanted[name]) > TOLERANCE * distance(wanted[name], before[name]))
         except torch.cuda.OutOfMemoryError:
             restore(state, before)
             raise
-        wanted = {name: [x.clone() for x in part] for name, part in state.items()}
-        restore(state, before)
-        self.replay()
-        off = [distance([x], [y]) > TOLERANCE * distance([y]) for x, y in zip(self.outputs, outputs)]
-        for name, part in state.items():
-            off.append(distance(part, wanted[name]) > TOLERANCE * distance(wanted[name], before[name]))
         if any(off):
             restore(state, wanted)
             self.give_up("a replay computed something else")
             return outputs
-        self.checked = True
-        return tuple(x.clone() for x in self.outputs)
+        recording.checked = True
+        free_memory()  # that of the eager call
+        return tuple(x.clone() for x in recording.outputs)
 
     def give_up(self, reason: str) -> None:
         """From now on every call is eager."""
-        self.failed, self.recorded, self.replay, self.outputs, self.inputs = True, None, None, None, None
+        self.failed, self.recordings = True, {}
         print(f"{self.what} can't be replayed on this GPU ({reason}): going on operation by operation, which is slower")
 
 
@@ -149,6 +174,11 @@ def distance(tensors: list[Tensor], others: list[Tensor] | None = None) -> float
     others = [torch.zeros_like(x) for x in tensors] if others is None else others
     squares = sum((x.double() - y.double()).square().sum() for x, y in zip(tensors, others))
     return float(torch.as_tensor(squares).nan_to_num(nan=float("inf"), posinf=float("inf")).sqrt())
+
+
+def copies(state: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+    """The tensors of a state, as they are now."""
+    return {name: [x.clone() for x in part] for name, part in state.items()}
 
 
 @torch.no_grad()

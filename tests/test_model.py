@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import ex2_model
-from ex2_model import SinusoidalPositionEmbeddings, Unet, WeightStandardizedConv2d
+from ex2_model import SinusoidalPositionEmbeddings, Unet, WeightStandardizedConv2d, compile_blocks
 from ex2_training import build_optimizer
 
 SKELETON = json.loads((Path(__file__).parent / "skeleton_unet.json").read_text())
@@ -276,3 +276,20 @@ def test_weights_that_are_kept_standardised_follow_an_optimiser_that_changes_all
     with torch.no_grad():
         after = layer.eval()(x)
         assert torch.equal(after, layer.train()(x)) and not torch.equal(after, before)
+
+
+def test_only_batches_of_one_size_are_compiled(monkeypatch):
+    """The last batch of an epoch is smaller, and would have all blocks compiled anew."""
+    used = []
+    monkeypatch.setattr(torch, "compile", lambda f, **options: lambda *args: used.append(len(args[0])) or f(*args))
+    model = Unet(dim=8, dim_mults=(1, 2)).eval()
+    batches = [(torch.randn(size, 3, 8, 8), torch.arange(size)) for size in (2, 3)]
+    plain = [model(*batch) for batch in batches]
+    compile_blocks(model, 2)
+    for batch, expected in zip(batches, plain):
+        torch.testing.assert_close(model(*batch), expected)
+    assert set(used) == {2} and model.compiled
+    compile_blocks(model)
+    used.clear()
+    model(*batches[0])
+    assert not used and not model.compiled

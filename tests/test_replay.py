@@ -57,7 +57,7 @@ def record_on_cpu(function, inputs):
     with torch.no_grad():
         for x, value in recording.before.values():
             x.copy_(value)
-    return recording.replay, outputs
+    return ex2_replay.Recording(inputs, recording.replay, outputs)
 
 
 @pytest.fixture
@@ -65,15 +65,17 @@ def graphs(monkeypatch):
     """The stand-in in place of CUDA graphs, for trainings on the CPU; how often it was used."""
     count = {"recorded": 0, "replayed": 0}
 
-    def record(function, inputs):
-        replay, outputs = record_on_cpu(function, inputs)
+    def record(function, inputs, stream, pool):
+        recording = record_on_cpu(function, inputs)
         count["recorded"] += 1
+        replay = recording.replay
 
         def counted():
             count["replayed"] += 1
             replay()
 
-        return counted, outputs
+        recording.replay = counted
+        return recording
 
     monkeypatch.setattr(ex2_replay, "record", record)
     monkeypatch.setattr(ex2_fit, "replays", lambda config, device: True)
@@ -119,11 +121,13 @@ def test_outputs_are_not_overwritten_by_the_next_replay(graphs):
     assert [x[0].item() for x in outputs] == [float(i + 1) for i in range(8)]
 
 
-def test_other_shapes_are_eager_and_recorded_anew_once_they_repeat(graphs):
+def test_each_shape_that_comes_often_is_recorded(graphs):
+    """Whether in a row, or as the last batch of every epoch."""
     replayed = Replayed(lambda x: (x.sum(),))
-    for size in [4] * 5 + [3] + [4] * 5 + [2] * 6:
+    for size in [4] * 5 + [3] + [4] * 5 + [2] * 6 + [3, 4, 3, 4, 3]:
         assert replayed(torch.ones(size))[0] == size
-    assert graphs == {"recorded": 2, "replayed": 2 + 5 + 3}
+    assert graphs == {"recorded": 3, "replayed": (5 - WARM_UP) + 5 + (6 - WARM_UP) + 2 + 1}
+    assert replayed.checked and set(replayed.calls.values()) == {WARM_UP}
 
 
 def test_a_replay_that_computes_something_else_is_not_used(graphs, capsys):
@@ -145,7 +149,7 @@ def test_a_replay_that_computes_something_else_is_not_used(graphs, capsys):
 
 @pytest.mark.parametrize("error", [RuntimeError("not permitted\nand more"), torch.cuda.OutOfMemoryError("no memory")])
 def test_what_cannot_be_recorded_goes_on_eagerly(monkeypatch, capsys, error):
-    def fail(function, inputs):
+    def fail(function, inputs, stream, pool):
         raise error
 
     monkeypatch.setattr(ex2_replay, "record", fail)
@@ -185,11 +189,13 @@ def test_where_memory_is_too_small_for_a_recording_there_is_none(graphs, capsys)
     assert capsys.readouterr().out.count("(too little memory for both)") == 1  # the second never came to it
 
 
-def test_shapes_that_take_turns_are_recorded_a_few_times_and_then_no_more(graphs):
+def test_of_many_shapes_the_first_ones_are_recorded_and_stay_so(graphs):
+    """As by an evaluation, whose batches have many sizes, before the samples that take the time."""
     replayed = Replayed(lambda x: (x.sum(),))
-    for size in ([2] * 5 + [4] * 5) * 6:
+    sizes = list(range(1, ex2_replay.MOST + 3))
+    for size in sizes * 5:
         assert replayed(torch.ones(size))[0] == size
-    assert graphs["recorded"] == ex2_replay.MOST
+    assert graphs == {"recorded": ex2_replay.MOST, "replayed": ex2_replay.MOST * (5 - WARM_UP)}
 
 
 # ------------------------------------------------------------------ training
@@ -223,12 +229,12 @@ def test_thirty_replayed_steps_are_thirty_eager_ones_bit_for_bit(tmp_path, diffu
     """With partial batches, label dropping, dropout, flips, warm-up and averages: 40 images in batches of 9."""
     replayed = tiny_config(tmp_path, run_name="replayed", **HARD)
     fit(replayed, tiny_splits(), diffusor, CPU)
-    assert graphs == {"recorded": 1, "replayed": 10 * 4 - WARM_UP}
+    assert graphs == {"recorded": 2, "replayed": 10 * 5 - 2 * WARM_UP}  # the smaller last batch, too
     monkeypatch.setattr(ex2_fit, "replays", lambda config, device: False)
     eager = tiny_config(tmp_path, run_name="eager", **HARD)
     fit(eager, tiny_splits(), diffusor, CPU)
     assert_same_end(replayed, eager)
-    assert graphs["recorded"] == 1
+    assert graphs["recorded"] == 2
 
 
 @needs_fused
@@ -249,7 +255,7 @@ def test_a_replayed_training_that_is_cut_off_ends_as_if_it_had_not_been(tmp_path
     assert ckpt.load_checkpoint(cut.run_dir)["step"] == 23
     fit(cut, tiny_splits(), diffusor, CPU)
     assert_same_end(straight, cut)
-    assert graphs["recorded"] == 3
+    assert graphs["recorded"] == 6  # two shapes in each of three calls
 
 
 def test_learning_rates_are_numbers_in_checkpoints(tmp_path, diffusor, graphs):
