@@ -189,6 +189,31 @@ def test_where_memory_is_too_small_for_a_recording_there_is_none(graphs, capsys)
     assert capsys.readouterr().out.count("(too little memory for both)") == 1  # the second never came to it
 
 
+def test_a_step_whose_check_runs_out_of_memory_is_taken_once(monkeypatch):
+    """After the eager call and the replay, both of which changed the state."""
+
+    def record(function, inputs, stream, pool):
+        recording = record_on_cpu(function, inputs)
+        replay = recording.replay
+
+        def full():
+            replay()
+            raise torch.cuda.OutOfMemoryError("out of memory")
+
+        recording.replay = full
+        return recording
+
+    monkeypatch.setattr(ex2_replay, "record", record)
+    function, right = Accumulator(), Accumulator()
+    replayed = Replayed(function, function.state)
+    for step in range(WARM_UP + 4):
+        torch.manual_seed(step)
+        expected = right(torch.ones(3))
+        torch.manual_seed(step)
+        assert torch.equal(replayed(torch.ones(3))[0], expected[0])
+    assert torch.equal(function.total, right.total) and replayed.failed
+
+
 def test_of_many_shapes_the_first_ones_are_recorded_and_stay_so(graphs):
     """As by an evaluation, whose batches have many sizes, before the samples that take the time."""
     replayed = Replayed(lambda x: (x.sum(),))
