@@ -28,7 +28,7 @@ CAPTIONS = {
     "reverse.gif": "reverse process: what the model makes of noise",
     "forward_strip.png": "Forward process: noise is added from left to right, until nothing of the image is left.",
     "reverse_strip.png": "Reverse process: the model removes a little noise at a time; large forms come first.",
-    "x_zero_strip.png": "The model's estimate of x_0 at each t: clamped noise at T, then a mean of many images, then one of them.",
+    "x_zero_strip.png": "The model's estimate of x_0 at each t: at T clamped noise, then a mean of images, then one.",
     "nearest.png": "Top: samples. Below each: the training image that is nearest to it, by pixels and by features.",
     "loss_over_t.png": "Loss over the time: little noise (left) is hard to tell from the image's own detail, much is "
     "easy. Dashed: the floor, the loss of a predictor that knows all training images by heart. On average over them no "
