@@ -6,6 +6,7 @@ All sentences are computed from the figures; what is missing is named with the c
 from __future__ import annotations
 
 import math
+import shlex
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,9 +32,7 @@ CAPTIONS = {
     "x_zero_strip.png": "The model's estimate of x_0 at each t: at T clamped noise, then a mean of images, then one.",
     "nearest.png": "Top: samples. Below each: the training image that is nearest to it, by pixels and by features.",
     "loss_over_t.png": "Loss over the time: little noise (left) is hard to tell from the image's own detail, much is "
-    "easy. Dashed: the floor, the loss of a predictor that knows all training images by heart. On average over them no "
-    "model is below it; one that comes near it there, but not on test images, has learnt them by heart as well. "
-    "Dotted: a run of ours, to compare with.",
+    "easy. Dotted: a run of ours, to compare with.",
     "bits_per_dim.png": "Bits per dimension: most of the bound is spent on the last details, at small t.",
     "schedules.png": "Left: the noise a step adds. Middle: what is left of the image, longest with cosine; right: its "
     "log-SNR.",
@@ -43,8 +42,12 @@ CAPTIONS = {
     "guidance_grid.png": "The same noise at growing w: at w = -1 the class has no say, from w = 1 on it decides.",
     "guidance_curve.png": "More guidance: more samples show their class (left), but they differ less (recall, middle).",
     "study/samples.png": "Samples of every setting, a row for each; a column starts from the same noise.",
-    "study/curves.png": "Losses over the steps, and over the noise level, to be compared there; a line per run.",
+    "study/curves.png": "Losses over the steps and, right, over the noise level: there schedules can be compared.",
 }
+FLOOR = (
+    " Dashed: the floor, the loss of a predictor that knows all training images by heart. On average over them no "
+    "model is below it; one that comes near it there, but not on test images, has learnt them by heart as well."
+)
 
 
 @dataclass(frozen=True)
@@ -74,9 +77,14 @@ class Run:
         return self.config["dataset"] == "shapes"
 
     def command(self, tested: bool = False) -> str:
-        """The last one that trained it, or tested it; "" where it is not known."""
-        known = read_commands(self.folder)
+        """The last one that trained it, or judged its samples; "" where it is not known."""
+        known = [line for line in read_commands(self.folder) if "--eval_samples 0" not in line]
         return next((line for line in reversed(known) if line.startswith("python ex2_main.py test ") == tested), "")
+
+    @property
+    def test_again(self) -> str:
+        """The command that makes what is missing of its figures."""
+        return f"python ex2_main.py test --checkpoint {shlex.quote(self.folder.as_posix())}"
 
 
 @dataclass(frozen=True)
@@ -105,14 +113,15 @@ class Part:
     def is_empty(self) -> bool:
         return not (self.sentences or self.pictures or self.animations or self.missing)
 
-    def show(self, path: Path, command: str = "", needed: bool = True, caption: str = "") -> None:
-        """Puts a picture in or, where it is needed and not there, says what makes it."""
+    def show(self, path: Path, command: str, needed: bool = True, caption: str = "", again: str = "") -> None:
+        """Puts a picture in that `command` made or, where it is needed and not there, says what makes it (`again`)."""
         caption = caption or CAPTIONS[path.name]
         if is_picture(path):
             (self.animations if path.suffix == ".gif" else self.pictures).append((path, caption))
             self.commands += [command] if command and command not in self.commands else []
         elif needed:
-            self.missing.append((f"{path.name}: {caption.rstrip('. ')}", command))
+            again = again or command or "the command that trained it"
+            self.missing.append((f"{path.name}: {caption.rstrip('. ')}", again))
 
 
 def is_picture(path: Path) -> bool:
@@ -192,20 +201,21 @@ def process_answer(run: Run) -> str:
 def quality_part(run: Run) -> Part:
     """2.2 e: losses, bits per dimension, figures of samples."""
     part, report = Part(run.name), run.report
-    command = run.command(tested=True) or f"python ex2_main.py test --checkpoint {run.folder.as_posix()}"
+    command, again = run.command(tested=True), run.test_again
     if not report:
-        part.missing.append(("the figures of this run, or those of this version", command))
+        part.missing.append(("the figures of this run, or those of this version", again))
         return part
     part.sentences += losses_sentences(report)
     if "samples" in report:
         part.sentences += samples_sentences(report["samples"])
         part.table = samples_table(report["samples"])
-        part.show(run.folder / "nearest.png", command, run.may_show_data)
+        part.show(run.folder / "nearest.png", command, run.may_show_data, again=again)
     else:
-        part.missing.append(("figures of samples (Fréchet distance, precision and recall)", command))
+        part.missing.append(("figures of samples (Fréchet distance, precision and recall)", again))
     part.sentences.append(f"Is this normal? {' '.join(verdict(run.config, report, run.log))}")
-    for name in ("loss_over_t.png", "bits_per_dim.png"):
-        part.show(run.folder / name, command)
+    caption = CAPTIONS["loss_over_t.png"] + (FLOOR if "floor" in report["losses"] else "")
+    part.show(run.folder / "loss_over_t.png", command, caption=caption, again=again)
+    part.show(run.folder / "bits_per_dim.png", command, again=again)
     return part
 
 
@@ -246,7 +256,8 @@ def samples_sentences(samples: dict) -> list[str]:
     pixels = samples["memorisation"]["pixels"]
     copies = "look for copies in the picture" if pixels["share_nearer"] > 0.2 else "no sign of copying"
     return [
-        f"Samples are compared with training images ({samples['count']} at each w; features: {samples['features']}).",
+        f"At each w {samples['count']} samples of the {samples['weights']} weights are compared with training images "
+        f"(features: {samples['features']}).",
         f"The nearest training image is {pixels['median']['samples']:.1f} grey levels from a sample and "
         f"{pixels['median']['test_images']:.1f} from a test image (medians), and {pixels['share_nearer']:.0%} of the "
         f"samples are nearer than 95% of test images: {copies}.",
@@ -262,7 +273,7 @@ def guidance_part(run: Run) -> Part:
     part.show(run.folder / "class_grid.png", run.command())
     if run.can_guide:
         part.show(run.folder / "guidance_grid.png", run.command())
-        part.show(run.folder / "guidance_curve.png", run.command(tested=True))
+        part.show(run.folder / "guidance_curve.png", run.command(tested=True), again=run.test_again)
     return part
 
 

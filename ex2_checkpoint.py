@@ -137,8 +137,9 @@ def read_json(path: Path) -> dict:
 
 def note_command(folder: Path, command: str) -> None:
     """Puts a command at the end of the list in the folder of a run; none is there twice."""
+    command = command.encode("utf-8", "replace").decode()
     lines = [line for line in read_commands(folder) if line != command] + [command, ""]
-    write_atomically(folder / COMMANDS_NAME, "\n".join(lines).encode("utf-8", "replace"))
+    write_atomically(folder / COMMANDS_NAME, "\n".join(lines).encode())
 
 
 def read_commands(folder: Path) -> list[str]:

@@ -87,9 +87,6 @@ SCHEDULES: dict[str, Callable[[int], Tensor]] = {
 }
 
 
-# ---------------------------------------------------------------------------- noise, times, guidance
-
-
 def extract(a: Tensor, t: Tensor, x_shape: Sequence[int]) -> Tensor:
     """The entries of table `a` (T,) at times `t` (B,), shaped (B, 1, ..., 1) to broadcast over `x_shape`."""
     return a.gather(-1, t).reshape(len(t), *[1] * (len(x_shape) - 1))
@@ -121,7 +118,10 @@ class ImageNoise:
     def draw(self, shape: Sequence[int], kind: Callable = torch.randn) -> Tensor:
         """(count, ...) like `shape`, normal or, by `kind=torch.rand`, uniform; other numbers at every call."""
         size = (self.block, *shape[1:])
-        return torch.cat([kind(size, generator=g, device=g.device) for g in self.generators])[self.rows]
+        noise = torch.cat([kind(size, generator=g, device=g.device) for g in self.generators])[self.rows]
+        if len(noise) != shape[0]:
+            raise ValueError(f"the noise of {len(noise)} images for a batch of {shape[0]}")
+        return noise
 
 
 NoiseSource = Union[torch.Generator, ImageNoise, None]
@@ -145,7 +145,7 @@ def guided_eps(model, x: Tensor, t: Tensor, classes: Tensor | None = None, guida
     """
     null_class = getattr(model, "null_class", None)
     if guidance_scale != 0 and (classes is None or null_class is None):
-        raise ValueError(f"guidance_scale={guidance_scale:g} needs classes, and no unconditional model")
+        raise ValueError(f"guidance_scale={guidance_scale:g} needs classes and a class-conditional model")
     if classes is None:
         return model(x, t)
     if guidance_scale == 0:
@@ -156,9 +156,6 @@ def guided_eps(model, x: Tensor, t: Tensor, classes: Tensor | None = None, guida
     both = model(torch.cat((x, x)), torch.cat((t, t)), torch.cat((classes, null)))  # (2B, C, H, W)
     eps_class, eps_null = both.chunk(2)
     return (1 + guidance_scale) * eps_class - guidance_scale * eps_null
-
-
-# ---------------------------------------------------------------------------- the process
 
 
 class Diffusion:
@@ -387,7 +384,9 @@ class Diffusion:
                 x = process.ddim_step(t, eps, x_zero, z, eta)
             x_zero_before = x_zero
         if not finite:
-            raise FloatingPointError("the predicted noise is not finite: lower --guidance_scale, or try --weights raw")
+            raise FloatingPointError(
+                "sampling diverged (noise not finite): lower --guidance_scale, or try --weights raw"
+            )
         yield -1, x, x
 
     def sample(self, model, image_size: int, batch_size: int = 16, channels: int = 3, **sampling) -> Tensor:
@@ -404,9 +403,9 @@ def check_sampling(sampler: str, eta: float, guidance_interval: tuple[float, flo
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
     if not 0 <= eta <= 1 or (eta > 0 and sampler not in WITH_ETA):
-        raise ValueError(f"eta must lie within 0 .. 1, above 0 only for {' and '.join(WITH_ETA)}; got {eta:g}")
+        raise ValueError(f"eta {eta:g} for {sampler}: only {' and '.join(WITH_ETA)} take one, up to 1; or give --eta 0")
     if len(guidance_interval) != 2 or not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
-        raise ValueError(f"guidance_interval takes two shares of T, the smaller first, got {guidance_interval}")
+        raise ValueError(f"guidance_interval takes two shares of T, 0 <= first <= last <= 1, got {guidance_interval}")
 
 
 def checked_classes(classes: Tensor | Sequence[int], batch_size: int, null_class: int | None) -> Tensor:
@@ -439,9 +438,7 @@ def thin_trajectory(trajectory, length: int, frames: int) -> list[tuple[int, Ten
 def sample_in_batches(diffusor, model, count, batch_size, seed, *, classes=None, first=0, channels=3, **sampling):
     """Yields `count` images in batches of at most `batch_size`, on the CPU; image i depends on seed and i alone.
 
-    Args:
-        classes: (count,) labels or None.  first: the number i of the first of these images.
-        sampling: guidance_scale, sampler, steps, eta, ..., as in `Diffusion.sample_trajectory`.
+    classes: (count,) labels or None.  first: number i of the first.  sampling: as in `Diffusion.sample_trajectory`.
     """
     for done in range(0, count, batch_size):
         size, own = min(batch_size, count - done), None if classes is None else classes[done : done + batch_size]

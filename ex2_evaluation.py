@@ -145,6 +145,8 @@ def figure(value) -> str:
     """A cell of a table: fractions to four digits, whole numbers as they are, a dash where there is none."""
     if value is None or value == "":
         return "-"
+    if isinstance(value, bool):
+        return str(value)
     try:
         number = float(value)
     except ValueError:
@@ -157,8 +159,8 @@ def figure(value) -> str:
 def as_markdown(rows: Sequence[Mapping]) -> str:
     """A table whose head are the keys of the first row, in columns of equal width."""
     lines = [list(rows[0]), *([figure(cell) for cell in row.values()] for row in rows)]
-    widths = [max(len(cell) for cell in column) for column in zip(*lines)]
-    lines.insert(1, ["-" * max(3, width) for width in widths])
+    widths = [max(3, *map(len, column)) for column in zip(*lines)]
+    lines.insert(1, ["-" * width for width in widths])
     return "".join(f"| {' | '.join(map(str.ljust, cells, widths))} |\n" for cells in lines)
 
 
@@ -377,7 +379,7 @@ def samples_table(samples: dict) -> list[dict]:
     name = "FID" if samples["features"] == Inception.description else "Fréchet distance"
     columns = {name: "frechet_distance", "KID": "kid", "precision": "precision", "recall": "recall"}
     columns["class accuracy"] = "class_accuracy"
-    entries = [("test images", samples["test_images"])]
+    entries = [(f"{samples['test_images']['count']} test images", samples["test_images"])]
     entries += [(f"samples, w = {row['guidance_scale']:g}", row) for row in samples["by_scale"]]
     entries.append(("noise", samples["noise"]))
     return [{"images": title, **{head: row.get(key) for head, key in columns.items()}} for title, row in entries]

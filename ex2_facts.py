@@ -10,6 +10,7 @@ and prints a line of JSON for each fact.
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
 import math
@@ -501,18 +502,28 @@ def settings_of_main(folder: Path) -> tuple[int, str, dict] | None:
     The schedule is the one in the function that the call of `Diffusion` names, as the skeleton has it.
     """
     path = next((folder / f"{prefix}main.py" for prefix in PREFIXES if (folder / f"{prefix}main.py").is_file()), None)
-    source = re.sub(r"#[^\n]*", "", path.read_text(encoding="utf-8", errors="replace")) if path else ""
-    steps = re.search(r"""["']--timesteps["'][^)]*default=(\d+)""", source)
-    used = re.search(r"\bDiffusion\([^,()]+,\s*(\w+)", source)
-    if steps is None or used is None:
+    tree = ast.walk(ast.parse(path.read_bytes())) if path else ()
+    steps, used, schedules = None, None, {}
+    for node in tree:
+        flags = [a.value for a in node.args if isinstance(a, ast.Constant)] if isinstance(node, ast.Call) else []
+        if "--timesteps" in flags:
+            steps = next((k.value for k in node.keywords if k.arg == "default"), None)
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Diffusion" and len(node.args) > 1:
+            used = getattr(node.args[1], "id", None)
+        name = getattr(node, "name", None) or getattr(next(iter(getattr(node, "targets", ())), None), "id", None)
+        if isinstance(node, (ast.Assign, ast.FunctionDef)):
+            calls = [call for call in ast.walk(node) if isinstance(call, ast.Call)]
+            calls = [call for call in calls if str(getattr(call.func, "id", "")).endswith("_beta_schedule")]
+            if len(calls) == 1:
+                schedules[name] = calls[0]
+    call = schedules.get(used)
+    if call is None or not isinstance(steps, ast.Constant) or not isinstance(steps.value, int):
         return None
-    maker = re.search(rf"\b{used[1]}\s*(=|\().*?\b(\w+)_beta_schedule\(\s*([^()]*)\)", source, re.DOTALL)
-    if maker is None:
-        return None
-    ends = re.findall(r"(?:^|,)\s*(?:beta_\w+\s*=\s*)?(\d*\.\d+|\d+e-\d+)\s*(?=,|$)", maker[3])
-    if maker[2] != "cosine" and len(ends) != 2:
-        return None
-    return int(steps[1]), maker[2], dict(zip(("beta_start", "beta_end"), map(float, ends)))
+    kind = call.func.id.replace("_beta_schedule", "")
+    ends = [a.value for a in call.args[:2] if isinstance(a, ast.Constant) and isinstance(a.value, float)]
+    if kind == "cosine":
+        return steps.value, kind, {}
+    return (steps.value, kind, {"beta_start": ends[0], "beta_end": ends[1]}) if len(ends) == 2 else None
 
 
 # ---------------------------------------------------------------------------- 2.4

@@ -20,11 +20,12 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from ex2_data import SIGNALS, InputError
-from ex2_distributed import is_main, local_rank, started_by_torchrun, world_size
+from ex2_distributed import is_main, is_restart, local_rank, started_by_torchrun, world_size
 from ex2_replay import Replayed, free_memory
 
 LOCK_NAME, HOLDER_NAME = ".lock", ".holder"  # the lock, which stays there; who has it
 READERS_END = 6  # seconds that processes which read images outlive a killed run, and keep its lock
+MACHINE_ENDS = 120  # the same where a job is started again, as its lock may be of a machine that broke down
 BROKEN_PIPE = 128 + 13  # exit code of a program whose output nobody reads, as in `... | head`
 
 
@@ -90,17 +91,20 @@ def take_any_text() -> None:
 def locked(folder: Path) -> Iterator[None]:
     """Keeps a second run out of `folder`. The lock of a process that is gone is free: the system sees to that.
 
-    Raises InputError: another process works in the folder.
+    Raises InputError: another process works in the folder. Where the file system can't lock, a line says so.
     """
     if not is_main():  # of several processes the first one holds it for all
         yield
         return
-    lock, holder = FileLock(folder / LOCK_NAME), folder / HOLDER_NAME
+    lock, holder = FileLock(folder / LOCK_NAME, mode=0o666), folder / HOLDER_NAME
+    restarted = is_restart() or int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
     try:
-        lock.acquire(timeout=READERS_END)
-    except Timeout:
-        who = holder.read_text() if holder.is_file() else "another process"
-        raise InputError(f"{who} works in {folder}: wait for it, or choose another --run_name") from None
+        lock.acquire(timeout=MACHINE_ENDS if restarted else READERS_END)
+    except (Timeout, NotImplementedError, OSError) as error:  # older versions of filelock wait where there are no locks
+        if isinstance(error, Timeout) and holder.is_file():
+            advice = f"wait for it, or choose another --run_name; if it is gone, delete {holder}"
+            raise InputError(f"{holder.read_text()} works in {folder}: {advice}") from None
+        print(f"{folder / LOCK_NAME} can't be locked: nothing keeps a second run out of this folder")
     try:
         holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
         yield

@@ -87,6 +87,7 @@ def run_train(args) -> None:
         splits = cfg.load_data(config)
         diffusor = cfg.build_diffusion(config, device)
         model = fit(config, splits, diffusor, device)
+        note(config, args)
         write_report(evaluate(job.FittingModel(model), splits, diffusor, config), config)
         if is_main():
             model = for_sampling(model, config, device)
@@ -109,6 +110,7 @@ def run_compare(args) -> None:
         runs = grid_of_runs(base, varied, len(splits.class_names), args.seeds)
         if is_main():
             write_study(base.run_dir, varied, runs)
+        note(base, args)
         judge = None
         if args.eval_samples > 0:
             judge = build_judge(splits, device, base, features_dir(base.run_dir), args.eval_samples)
@@ -144,7 +146,7 @@ def prepare_training(args):
     config = dataclasses.replace(PRESETS[args.preset], **args.given) if args.preset else cfg.Config(**args.given)
     device = job.pick_device(config.cuda, config.num_threads)
     job.computes_in_bfloat16(config.amp, device)  # refuses what this GPU can't
-    make_run_dir(config.run_dir, args.called)
+    make_run_dir(config.run_dir)
     return config, device
 
 
@@ -155,7 +157,7 @@ def run_test(args) -> None:
     splits = cfg.load_data(config)
     if splits.class_names != tuple(checkpoint["class_names"]):
         raise InputError(f"the data has classes {splits.class_names}, the checkpoint {checkpoint['class_names']}")
-    make_run_dir(config.run_dir, args.called)
+    make_run_dir(config.run_dir)
     model = cfg.restore_model(checkpoint, config, device, args.weights)
     diffusor = cfg.build_diffusion(config, device)
     judge = None
@@ -163,6 +165,7 @@ def run_test(args) -> None:
         folder = features_dir(run_dir_of(args.checkpoint))
         judge = build_judge(splits, device, config, folder, args.eval_samples, args.inception_weights)
     test_and_judge(judge, model, splits, diffusor, config, args.eval_samples, scales, args.weights)
+    note(config, args)
     print(f"done: see {config.run_dir}/")
 
 
@@ -240,8 +243,14 @@ def next_free(folder: Path) -> Path:
     return next(path for i in itertools.count(1) if not (path := folder / f"{i:03d}").exists())
 
 
-def make_run_dir(path: Path, called: str = "") -> None:
-    """Creates the folder, or sees that it can be written to, and notes what was called; the first process does."""
+def note(config: cfg.Config, args) -> None:
+    """Notes in the folder of a run what was called, once it was not refused."""
+    if is_main():
+        note_command(config.run_dir, args.called)
+
+
+def make_run_dir(path: Path) -> None:
+    """Creates the folder and sees that it can be written to; of several processes the first one does."""
     if not is_main():
         return
     try:
@@ -250,8 +259,6 @@ def make_run_dir(path: Path, called: str = "") -> None:
         (path / ".writable").unlink()
     except OSError as error:
         raise InputError(f"can't write to {path} ({error.strerror}): choose a folder you can write to") from error
-    if called:
-        note_command(path, called)
 
 
 def run_report(args) -> None:

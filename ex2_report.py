@@ -103,6 +103,7 @@ class Section:
 def sections(runs: list[Run], studies: list[Study]) -> list[Section]:
     """The page, sub-task by sub-task."""
     compare, quick = "python ex2_main.py compare --preset quick --seeds 3 --vary", "python ex2_main.py --preset quick"
+    three = "schedule=linear,cosine,sigmoid"
     schedule, null = studies_of(studies, {"schedule"}), studies_of(studies, {"null_token", "p_uncond"})
     training = [study for study in studies if set(study.varied) - {"schedule", "null_token", "p_uncond"}]
     guided = [run for run in runs if run.config["class_free_guidance"]]
@@ -111,6 +112,8 @@ def sections(runs: list[Run], studies: list[Study]) -> list[Section]:
     for run in [run for run in runs if answers.is_picture(run.folder / "schedules.png")][:1]:
         embedding.show(run.folder / "time_embedding.png", run.command())
         schedules.show(run.folder / "schedules.png", run.command())
+    if not schedules.pictures:
+        schedules.missing.append(("their curves", quick))
     process_films = answers.side_by_side(
         "Side by side, from noise (left end of the slider) to images", runs, ("forward.gif", "reverse.gif")
     )
@@ -156,8 +159,7 @@ def sections(runs: list[Run], studies: list[Study]) -> list[Section]:
             "2.3 Beta schedules",
             "Which schedule trains best, and what do they look like?",
             answer(answers.study_answer, schedule),
-            [schedules]
-            + parts(answers.study_part, schedule, "a comparison of them", f"{compare} schedule=linear,cosine,sigmoid"),
+            [schedules, *parts(answers.study_part, schedule, "a comparison of the schedules", f"{compare} {three}")],
         ),
         Section(
             "guidance",

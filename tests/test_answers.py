@@ -88,6 +88,7 @@ def test_copies_are_suspected_where_samples_are_too_near(share, verdict):
     pixels = {"median": {"samples": 25.0, "test_images": 26.0}, "share_nearer": share}
     samples = {
         "own_scale": 1.0,
+        "weights": "ema",
         "count": 500,
         "features": "small classifier",
         "by_scale": [{"guidance_scale": 1.0, **figures}],

@@ -29,7 +29,7 @@ def test_presets_build_a_model_and_a_process(name):
         ("--lr nan", "--lr must be finite"),
         ("--p_uncond 1.2", "--p_uncond must be at most 1"),
         ("--eta -1", "--eta must be at least 0"),
-        ("--eta 0.5", "--eta must lie within 0 .. 1, above 0 only for ddim and dpmpp_2m"),
+        ("--eta 0.5", "--eta 0.5 for ddpm: only ddim and dpmpp_2m take one, up to 1; or give --eta 0"),
         ("--class_free_guidance --p_uncond 0 --guidance_scale 1", "learnt without labels"),
         ("--seed 18446744073709551616", "--seed must be at most"),
         ("--p_uncond 0.2", "--p_uncond is for class-conditional models"),

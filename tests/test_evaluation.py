@@ -254,6 +254,7 @@ def test_missing_and_misfitting_weights_are_one_line(results, tmp_path, capsys):
 
 
 def test_tables_show_four_digits_and_a_dash_for_nothing():
+    assert [ex2_evaluation.figure(v) for v in (True, False)] == ["True", "False"]
     assert [ex2_evaluation.figure(v) for v in ("0.123456", None, "", "cosine", 123456.7, np.float64(2), "100000")] == [
         "0.1235",
         "-",

@@ -103,3 +103,36 @@ def test_other_right_ways_are_right(tmp_path, file, changes):
 def test_facts_know_nothing_of_ours():
     sources = Path(ex2_facts.__file__).read_text("utf-8") + Path(ex2_solution.__file__).read_text("utf-8")
     assert set(re.findall(r"(?:from|import) (ex2_\w+)", sources)) == {"ex2_solution"}
+
+
+MAIN = """
+import argparse
+from ex02_diffusion import *
+
+
+def parse_args():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--timesteps", type=int, help="steps (T)", default = {steps})
+
+
+def run(args):
+    {schedule}
+    return Diffusion(args.timesteps, my_scheduler, 32)
+"""
+
+
+@pytest.mark.parametrize(
+    "steps, schedule, found",
+    [
+        ("100", "my_scheduler = lambda x: linear_beta_schedule(0.0001, 0.02, x)", (100, "linear", [1e-4, 0.02])),
+        ("1_000", "my_scheduler = lambda x: cosine_beta_schedule(x)", (1000, "cosine", [])),
+        ("10**3", "my_scheduler = lambda x: cosine_beta_schedule(x)", None),
+        ("100", "my_scheduler = cosine_beta_schedule; linear_beta_schedule(0.0001, 0.02, 100)", None),
+        ("100", "my_scheduler = lambda x: (linear_beta_schedule(1e-4, 0.02, x), cosine_beta_schedule(x))[1]", None),
+        ("100", "my_scheduler = lambda x: linear_beta_schedule(beta_end=0.02, beta_start=1e-4, timesteps=x)", None),
+    ],
+)
+def test_settings_are_read_off_a_main_file_where_they_are_plain(tmp_path, steps, schedule, found):
+    write(tmp_path, {"ex02_main.py": MAIN.format(steps=steps, schedule=schedule)})
+    settings = ex2_facts.settings_of_main(tmp_path)
+    assert (settings and (*settings[:2], list(settings[2].values()))) == found

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from PIL import Image
 from tiny import TINY, random_set, tiny_config
 
@@ -254,6 +254,19 @@ def test_the_lock_of_a_process_that_is_gone_is_free(tmp_path, monkeypatch):
     with locked(tmp_path):
         assert str(os.getpid()) in (tmp_path / ".holder").read_text()
     assert_free(tmp_path)
+
+
+@pytest.mark.parametrize("error", [NotImplementedError("no flock"), OSError(37, "No locks available"), "waits"])
+def test_a_file_system_without_locks_is_said_and_the_run_goes_on(tmp_path, monkeypatch, capsys, error):
+    """Older versions of filelock wait for such a lock as if another process had it, but then nobody says so."""
+
+    def acquire(self, timeout):
+        raise Timeout(self.lock_file) if error == "waits" else error
+
+    monkeypatch.setattr(FileLock, "acquire", acquire)
+    with locked(tmp_path):
+        pass
+    assert "can't be locked: nothing keeps a second run out" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------ numbers

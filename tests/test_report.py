@@ -13,6 +13,7 @@ from tiny import TINY
 import ex2_checkpoint as ckpt
 import ex2_main
 import ex2_report
+from ex2_answers import Run
 from ex2_checkpoint import RunLog, read_json
 from ex2_report import find_runs, find_studies
 
@@ -108,6 +109,25 @@ def test_commands_stand_as_they_were_called(results):
     assert ckpt.read_commands(results / "guided") == called[::-1]
     ckpt.note_command(results / "guided", called[1])
     assert ckpt.read_commands(results / "guided") == called
+
+
+def test_what_was_refused_made_nothing(copy):
+    before = ckpt.read_commands(copy / "guided")
+    results = ["--results_dir", str(copy), "--run_name", "guided", "--no_cuda"]
+    assert ex2_main.main(["--dataset", "shapes", "--guidance_interval", "0", "1.5", *results]) == 2
+    for checkpoint in (copy / "guided", copy / "nowhere"):
+        assert ex2_main.main(["test", "--checkpoint", str(checkpoint), "--eval_samples", "5"]) == 2
+    assert ckpt.read_commands(copy / "guided") == before
+
+
+def test_samples_are_not_made_by_a_test_that_judged_none(tmp_path):
+    run = Run(tmp_path / "a run", {}, {})
+    run.folder.mkdir()
+    assert run.command() == run.command(tested=True) == ""
+    assert run.test_again == f"python ex2_main.py test --checkpoint '{tmp_path.as_posix()}/a run'"
+    for flags in ("--eval_samples 150", "--eval_samples 0"):
+        ckpt.note_command(run.folder, f"python ex2_main.py test --checkpoint x {flags}")
+    assert run.command(tested=True).endswith("--eval_samples 150")
 
 
 def test_old_half_written_and_foreign_folders_do_not_stop_the_page(results, tmp_path):

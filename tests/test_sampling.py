@@ -173,7 +173,7 @@ def test_impossible_step_counts_are_refused(linear, gaussian, steps):
 
 
 def test_heun_has_no_share_of_fresh_noise(linear, gaussian):
-    with pytest.raises(ValueError, match="only for ddim and dpmpp_2m; got 0.5"):
+    with pytest.raises(ValueError, match="eta 0.5 for heun: only ddim and dpmpp_2m take one"):
         linear.sample(gaussian(linear), 4, sampler="heun", eta=0.5)
 
 
@@ -291,7 +291,7 @@ def test_images_of_neighbouring_seeds_share_no_noise():
 
 
 def test_noise_for_every_image_is_asked_for(short, unet):
-    with pytest.raises(RuntimeError, match="2.*3|3.*2"):
+    with pytest.raises(ValueError, match="the noise of 2 images for a batch of 3"):
         short.sample(unet, 8, batch_size=3, generator=ImageNoise(0, 0, 2))
 
 
@@ -363,7 +363,7 @@ def test_guidance_without_classes_or_of_an_unconditional_model_is_an_error(short
     x, t, classes = torch.randn(2, 3, 8, 8), torch.tensor([1, 1]), torch.tensor([0, 1])
     with pytest.raises(ValueError, match="needs classes"):
         guided_eps(unconditional, x, t, None, 1.0)
-    with pytest.raises(ValueError, match="unconditional"):
+    with pytest.raises(ValueError, match="class-conditional"):
         guided_eps(unconditional, x, t, classes, 1.0)
     with pytest.raises(ValueError, match="unconditional"):
         short.sample(unconditional, 8, batch_size=2, classes=classes)
