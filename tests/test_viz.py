@@ -177,9 +177,7 @@ def test_no_setting_of_the_users_matplotlib_reaches_a_picture(tmp_path):
             assert every_picture(tmp_path) == expected, name
 
 
-@pytest.mark.parametrize(
-    "backend", ["module://matplotlib_inline.backend_inline", "module://no.such.module", "TkAgg", ""]
-)
+@pytest.mark.parametrize("backend", ["module://no.such.module", "TkAgg", ""])
 def test_the_backend_of_a_notebook_changes_nothing(tmp_path, backend):
     code = (
         "import sys, os, pathlib; sys.path[:0] = ['.', 'tests']\n"
