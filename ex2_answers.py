@@ -77,13 +77,13 @@ class Run:
         return self.config["dataset"] == "shapes"
 
     def command(self, tested: bool = False) -> str:
-        """The last one that trained it, or judged its samples; "" where it is not known."""
+        """The latest command that trained the run, or that judged its samples; "" where it is not known."""
         known = [line for line in read_commands(self.folder) if "--eval_samples 0" not in line]
         return next((line for line in reversed(known) if line.startswith("python ex2_main.py test ") == tested), "")
 
     @property
     def test_again(self) -> str:
-        """The command that makes what is missing of its figures."""
+        """The command that makes missing figures."""
         return f"python ex2_main.py test --checkpoint {shlex.quote(self.folder.as_posix())}"
 
 
@@ -114,7 +114,7 @@ class Part:
         return not (self.sentences or self.pictures or self.animations or self.missing)
 
     def show(self, path: Path, command: str, needed: bool = True, caption: str = "", again: str = "") -> None:
-        """Puts a picture in that `command` made or, where it is needed and not there, says what makes it (`again`)."""
+        """Adds a picture, made by `command`. If a needed one is not there, says which command makes it (`again`)."""
         caption = caption or CAPTIONS[path.name]
         if is_picture(path):
             (self.animations if path.suffix == ".gif" else self.pictures).append((path, caption))
@@ -353,7 +353,7 @@ def loss_sentences(study: Study) -> list[str]:
 
 
 def contest(values: dict[str, dict], what: str) -> str:
-    """Which setting has the smallest mean, and which differences to it are more than chance.
+    """Which setting has the smallest mean, and which other settings differ from it by more than chance.
 
     Args:
         values: setting -> {seed: figure}. Differences are taken seed by seed, as runs of one seed start from the same

@@ -49,7 +49,7 @@ def check_solution(folder: Path, limit: float) -> list[dict]:
 
 
 def judged(folder: Path, names: Sequence[str], limit: float) -> Iterator[dict]:
-    """Verdicts of one process; the last one is on the fact that it hung or ended at, where it did."""
+    """Verdicts of one process. If it hangs or ends, the last verdict says so of the fact it was at."""
     token = secrets.token_hex(8)  # so that nothing a solution prints is taken for a verdict
     command = [sys.executable, ex2_facts.__file__, str(folder), *names]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "MPLBACKEND": "Agg", "PYTHONDONTWRITEBYTECODE": "1"}
@@ -80,7 +80,7 @@ def judged(folder: Path, names: Sequence[str], limit: float) -> Iterator[dict]:
 
 
 def read_lines(stream, token: bytes, lines: queue.Queue) -> None:
-    """Puts what the facts say into the queue as it comes, at the end None."""
+    """Puts each verdict into the queue as it comes, and None at the end."""
     for line in stream:
         if line.startswith(token):
             lines.put(json.loads(line[len(token) :]))
@@ -88,7 +88,7 @@ def read_lines(stream, token: bytes, lines: queue.Queue) -> None:
 
 
 def end(process: subprocess.Popen) -> None:
-    """Kills a process, and those it started where the system can tell."""
+    """Kills a process and, where the system can tell, those that it started."""
     if os.name == "posix":
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

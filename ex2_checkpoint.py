@@ -24,7 +24,7 @@ COMMANDS_NAME = "commands.txt"  # how everything in the folder was made
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
-    """Writes a file such that a kill or a full disk at any moment leaves the old one or the new one.
+    """Writes a file. A kill or a full disk at any moment leaves the whole old file or the whole new one.
 
     Raises OSError: it can't be written, or reads back as something else.
     """
@@ -70,7 +70,7 @@ def digest_of(content) -> str:
 
 
 def save_checkpoint(path: Path, **content) -> None:
-    """Writes a plain dict of tensors and Python values with its digest; a checkpoint that is there becomes `PREVIOUS`.
+    """Writes a plain dict of tensors and Python values with its digest. An older checkpoint becomes `PREVIOUS`.
 
     Raises OSError: it can't be written; what was there is still there.
     """
@@ -122,7 +122,7 @@ def read_checkpoint(path: Path, device="cpu") -> dict:
 
 
 def read_json(path: Path) -> dict:
-    """The content of a JSON file of a run; empty where there is none, or, with a line, a damaged one."""
+    """The content of a JSON file of a run. Empty if there is no file, or, with a message, if it is damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -136,7 +136,7 @@ def read_json(path: Path) -> dict:
 
 
 def note_command(folder: Path, command: str) -> None:
-    """Puts a command at the end of the list in the folder of a run; none is there twice."""
+    """Adds a command to the end of the list in a run's folder. A command stands there once."""
     command = command.encode("utf-8", "replace").decode()
     lines = [line for line in read_commands(folder) if line != command] + [command, ""]
     write_atomically(folder / COMMANDS_NAME, "\n".join(lines).encode())
@@ -169,7 +169,7 @@ class RunLog:
 
     @staticmethod
     def belongs(row: dict, epochs_done: int, step: int) -> bool:
-        """Whether a row is of what is done: an epoch's last row comes after its validation."""
+        """Whether a row belongs to finished work. The last row of an epoch comes after its validation."""
         return int(row["epoch"]) < epochs_done or (int(row["step"]) <= step and row["val_loss"] == "")
 
     def write(self, **figures) -> None:

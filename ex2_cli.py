@@ -32,7 +32,7 @@ PRESET_FLAGS = {
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse, whose errors are one line without the usage text, and to which -5e-1 is a number on every Python."""
+    """argparse with errors of one line, without the usage text. It takes -5e-1 for a number on every Python."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
@@ -43,7 +43,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def path(text: str) -> str:
-    """The type of every path of the command line that is no setting."""
+    """The type of paths on the command line that are not settings."""
     try:
         return expanded(text)
     except InputError as error:

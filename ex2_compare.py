@@ -101,7 +101,7 @@ def write_study(out: Path, varied: dict[str, list], runs: dict[str, Config]) -> 
 
 
 def is_judged(config: Config, judge, count: int, scales: Sequence[float] = ()) -> bool:
-    """Whether an earlier call left the figures of the finished run, and what they are of is asked for now, too."""
+    """Whether an earlier call already computed the figures that are asked for now."""
     metrics = config.run_dir / "test_metrics.json"
     saved = max((path.stat().st_mtime for path in config.run_dir.glob(f"{CHECKPOINT_NAME}*")), default=0)
     if not metrics.is_file() or metrics.stat().st_mtime < saved:

@@ -128,7 +128,7 @@ class Config:
             raise InputError(f"--image_size {self.image_size} {left}: add a level to --dim_mults")
 
     def _check_data_settings(self) -> None:
-        """Settings that the data set would not heed must not be ignored silently."""
+        """Refuses settings that the data set would ignore."""
         if self.data_dir is not None and self.dataset == "shapes":
             raise InputError("--data_dir: the shapes are drawn and not read; give --dataset folder or cifar10 with it")
         if self.square != "crop" and self.dataset not in ("folder", "butterflies"):
@@ -140,7 +140,7 @@ class Config:
             raise InputError("--class_free_guidance on butterflies needs --label_column, which gives the classes")
 
     def _check_class_settings(self) -> None:
-        """Settings that only a class-conditional model heeds must not be ignored silently."""
+        """Refuses settings that a model without classes would ignore."""
         if self.class_free_guidance:
             if self.guidance_scale and self.p_uncond == 0:
                 raise InputError("--guidance_scale needs a model that also learnt without labels (--p_uncond above 0)")
@@ -175,7 +175,7 @@ class Config:
 
 
 def expanded(path: str) -> str:
-    """A path as the shell would have it: ~ is the home folder, $NAME an environment variable. For every path there is.
+    """A path as a shell reads it: ~ is the home folder, $NAME an environment variable. Used for every path.
 
     Raises InputError: there is no such home folder or variable.
     """

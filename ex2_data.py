@@ -307,7 +307,7 @@ def read_image(path: Path, image_size: int, square: str = "crop") -> Tensor:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The image turned as its EXIF orientation says; damage elsewhere in the metadata is no matter."""
+    """The image turned as its EXIF orientation says. Other damage in the metadata does not matter."""
     image.load()  # what is wrong with the pixels shows here; of a TIFF Pillow turns them, and takes the tag away
     try:
         turn = EXIF_TURNS.get(image.getexif().get(EXIF_ORIENTATION))
@@ -337,14 +337,14 @@ def prepare_image(image: Image.Image, image_size: int, square: str = "crop") -> 
 
 
 def leave_signals_to_main(worker: int) -> None:
-    """For each process that reads images: a signal to the whole group must not end it before its batch is read."""
+    """In a process that reads images: a signal to the whole group must not end it while its batch is read."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 @atexit.register
 def end_readers() -> None:
-    """Ends what still reads when the program ends: by force, as SIGTERM, by which Python would, is ignored there."""
+    """Kills processes that still read when the program ends. Python would send SIGTERM, which they ignore."""
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
@@ -427,7 +427,7 @@ def column_labels(rows, label_column: str | None) -> tuple[Tensor, tuple[str, ..
 
 
 def prepare_row(row: dict, index: int, image_size: int, square: str, code: str) -> dict:
-    """The row with its image as `prepare_image`, of that `code`, makes it."""
+    """The row with its image prepared by `prepare_image`; `code` is its source."""
     try:
         return {"image": prepare_image(row["image"], image_size, square)}
     except Exception as error:

@@ -93,7 +93,7 @@ def extract(a: Tensor, t: Tensor, x_shape: Sequence[int]) -> Tensor:
 
 
 def check_images(x_zero: Tensor) -> None:
-    """Raises a ValueError for integer images and, on the CPU, values outside [-1, 1]: a GPU would have to wait."""
+    """Raises a ValueError for integer images and, on the CPU only, for values outside [-1, 1]."""
     if not x_zero.is_floating_point():
         raise ValueError(f"images must be floats in [-1, 1], got {x_zero.dtype}: scale 0..255 by x / 127.5 - 1")
     if x_zero.device.type == "cpu" and x_zero.numel() and (largest := x_zero.abs().amax().item()) > 1 + 1e-4:
@@ -290,7 +290,7 @@ class Diffusion:
         return x + (angles[1] - angles[0]) * (slopes[0] + slopes[1]) / 2
 
     def clamp_eps(self, x: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """The noise in x_t by the x_zero estimate clamped to [-1, 1], where eps may be 20,000 times off; x_t stays."""
+        """The noise in x_t if the x_zero estimate is clamped to [-1, 1]; x_t itself is never clamped."""
         return self.predict_eps(x, t, self.predict_x_zero(x, t, eps).clamp(-1, 1))
 
     @torch.no_grad()
@@ -399,7 +399,7 @@ class Diffusion:
 
 
 def check_sampling(sampler: str, eta: float, guidance_interval: tuple[float, float]) -> None:
-    """Raises a ValueError for an unknown sampler, a share that is none, or an eta that the sampler does not heed."""
+    """Raises a ValueError for an unknown sampler, a share outside 0 .. 1, or an eta that the sampler ignores."""
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
     if not 0 <= eta <= 1 or (eta > 0 and sampler not in WITH_ETA):
@@ -409,7 +409,7 @@ def check_sampling(sampler: str, eta: float, guidance_interval: tuple[float, flo
 
 
 def checked_classes(classes: Tensor | Sequence[int], batch_size: int, null_class: int | None) -> Tensor:
-    """`classes` as a tensor (B,), once there is a label of the model per image; else a ValueError."""
+    """`classes` as a tensor (B,); a ValueError unless there is one label for each image."""
     classes = torch.as_tensor(classes)
     most, known = (math.inf, "") if null_class is None else (null_class, f" within 0 .. {null_class - 1}")
     if classes.shape != (batch_size,) or not ((classes >= 0) & (classes <= most)).all():

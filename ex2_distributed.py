@@ -42,7 +42,7 @@ def rank() -> int:
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes files and talks."""
+    """Whether this is the process that writes files and prints."""
     return rank() == 0
 
 
@@ -61,7 +61,7 @@ def is_restart() -> bool:
 
 
 class NoTerminal(io.TextIOBase):
-    """Standard error as a plain stream, on which tqdm draws no bars: those of several processes would mix."""
+    """Standard error as a plain stream. On it tqdm draws no bars: those of several processes would mix."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -74,14 +74,14 @@ class NoTerminal(io.TextIOBase):
 
 
 def name_of_process() -> str:
-    """For messages: "" for the first or only process, else its number; works before and after they met."""
+    """For messages: "" for the first or only process, else its number. Needs no connection of the processes."""
     number = int(os.environ["RANK"]) if started_by_torchrun() else 0
     return f"process {number}: " if number else ""
 
 
 @contextmanager
 def connected(cuda: bool | None, timeout_minutes: float) -> Iterator[None]:
-    """Meets the other processes that torchrun started, if it did; all but the first are silent but for errors.
+    """Connects the processes that torchrun started, if it did. All but the first print nothing but errors.
 
     cuda: False stays off the GPUs.  timeout_minutes: how long to wait for a process before it counts as lost.
 
@@ -143,7 +143,7 @@ def share_of(count: int, part: tuple[int, int] | None = None) -> range:
 
 
 def meet(what: str, timeout: datetime.timedelta | None = None) -> None:
-    """Waits for all processes, as long as `connected` was told if not for `timeout`.
+    """Waits until all processes are here, at most for `timeout` or for the time that `connected` was given.
 
     Raises ProcessesError: some are not there in time; names them.
     """
@@ -158,7 +158,7 @@ def meet(what: str, timeout: datetime.timedelta | None = None) -> None:
 
 
 def gathered(own, what: str) -> list:
-    """What every process has as `own`, in their order, on every process."""
+    """A list of the processes' `own` values, in the order of their numbers; the same list on every process."""
     if world_size() == 1:
         return [own]
     meet(what)
@@ -168,7 +168,7 @@ def gathered(own, what: str) -> list:
 
 
 def gathered_rows(own: list[Tensor], what: str) -> Tensor:
-    """The rows of all tensors of all processes one below the other, those of the first process first."""
+    """The rows of all processes' tensors in one tensor, those of the first process first."""
     parts = [rows for part in gathered(own, what) for rows in part]
     return torch.cat(parts) if parts else torch.empty(0)
 
@@ -179,7 +179,7 @@ def total_of(own: Tensor, what: str) -> Tensor:
 
 
 def from_main(make: Callable[[], T], what: str) -> T:
-    """What `make()` returns on the first process, on every process; only that one calls it."""
+    """Calls `make()` on the first process alone, and returns its result on every process."""
     if world_size() == 1:
         return make()
     holder = [make() if is_main() else None]
@@ -189,7 +189,7 @@ def from_main(make: Callable[[], T], what: str) -> T:
 
 
 def in_turns(make: Callable[[], T], what: str) -> T:
-    """What `make()` returns, called by the first process, then by the first one of each machine, then by the others.
+    """Calls `make()` on every process: first on the first one, then on the first of each machine, then on the others.
 
     So that the first one downloads, and the others find what it downloaded, whether or not machines share a disk.
     """
@@ -210,7 +210,7 @@ def mean_over_processes(value: Tensor) -> Tensor:
 
 
 def agreed(signal_number: int, seconds: float) -> tuple[int, float]:
-    """The largest of what the processes report after a step: a signal that reached one (0: none), and the time spent.
+    """The largest signal number (0: none) and the longest time that any process reports after a step.
 
     So all stop after the same step, and have the same learning rate.
     """

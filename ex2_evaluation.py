@@ -157,7 +157,7 @@ def figure(value) -> str:
 
 
 def as_markdown(rows: Sequence[Mapping]) -> str:
-    """A table whose head are the keys of the first row, in columns of equal width."""
+    """A Markdown table with padded columns. The keys of the first row are its head."""
     lines = [list(rows[0]), *([figure(cell) for cell in row.values()] for row in rows)]
     widths = [max(3, *map(len, column)) for column in zip(*lines)]
     lines.insert(1, ["-" * width for width in widths])
@@ -186,7 +186,7 @@ class Described:
 
 
 def build_judge(splits: DataSplits, device, config: Config, folder: Path, count: int, inception_weights=None) -> Judge:
-    """The features to judge by; classes are told by the oracle where it knows them, else by the small classifier.
+    """The judge of samples. The oracle tells the classes of shapes, the small classifier those of other data.
 
     Args:
         folder: keeps the small classifier and the features of the training images for the next call.
@@ -221,7 +221,7 @@ def check_enough(width: int, count: int, splits: DataSplits) -> None:
 
 
 def how_judged(judge: Judge, config: Config, count: int) -> dict:
-    """What figures of `count` samples depend on beside the model: how these are drawn, by what they are compared."""
+    """What the figures of `count` samples depend on beside the model: how they are drawn and compared."""
     drawn = {"seed": config.seed + 1, "own_scale": config.sampling["guidance_scale"], "sampler": config.sampler}
     drawn.update(eta=config.eta, guidance_interval=list(config.guidance_interval), spacing=SPACING)
     drawn.update(steps=config.sampling["steps"] or config.timesteps)
@@ -264,7 +264,7 @@ def judge_samples(judge: Judge, model, splits, diffusor, config: Config, *, coun
 
 
 def describe(judge: Judge, batches: Iterable[tuple[Tensor, Tensor | None]], device) -> Described:
-    """Goes through (uint8 images (B, 3, H, W), labels (B,) or None) once; holds one batch of images at a time.
+    """Describes batches of (uint8 images (B, 3, H, W), labels (B,) or None); holds one batch at a time.
 
     The batches are this process's share (`share_of`) of the images, the result is of all.
     """

@@ -100,7 +100,7 @@ def expect(found, expected, slips: Mapping[str, object] | None = None, *, where=
 
 
 def expect_gaussian(noise: Tensor, what: str) -> None:
-    """Raises `Wrong` where the shape of the distribution is another: excess kurtosis is 0, -1.2 for uniform numbers."""
+    """Raises `Wrong` unless the noise has the shape of a Gaussian: excess kurtosis 0 (-1.2 for uniform numbers)."""
     values = noise.double().flatten()
     kurtosis = ((values - values.mean()) / values.std()).pow(4).mean().item() - 3
     looks_like = UNIFORM if kurtosis < -1 else ""
@@ -669,7 +669,7 @@ def verdict(solution: Solution, name: str) -> dict:
 
 
 def main(folder: str, *names: str) -> None:
-    """Judges a solution in this process, whose Python connects to nothing; its own words are not shown."""
+    """Judges a solution in this process. Python refuses connections, and what the solution prints is not shown."""
     token = sys.stdin.readline().strip()
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

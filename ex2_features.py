@@ -212,7 +212,7 @@ def training_images(splits: DataSplits) -> tuple[ImageSet | ImageFiles, str]:
 
 
 def file_key(path: Path, made: str) -> bytes:
-    """What tells an image file from others without reading all of it: size and first bytes, and how it is `made`."""
+    """Identifies an image file without reading all of it: by size, first bytes, and how it is prepared (`made`)."""
     with open(path, "rb") as file:
         return f"{path.stat().st_size} {made} ".encode() + file.read(4096)
 
@@ -227,7 +227,7 @@ class Reference:
 
 
 def classifier_reference(splits: DataSplits, folder: Path, device, *, flip: bool, num_workers: int = 0) -> Reference:
-    """The training images by the data set's `SmallClassifier`; trained now where `folder` has none.
+    """The training images as the data set's `SmallClassifier` sees them. It is trained now if `folder` has none.
 
     Its description ends in a digest of its weights: only figures by the same features can be compared.
     """
@@ -255,7 +255,7 @@ def classifier_reference(splits: DataSplits, folder: Path, device, *, flip: bool
 
 
 def inception_reference(splits: DataSplits, weights: str, folder: Path, device, *, num_workers: int = 0) -> Reference:
-    """The training images by `Inception`; their features come from `folder`, where it has them."""
+    """The training images as `Inception` sees them. Their features come from `folder` if they are there."""
     network = Inception(weights).to(device)
     images, fingerprint = training_images(splits)
     compute = partial(features_of, network, images, device, num_workers)
@@ -264,7 +264,7 @@ def inception_reference(splits: DataSplits, weights: str, folder: Path, device, 
 
 
 def cached(path: Path, compute: Callable[[], dict]) -> dict:
-    """The content of `path`; where there is none, or a damaged one, that of `compute()`, which is then kept there.
+    """The content of `path`. If there is no such file, or a damaged one, `compute()` makes it, and it is kept there.
 
     A folder that can't be written to costs the next call the same work, and not this one its result. Of several
     processes the first one reads and writes, all of them compute.

@@ -121,7 +121,7 @@ class Training:
 
     @property
     def first_batch(self) -> int:
-        """Batches of the epoch going on that are done."""
+        """How many batches of the current epoch are done."""
         return self.step - self.epochs_done * self.steps_per_epoch
 
     @property
@@ -150,7 +150,7 @@ class Training:
         self.choose_step(compiled=self.config.compile == "on")
 
     def choose_step(self, compiled: bool) -> None:
-        """Makes the step the fastest that this device has: replayed on a GPU, with a compiled network if told so."""
+        """Chooses the fastest step for this device: replayed on a GPU, with a compiled network if `compiled`."""
         if compiled or self.model.compiled:
             rows, _ = self.loader.plan.own_rows(0)
             compile_blocks(self.model, rows.stop - rows.start if compiled else 0)
@@ -159,7 +159,7 @@ class Training:
             self.step_on = Replayed(self.eager_step, self.changed_by_step, "the training step")
 
     def train_epoch(self) -> float:
-        """What is left of the current epoch; returns its loss. A signal waits for the end of the step.
+        """Trains the rest of the current epoch and returns its loss. A signal waits for the end of the step.
 
         Raises `Interrupted` where one came, to this or another process; the state is that after a whole step.
         """
@@ -247,7 +247,7 @@ class Training:
         return RunError(f"--batch_size {size} doesn't fit the GPU's free memory; {advice}, as would a lower --dim")
 
     def tell_time(self) -> None:
-        """Says after a few steps how many are left, and about how long they take; compiles where that repays."""
+        """After a few steps: says how many are left and how long they take, and compiles if that pays off."""
         self.steps_here += 1
         first, last = TIMED[self.device.type == "cuda"]
         if self.steps_here not in (first, last) or self.config.dry_run:
@@ -275,7 +275,7 @@ class Training:
         show_loss(progress, self.epochs_done, self.first_batch, loss)
 
     def end_epoch(self, loss: float, val_loss: float) -> None:
-        """Says, logs and saves how an epoch ended; where the time is up it stays the last one, as far as it came."""
+        """Prints, logs and saves the end of an epoch, or of the part of it for which there was time."""
         number = self.epochs_done + 1
         if not math.isfinite(val_loss):
             raise RunError(f"the weights are not finite after epoch {number}; the last checkpoint is untouched")
@@ -314,13 +314,13 @@ class Training:
         self.saved_at = time.monotonic()
 
     def drop_previous(self) -> None:
-        """Removes the checkpoint before the newest, which a finished run needs no more: pools have small quotas."""
+        """Removes the checkpoint before the newest. A finished run does not need it, and pools have small quotas."""
         path = self.config.run_dir / CHECKPOINT_NAME
         if is_main() and path.is_file():
             path.with_name(path.name + PREVIOUS).unlink(missing_ok=True)
 
     def resume(self) -> None:
-        """Goes back to what an earlier run of the same name saved, where there is something and `resume` allows it.
+        """Continues from the checkpoint of an earlier run of the same name, if there is one and `resume` allows it.
 
         All settings are those of now, from the first step on; only weights, moments and counts are taken.
 
@@ -354,7 +354,7 @@ class Training:
         print(f"{config.run_dir}: {done} are done, going on from there")
 
     def find_checkpoint(self) -> dict | None:
-        """What the run is to go on from; None to start anew. A run that lost a process always goes on."""
+        """The checkpoint to continue from; None to start anew. A run that lost a process always continues."""
         config = self.config
         there = any(config.run_dir.glob(f"{CHECKPOINT_NAME}*"))
         if config.resume and not there:
@@ -363,7 +363,7 @@ class Training:
         return load_checkpoint(config.run_dir) if there and not anew and not config.dry_run else None
 
     def load_weights(self, saved: dict) -> None:
-        """Weights, their average and the optimiser's moments of a checkpoint, or an `InputError` for other sizes."""
+        """Loads weights, average and moments of a checkpoint; an `InputError` if they are of another size."""
         try:
             self.model.load_state_dict(saved["model"])
             self.average.model.load_state_dict(saved["ema"])

@@ -42,7 +42,7 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def handled_by(handler) -> Iterator[None]:
-    """`SIGNALS` go to `handler`, afterwards again to whom they went before; in a thread nothing changes.
+    """Sends `SIGNALS` to `handler`, and restores their old handlers at the end. In a thread nothing changes.
 
     What is ignored stays so: nohup starts a program without SIGHUP, a shell one in the background without SIGINT.
     """
@@ -65,7 +65,7 @@ def interrupt(number: int, frame) -> None:
 
 @contextmanager
 def signals_held() -> Iterator[list[int]]:
-    """Signals wait in the list that is yielded, so that a training step ends in order; a Ctrl-C after one doesn't wait.
+    """Collects signals in the list that is yielded, so that a training step can end. A second Ctrl-C does not wait.
 
     Under torchrun it does: there a signal often comes twice, from its sender and from torchrun, which kills in the end.
     """
@@ -81,7 +81,7 @@ def signals_held() -> Iterator[list[int]]:
 
 
 def take_any_text() -> None:
-    """Letters that the encoding of standard output or error lacks become "?"; lines appear at once, in a log too."""
+    """Prints "?" for letters that an output's encoding lacks. Lines appear at once, in a log file, too."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError):  # none at all, or that of a notebook
             stream.reconfigure(errors="replace", line_buffering=True)
@@ -89,7 +89,7 @@ def take_any_text() -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keeps a second run out of `folder`. The lock of a process that is gone is free: the system sees to that.
+    """Keeps a second run out of `folder`. The system frees the lock of a process that is gone.
 
     Raises InputError: another process works in the folder. Where the file system can't lock, a line says so.
     """
@@ -124,7 +124,7 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 def pick_device(cuda: bool | None, num_threads: int | None = None) -> torch.device:
-    """The visible GPU with the most free memory where there is one, else the CPU; several processes have one each.
+    """The visible GPU with the most free memory, or the CPU if there is none. Each of several processes has its own.
 
     cuda: insist on the GPU (True) or stay off it (False).  num_threads: of the CPU; None leaves it to torch.
 
@@ -179,8 +179,8 @@ def own_gpu(number: int) -> torch.device:
 
 
 class FittingModel:
-    """A noise predictor for evaluation and sampling: it splits batches that don't fit the GPU's memory, and replays its
-    calls there. The same predictions, sooner.
+    """A noise predictor for evaluation and sampling, with the same predictions as `model`. On a GPU it replays calls, and
+    splits batches that don't fit the memory.
 
     amp: compute in bfloat16, as the training did; for samples, whose losses nobody compares.
     """
@@ -195,7 +195,7 @@ class FittingModel:
         return getattr(self.model, name)
 
     def __call__(self, x: Tensor, *conditions: Tensor) -> Tensor:
-        """Arguments as the model's: each has one entry per image."""
+        """Takes the model's arguments; each has one entry per image."""
         call = self.replayed if x.device.type == "cuda" else self.predict
         while True:
             size = self.largest or len(x)

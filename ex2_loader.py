@@ -30,7 +30,7 @@ class EpochPlan:
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
-        """Plans an epoch; `first_batch` leaves out those at its start, which a run that was cut off has seen."""
+        """Plans an epoch from `first_batch` on; earlier batches were seen before the run was cut off."""
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**32)
         self.order = torch.randperm(self.count, generator=generator) if self.shuffle else torch.arange(self.count)
         mirrored = (torch.rand(self.count, generator=generator) < 0.5) & self.flip
@@ -59,7 +59,7 @@ class EpochPlan:
         return slice(mine.start, mine.stop) if mine else slice(0, 1), len(mine) * parts / total
 
     def rows(self) -> Iterator[slice]:
-        """The places in `order` of this process's images, batch by batch."""
+        """Where this process's images stand in `order`, batch by batch."""
         for batch in range(self.first_batch, self.batches):
             start, (own, _) = batch * self.batch_size, self.own_rows(batch)
             yield slice(start + own.start, start + own.stop)
@@ -122,7 +122,7 @@ class FilesLoader(Loader):
         return iter(self.loader)
 
     def batch(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """They, on the device."""
+        """The same images and labels, on the device."""
         return images.to(self.device), labels.to(self.device)
 
 

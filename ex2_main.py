@@ -132,7 +132,7 @@ def run_compare(args) -> None:
 
 
 def train_and_judge(config: cfg.Config, splits: DataSplits, judge, count: int, scales, device) -> None:
-    """One run of a comparison, as far as an earlier call didn't do it already."""
+    """One run of a comparison; skips what an earlier call has done."""
     make_run_dir(config.run_dir)
     diffusor = cfg.build_diffusion(config, device)
     model = fit(config, splits, diffusor, device)
@@ -181,7 +181,7 @@ def test_and_judge(judge, model, splits, diffusor, config, count: int, scales, w
 
 
 def for_sampling(model, config: cfg.Config, device) -> job.FittingModel:
-    """The model as samples are drawn with it: as precise as it was trained, where losses are always in float32."""
+    """The model for drawing samples, in the precision of its training. Losses are always in float32."""
     return job.FittingModel(model, job.computes_in_bfloat16(config.amp, device))
 
 
@@ -234,7 +234,7 @@ def run_dir_of(checkpoint: str) -> Path:
 
 
 def features_dir(run_dir: Path) -> Path:
-    """Where all runs beside `run_dir` share what their samples are judged by."""
+    """The folder of classifiers and features, shared by all runs beside `run_dir`."""
     return run_dir.resolve().parent / "features"
 
 
@@ -244,7 +244,7 @@ def next_free(folder: Path) -> Path:
 
 
 def note(config: cfg.Config, args) -> None:
-    """Notes in the folder of a run what was called, once it was not refused."""
+    """Adds the command to `commands.txt` of a run, once it has been accepted."""
     if is_main():
         note_command(config.run_dir, args.called)
 

@@ -50,7 +50,7 @@ def evaluation_batches(loader: Iterable, device, max_images: int | None) -> Iter
 
 
 def labels_for(model, labels: Tensor, unconditional: bool = False) -> tuple[Tensor, ...]:
-    """What follows (x, t) in a call of `model`: the labels, null labels where `unconditional`, or nothing."""
+    """The arguments after (x, t) in a call of `model`: the labels, null labels if `unconditional`, or nothing."""
     if not getattr(model, "class_free_guidance", False):
         return ()
     return (torch.full_like(labels, model.null_class) if unconditional else labels,)
@@ -93,7 +93,7 @@ def loss_over_timesteps(
 
 
 class OptimalDenoiser:
-    """The noise predictor that no other one beats on its own images: eps from the posterior mean of x_zero.
+    """The best possible noise predictor on its own images: eps from the posterior mean of x_zero.
 
     By Bayes and Eq. 5 each image x_i weighs exp(-|x_t - sqrt(alphas_bar) x_i|^2 / (2 (1 - alphas_bar))). Of test images
     it knows nothing: there a trained model is far better.
@@ -324,7 +324,7 @@ def nearest(queries: Tensor, gallery: Iterable[Tensor]) -> tuple[Tensor, Tensor]
 
 
 class ShapesOracle:
-    """Tells the class of a picture of the `shapes` set: that of the rendered template it resembles most.
+    """Tells the class of a picture of the `shapes` set by the rendered template that it resembles most.
 
     Knows the renderer and no trained network, so it can judge the samples of one. Colours are taken out first: each
     picture becomes one channel, its pixels' projection on the line between ground and paint.

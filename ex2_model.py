@@ -107,7 +107,7 @@ class ResnetBlock(nn.Module):
 
 
 def pixels_of(x: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, H*W, C), where 1x1 convolutions are matrix products; no copy of what is channels-last."""
+    """(B, C, H, W) -> (B, H*W, C), so that 1x1 convolutions are matrix products. No copy if x is channels-last."""
     return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 

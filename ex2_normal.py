@@ -15,12 +15,12 @@ FEATURES_WORSE = 2.0  # the same of Fréchet distances
 
 
 def images_seen(config: Mapping, log: Sequence[Mapping]) -> int:
-    """Images that the training of a run has seen, each as often as it came."""
+    """How many images the training has seen; an image counts each time."""
     return int(log[-1]["step"]) * config["batch_size"] if log else 0
 
 
 def reference_of(config: Mapping, images: int) -> dict | None:
-    """The figures of our own run on such data, after at most as many images; None where there was none."""
+    """The figures of our own run on the same kind of data, after at most as many images; None if there is none."""
     kind = "shapes" if config["dataset"] == "shapes" else "CIFAR-10 photographs"
     runs = json.loads(REFERENCE.read_text(encoding="utf-8"))[kind]
     points = [point for point in runs["points"] if point["images"] <= 1.05 * images]
@@ -58,7 +58,7 @@ def verdict(config: Mapping, report: Mapping, log: Sequence[Mapping]) -> list[st
 
 
 def off_losses(report: Mapping) -> Iterator[str]:
-    """What losses can't be if all is right."""
+    """Losses that are not possible if all is right."""
     test, train, floor = (report["losses"].get(name) for name in ("test", "train", "floor"))
     if test["log_snr"][-1] < -4 and test["l2"][-1] > 0.2:
         yield (
@@ -108,7 +108,7 @@ def off_labels(report: Mapping) -> Iterator[str]:
 
 
 def off_average(log: Sequence[Mapping]) -> Iterator[str]:
-    """Averaged weights that are still on their way when the training has ended."""
+    """Averaged weights that lag behind when the training ends."""
     rows = [row for row in log if row.get("val_loss") and row.get("epoch_loss")][-2:]
     if len(rows) == 2:
         val, epoch = (1 - float(rows[1][name]) / float(rows[0][name]) for name in ("val_loss", "epoch_loss"))

@@ -60,7 +60,7 @@ def possible_schedules(timesteps: int) -> dict:
 
 
 def draw_samples(model, class_names, diffusor: Diffusion, config: Config) -> None:
-    """2.2 b and 2.4: a grid of samples; of a conditional model by class, and over guidance scales at equal noise."""
+    """2.2 b and 2.4: a grid of samples. For a conditional model: by class, and over guidance scales at equal noise."""
     common = {"batch_size": config.sample_batch, "seed": config.seed, **config.sampling}
     if model.null_class is None:
         images = torch.cat(list(sample_in_batches(diffusor, model, 4 if config.dry_run else 64, **common)))
@@ -88,8 +88,9 @@ def draw_samples(model, class_names, diffusor: Diffusion, config: Config) -> Non
 def sample_and_save_images(
     n_images, diffusor, model, device, store_path, *, classes=None, class_names=None, seed=0, batch_size=100, **sampling
 ) -> torch.Tensor:
-    """Samples images and saves them one by one in `images/`, which holds nothing else, as tools that judge folders want
-    it; the first ones stand in `grid.png` beside it. Returns (n_images, C, H, W) on the CPU.
+    """Samples images and saves each as a file in `images/`. Returns (n_images, C, H, W) on the CPU.
+
+    That folder holds nothing else, as tools that judge folders expect. The first images stand in `grid.png` beside it.
 
     Each process samples its share; the first one saves.
 

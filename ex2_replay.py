@@ -48,7 +48,7 @@ def record(function: Callable[..., tuple], inputs: list[Tensor], stream, pool) -
 
 
 def end_recording(generator: torch.Generator) -> None:
-    """After a recording that failed, torch's generator still takes itself for recorded, and would not draw any more."""
+    """After a failed recording torch's generator still believes it is recorded, and refuses to draw. This ends it."""
     if hasattr(generator, "graphsafe_set_state"):
         generator.graphsafe_set_state(generator.clone_state())
         return
@@ -60,7 +60,7 @@ def end_recording(generator: torch.Generator) -> None:
 
 
 def free_memory() -> None:
-    """Gives back to the GPU what torch keeps. After a recording that failed, torch before 2.13 refuses to."""
+    """Returns unused memory to the GPU. After a failed recording, torch before 2.13 can't; then nothing happens."""
     with suppress(RuntimeError):
         torch.cuda.empty_cache()
 
@@ -170,7 +170,7 @@ class Replayed:
 
 @torch.no_grad()
 def distance(tensors: list[Tensor], others: list[Tensor] | None = None) -> float:
-    """Euclidean distance of two lists of tensors, of a list to zero where there is one; infinite where it is NaN."""
+    """Euclidean distance of two lists of tensors, or of one list to zero; infinite instead of NaN."""
     others = [torch.zeros_like(x) for x in tensors] if others is None else others
     squares = sum((x.double() - y.double()).square().sum() for x, y in zip(tensors, others))
     return float(torch.as_tensor(squares).nan_to_num(nan=float("inf"), posinf=float("inf")).sqrt())

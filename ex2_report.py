@@ -37,7 +37,7 @@ NEEDED = ("parameters", "losses", "bits_per_dim")  # of test_metrics.json
 
 
 def read_run(folder: Path) -> Run | None:
-    """The run in a folder; None, with a line where it should be one, for a dry run or settings of another version."""
+    """The run in a folder. None for a dry run and, with a message, for settings of another version."""
     content = read_json(folder / "config.json")
     try:
         config = dataclasses.asdict(config_of({"config": content}, {}))
@@ -72,7 +72,7 @@ def find_studies(folder: Path) -> list[Study]:
 
 
 def tried(make: Callable[[Run | Study], Part], subject: Run | Study) -> Part:
-    """What `make` says of a run or a study; where its files are cut off or another program's, just that."""
+    """What `make` says of a run or a study. If its files are damaged, the part says just that."""
     try:
         return make(subject)
     except Exception as error:  # whatever a foreign file leads to
@@ -82,7 +82,7 @@ def tried(make: Callable[[Run | Study], Part], subject: Run | Study) -> Part:
 
 
 def answer_of(make: Callable[[Run | Study], str], subjects: Sequence[Run | Study]) -> str:
-    """The answer of the first run or study; none where there is no figure for it, or a damaged one."""
+    """The answer of the first run or study; "" if its figures are missing or damaged."""
     for subject in subjects[:1]:
         with suppress(Exception):  # `tried` names what is damaged
             return make(subject)

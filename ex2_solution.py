@@ -259,7 +259,7 @@ class Solution:
 
 @contextmanager
 def importing_from(folder: Path) -> Iterator[None]:
-    """Modules of the exercise come from `folder`, and are forgotten afterwards; others of these names are hidden."""
+    """Imports modules of the exercise from `folder`, and forgets them afterwards. Ours of the same names are hidden."""
 
     def taken_out() -> dict:
         return {name: sys.modules.pop(name) for name in list(sys.modules) if name.startswith(PREFIXES)}

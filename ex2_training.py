@@ -22,7 +22,7 @@ EMA_RAMP = 0.1  # of the images seen is what the averaged weights at most take t
 
 
 class RunError(RuntimeError):
-    """A run that can't go on, for a reason that is not the command line's; the message is one line."""
+    """A run can't go on, and the command line is not the reason. The message is one line."""
 
 
 class Rows(NamedTuple):
@@ -95,7 +95,7 @@ def is_conditional(model) -> bool:
 
 
 def build_optimizer(model, lr: float, beta1: float = 0.9) -> AdamW:
-    """AdamW, in one pass over all weights where torch has that for their device: hundreds of small ones take time.
+    """AdamW, fused where torch has that for the device: one pass over all weights instead of hundreds of small ones.
 
     Its learning rate is a tensor, which `set_learning_rate` changes.
     """
@@ -110,13 +110,13 @@ def build_optimizer(model, lr: float, beta1: float = 0.9) -> AdamW:
 
 
 def set_learning_rate(optimizer, lr: float) -> None:
-    """Of the next step; the optimiser is `build_optimizer`'s."""
+    """Sets the learning rate of the next step, in an optimiser of `build_optimizer`."""
     for group in optimizer.param_groups:
         group["lr"].fill_(lr)
 
 
 def learning_rate(peak: float, step: int, total_steps: int, warmup_steps: int = 0, time_spent: float = 0.0) -> float:
-    """Of optimiser step 0, 1, ...: linear warm-up to `peak`, then cosine decay to zero at the end.
+    """The learning rate of step 0, 1, ...: linear warm-up to `peak`, then cosine decay to zero at the end.
 
     Args:
         warmup_steps: at most a tenth of all steps count.
@@ -143,7 +143,7 @@ class Average:  # swa_utils.AveragedModel reads a counter on the CPU at every up
         self.share = torch.ones((), device=self.weights[0].device)  # of the new weights in the average
 
     def prepare(self, step: int) -> None:
-        """Sets what the update of optimiser step 0, 1, ... will forget."""
+        """Sets how much the update of optimiser step 0, 1, ... will forget."""
         half_life = min(self.ema_images, EMA_RAMP * (step + 1) * self.batch_size)
         self.share.fill_(1 - 0.5 ** (self.batch_size / half_life))
 
@@ -194,7 +194,7 @@ def test(model, testloader, diffusor, device, args) -> dict:
 
 
 def show_loss(progress: tqdm, epoch: int, step: int, loss: float) -> None:
-    """The loss beside the bar or, where there is no terminal, as in a batch job, as a line."""
+    """Shows the loss beside the bar. Without a terminal, as in a batch job, it prints a line."""
     progress.set_postfix(loss=f"{loss:.4f}")
     if progress.disable:
         print(f"epoch {epoch + 1}, step {step}/{progress.total or step}: loss {loss:.4f}")
@@ -255,6 +255,6 @@ class LossMeter:
         return {"steps": self.steps, "images": self.images, "total": self.total, "window": window}
 
     def load_state_dict(self, saved: dict) -> None:
-        """Goes on with what `state_dict` gave."""
+        """Restores what `state_dict` returned."""
         self.steps, self.images, self.total = saved["steps"], saved["images"], saved["total"]
         self.window = [tuple(entry) for entry in saved["window"]]

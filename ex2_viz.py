@@ -38,7 +38,7 @@ CELL = 64  # pixels: small images are enlarged to about this size, so that they 
 
 @contextmanager
 def drawing(path: str | Path, size: tuple[float, float], colours: int | None = None, **saving) -> Iterator[Figure]:
-    """A figure of `size` inches, saved as a PNG file at the end, in our own style: no setting of the user reaches it.
+    """A figure of `size` inches, saved as a PNG file at the end. The user's matplotlib settings don't change it.
 
     A letter that the font lacks is drawn as a box. `colours` makes the file a third as large, and is for curves.
     """
@@ -54,7 +54,7 @@ def drawing(path: str | Path, size: tuple[float, float], colours: int | None = N
 
 
 def plain(texts: Iterable[str]) -> list[str]:
-    """Labels without what can't be drawn: halves of letters, as in file names that are no UTF-8."""
+    """Labels without characters that can't be drawn, as in file names that are not UTF-8."""
     return [str(text).encode("utf-8", "replace").decode() for text in texts]
 
 
