@@ -179,8 +179,8 @@ def own_gpu(number: int) -> torch.device:
 
 
 class FittingModel:
-    """A noise predictor for evaluation and sampling, with the same predictions as `model`. On a GPU it replays calls, and
-    splits batches that don't fit the memory.
+    """A noise predictor for evaluation and sampling, with the same predictions as `model`. On a GPU it replays calls,
+    and splits batches that don't fit the memory.
 
     amp: compute in bfloat16, as the training did; for samples, whose losses nobody compares.
     """
