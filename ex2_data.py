@@ -345,6 +345,8 @@ def leave_signals_to_main(worker: int) -> None:
 @atexit.register
 def end_readers() -> None:
     """Kills processes that still read when the program ends. Python would send SIGTERM, which they ignore."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would take their end for a fault
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()

@@ -95,7 +95,8 @@ def test_calls_of_sample_do_not_mix(run):
         ]
 
 
-def test_broken_image_in_a_worker_is_one_line(tmp_path, capsys):
+def test_broken_image_in_a_worker_is_one_line(tmp_path):
+    """Also at the end of the program, when the worker is still there."""
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         for i in range(20):
@@ -103,8 +104,9 @@ def test_broken_image_in_a_worker_is_one_line(tmp_path, capsys):
     (tmp_path / "b" / "7.png").write_bytes(b"half")
     flags = ["--dataset", "folder", "--data_dir", str(tmp_path), "--num_workers", "1"]
     flags += ["--results_dir", str(tmp_path.parent / f"{tmp_path.name}-results")]
-    line = rejected(flags, capsys)
-    assert line.startswith(f"error: {tmp_path / 'b' / '7.png'} can't be read as an image")
+    done = subprocess.run([sys.executable, str(ROOT / "ex2_main.py"), *flags], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith(f"error: {tmp_path / 'b' / '7.png'} can't be read as an image")
 
 
 def test_a_full_memory_is_one_line(monkeypatch, capsys):
