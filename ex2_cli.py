@@ -84,7 +84,7 @@ def add_samples_flags(parser: argparse.ArgumentParser, default_scales: str) -> N
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    """The command line as a namespace: `command`, the command's own flags, and `given`, the Config fields named.
+    """The command line as a namespace: `command`, its own flags, `given` (the Config fields named), `called` (as text).
 
     `train` is what runs when no command is named.
     """
@@ -137,7 +137,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     check.add_argument("--json", action="store_true", help="the verdicts as JSON")
     check.add_argument("--time_limit", type=float, default=30, help="seconds for each fact (default: 30)")
 
-    given = argv
+    called = shlex.join(["python", "ex2_main.py", *argv])
     if not argv or (argv[0] not in commands.choices and argv[0] not in ("-h", "--help")):
         argv = ["train", *argv]
     args, unknown = parser.parse_known_args(argv)
@@ -148,8 +148,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
             raise InputError(f"{flag} is {fixed} and can't be given to {args.command}: train with it")
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    args.called = shlex.join(["python", "ex2_main.py", *given])
     args.given = {name: value for name, value in vars(args).items() if name in names}
+    args.called = called
     return args
 
 

@@ -243,4 +243,4 @@ def as_text(content: Iterable[Section], results_dir: Path) -> Iterator[str]:
             for command in part.commands:
                 yield f"Made by `{command}`\n"
             for what, command in part.missing:
-                yield f"Missing: {what}.{f' Made by `{command}`.' if command else ''}\n"
+                yield f"Missing: {what}. Made by `{command}`.\n"
