@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Callable, Union
 
@@ -17,16 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-SAMPLERS = ("ddpm", "ddim", "dpmpp_2m", "heun")
-SPACING = 1.5  # exponent of the times that are visited; 1 is even, 2 quadratic
-WITH_ETA = ("ddim", "dpmpp_2m")  # samplers whose share of fresh noise can be chosen
+from ex2.samplers import SAMPLERS, Estimate, check_sampling, takes_eta
+
+SPACING = 1.5  # exponent of the visited timesteps; 1 is even, 2 quadratic
 LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}
 
 
-# ---------------------------------------------------------------------------- 2.3: beta schedules
-
-
-def checked_betas(betas: Tensor, timesteps: int) -> Tensor:
+def check_betas(betas: Tensor, timesteps: int) -> Tensor:
     """`betas`, or a ValueError where they are not T values strictly between 0 and 1."""
     if betas.shape != (timesteps,):
         raise ValueError(f"the schedule gave betas of shape {tuple(betas.shape)}, expected ({timesteps},)")
@@ -44,7 +42,7 @@ def check_timesteps(timesteps: int) -> None:
 def linear_beta_schedule(beta_start: float, beta_end: float, timesteps: int) -> Tensor:
     """Betas that grow linearly from `beta_start` to `beta_end`; Ho et al. 2020, section 4. (T,) in float64."""
     check_timesteps(timesteps)
-    return checked_betas(torch.linspace(beta_start, beta_end, timesteps, dtype=torch.float64), timesteps)
+    return check_betas(torch.linspace(beta_start, beta_end, timesteps, dtype=torch.float64), timesteps)
 
 
 def cosine_beta_schedule(timesteps: int, s: float = 0.008) -> Tensor:
@@ -55,7 +53,7 @@ def cosine_beta_schedule(timesteps: int, s: float = 0.008) -> Tensor:
     check_timesteps(timesteps)
     u = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64)
     f = torch.cos((u + s) / (1 + s) * math.pi / 2) ** 2
-    return checked_betas((1 - f[1:] / f[:-1]).clamp(max=0.999), timesteps)
+    return check_betas((1 - f[1:] / f[:-1]).clamp(max=0.999), timesteps)
 
 
 def sigmoid_beta_schedule(beta_start: float, beta_end: float, timesteps: int, s_limit: float = 6) -> Tensor:
@@ -66,10 +64,10 @@ def sigmoid_beta_schedule(beta_start: float, beta_end: float, timesteps: int, s_
     check_timesteps(timesteps)
     t = torch.linspace(0, timesteps, timesteps, dtype=torch.float64)
     rise = torch.sigmoid(-s_limit + 2 * t / timesteps * s_limit)
-    return checked_betas(beta_start + rise * (beta_end - beta_start), timesteps)
+    return check_betas(beta_start + rise * (beta_end - beta_start), timesteps)
 
 
-def rescaled(schedule: Callable[[float, float, int], Tensor], timesteps: int) -> Tensor:
+def rescale_schedule(schedule: Callable[[float, float, int], Tensor], timesteps: int) -> Tensor:
     """`schedule` from 1e-4 to 0.02 as published for T = 1000, its betas multiplied by 1000/T at any other T.
 
     Otherwise linear betas leave alphas_bar = 0.364 at T = 100: samples would start from noise the model never saw.
@@ -81,14 +79,14 @@ def rescaled(schedule: Callable[[float, float, int], Tensor], timesteps: int) ->
 
 
 SCHEDULES: dict[str, Callable[[int], Tensor]] = {
-    "linear": partial(rescaled, linear_beta_schedule),
+    "linear": partial(rescale_schedule, linear_beta_schedule),
     "cosine": cosine_beta_schedule,
-    "sigmoid": partial(rescaled, sigmoid_beta_schedule),
+    "sigmoid": partial(rescale_schedule, sigmoid_beta_schedule),
 }
 
 
 def extract(a: Tensor, t: Tensor, x_shape: Sequence[int]) -> Tensor:
-    """The entries of table `a` (T,) at times `t` (B,), shaped (B, 1, ..., 1) to broadcast over `x_shape`."""
+    """The entries of table `a` (T,) at timesteps `t` (B,), shaped (B, 1, ..., 1) to broadcast over `x_shape`."""
     return a.gather(-1, t).reshape(len(t), *[1] * (len(x_shape) - 1))
 
 
@@ -128,7 +126,7 @@ NoiseSource = Union[torch.Generator, ImageNoise, None]
 
 
 def randn(shape: Sequence[int], device: torch.device, generator: NoiseSource = None) -> Tensor:
-    """Standard normal noise on `device`, from torch's global generator, from another one, or for certain images."""
+    """Standard normal noise on `device`: from torch's global generator, another one, or that of certain images."""
     if isinstance(generator, ImageNoise):
         return generator.draw(shape).to(device)
     return torch.randn(*shape, generator=generator, device=device if generator is None else generator.device).to(device)
@@ -139,7 +137,9 @@ def guided_eps(model, x: Tensor, t: Tensor, classes: Tensor | None = None, guida
 
     Args:
         model: (x, t) -> eps, or (x, t, classes) -> eps with an attribute `null_class`, the label of "no class".
-        x: (B, C, H, W) noisy images.  t: (B,) times.  classes: (B,) labels, or None for an unconditional prediction.
+        x: (B, C, H, W) noisy images.
+        t: (B,) timesteps.
+        classes: (B,) labels, or None for an unconditional prediction.
         guidance_scale: w. 0 is conditional, -1 unconditional; any other w takes both in one call on 2B images. It needs
             classes, and a model with a null class, or it is a ValueError.
     """
@@ -162,18 +162,20 @@ class Diffusion:
     """A forward process q with fixed betas, and the reverse process p that a noise-predicting model drives.
 
     Args:
-        timesteps: T, the number of noising steps.  get_noise_schedule: T -> betas (T,), as `SCHEDULES["cosine"]`; a
-            ValueError where they are not strictly between 0 and 1.  img_size: height and width in pixels.
+        timesteps: T, the number of noising steps.
+        get_noise_schedule: T -> betas (T,), as `SCHEDULES["cosine"]`; a ValueError where they are not strictly between
+            0 and 1.
+        img_size: height and width in pixels.
         device: where the tables live, and the model has to; None takes CUDA where there is some, else the CPU.
     """
 
     def __init__(self, timesteps, get_noise_schedule, img_size, device=None):
         """2.2 a: every factor of Eqs. 4 and 8 is computed once, in float64, and kept as a float32 table."""
         check_timesteps(timesteps)
-        betas = checked_betas(torch.as_tensor(get_noise_schedule(timesteps)).to("cpu", torch.float64), timesteps)
+        betas = check_betas(torch.as_tensor(get_noise_schedule(timesteps)).to("cpu", torch.float64), timesteps)
 
         self.timesteps, self.img_size = timesteps, img_size
-        self.model_times = list(range(timesteps))  # the t that the model is given; `respaced` thins it
+        self.model_timesteps = torch.arange(timesteps)  # the t that the model is given; `respace` thins it
 
         alphas = 1 - betas
         alphas_bar = torch.cumprod(alphas, dim=0)
@@ -181,7 +183,7 @@ class Diffusion:
         if alphas_bar[-1] > 0.01:
             what = f"alphas_bar ends at {alphas_bar[-1]:.3g} > 0.01: x_T still shows the image, and samples start from "
             warnings.warn(f"{what}noise the model never saw. Use more timesteps or larger betas.", stacklevel=2)
-        self._alphas_bar_exact = alphas_bar.tolist()  # in float64, for `respaced` and `extrapolated`
+        self.alphas_bar_exact = alphas_bar.tolist()  # in float64, for `respace` and `second_order_x_zero`
         self.betas, self.alphas_bar, self.alphas_bar_prev = betas, alphas_bar, alphas_bar_prev
         self.log_snr = torch.log(alphas_bar / (1 - alphas_bar))  # the scale on which schedules can be compared
         # Eq. 4: x_t = sqrt_alphas_bar * x_zero + sqrt_one_minus_alphas_bar * eps
@@ -200,13 +202,24 @@ class Diffusion:
         self.device = torch.device(device)
         for name, table in vars(self).items():
             if isinstance(table, Tensor):
-                setattr(self, name, table.to(self.device, torch.float32))
+                setattr(self, name, table.to(self.device, torch.float32 if table.is_floating_point() else None))
         return self
+
+    def predict_noise(self, model, x_t: Tensor, t: Tensor, classes=None, guidance_scale: float = 0.0) -> Tensor:
+        """eps (B, C, H, W), the noise that a model sees in x_t; see `guided_eps`. All network calls come by here."""
+        return guided_eps(model, x_t, self.model_timesteps[t], classes, guidance_scale)
+
+    def loss_target(self, x_zero: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """What a network learns to predict, (B, C, H, W): the noise. `predict_noise` turns its prediction into eps."""
+        return noise
 
     def q_sample(self, x_zero: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
         """Draws x_t ~ q(x_t | x_zero) in one step; the sheet's Eqs. 4 and 5. 2.2 c.
 
-        x_zero: (B, C, H, W) images in [-1, 1].  t: (B,) times.  noise: eps like x_zero; None draws it from N(0, I).
+        Args:
+            x_zero: (B, C, H, W) images in [-1, 1].
+            t: (B,) timesteps.
+            noise: eps like x_zero; None draws it from N(0, I).
         """
         noise = torch.randn_like(x_zero) if noise is None else noise
         signal = extract(self.sqrt_alphas_bar, t, x_zero.shape) * x_zero
@@ -236,19 +249,22 @@ class Diffusion:
 
         Args:
             denoise_model: (x_t, t) -> eps, or (x_t, t, classes) -> eps where classes are given.
-            x_zero: (B, C, H, W) images in [-1, 1], or a ValueError.  t: (B,) times.  noise: the target; None draws it.
-            loss_type: "l1" (mean absolute) or "l2" (mean squared).  classes: (B,) labels for a conditional model.
-            min_snr: gamma of `min_snr_weights`; None weighs all times alike, as Eq. 9 does.
+            x_zero: (B, C, H, W) images in [-1, 1], or a ValueError.
+            t: (B,) timesteps.
+            noise: the target; None draws it from N(0, I).
+            loss_type: "l1" (mean absolute error) or "l2" (mean squared error).
+            classes: (B,) labels for a conditional model.
+            min_snr: gamma of `min_snr_weights`; None weighs all timesteps alike, as Eq. 9 does.
         """
         if loss_type not in LOSSES:
             raise ValueError(f"loss_type must be 'l1' or 'l2', got {loss_type!r}")
         check_images(x_zero)
         noise = torch.randn_like(x_zero) if noise is None else noise
-        x_t = self.q_sample(x_zero, t, noise)
-        eps = denoise_model(x_t, t) if classes is None else denoise_model(x_t, t, classes)
+        eps = self.predict_noise(denoise_model, self.q_sample(x_zero, t, noise), t, classes)
+        target = self.loss_target(x_zero, t, noise)
         if min_snr is None:
-            return LOSSES[loss_type](eps, noise)
-        errors = LOSSES[loss_type](eps, noise, reduction="none").flatten(1).mean(1)  # (B,)
+            return LOSSES[loss_type](eps, target)
+        errors = LOSSES[loss_type](eps, target, reduction="none").flatten(1).mean(1)  # (B,)
         return (self.min_snr_weights(t, min_snr) * errors).mean()
 
     def min_snr_weights(self, t: Tensor, gamma: float) -> Tensor:
@@ -260,60 +276,38 @@ class Diffusion:
         mean = extract(self.sqrt_recip_alphas, t, x.shape) * (x - extract(self.eps_factor, t, x.shape) * eps)
         return mean + extract(self.sqrt_betas, t, x.shape) * z
 
-    def ddim_step(self, t: Tensor, eps: Tensor, x_zero: Tensor, z: Tensor | float = 0.0, eta: float = 0.0) -> Tensor:
-        """x_{t-1} from the two estimates that make up x_t; Song et al. 2021, Eq. 12 (https://arxiv.org/abs/2010.02502).
+    @torch.no_grad()
+    def p_sample(self, model, x, t, t_index, classes=None, guidance_scale=0.0, generator=None) -> Tensor:
+        """One reverse step x_t -> x_{t-1}: Eq. 8 to the letter. 2.2 d.
 
-        eta = 0 is deterministic, 1 ancestral with the posterior variance (their Eq. 16). At t = 0 it is x_zero. It is
-        the first-order step of DPM-Solver++ as well (Lu et al. 2022, Eq. 9, https://arxiv.org/abs/2211.01095).
+        Args:
+            x: x_t (B, C, H, W).
+            t: (B,) timesteps, all equal to the integer `t_index`; at 0 no noise is added.
+            model, classes, guidance_scale: as in `guided_eps`.
+            generator: where the noise comes from, see `randn`.
         """
-        alphas_bar_prev = extract(self.alphas_bar_prev, t, eps.shape)
-        variance = eta**2 * extract(self.posterior_variance, t, eps.shape)
-        direction = (1 - alphas_bar_prev - variance).clamp(min=0).sqrt()
-        return alphas_bar_prev.sqrt() * x_zero + direction * eps + variance.sqrt() * z
-
-    def extrapolated(self, index: int, x_zero: Tensor, x_zero_before: Tensor) -> Tensor:
-        """The image estimate halfway to the next time (in log-SNR), from those at two times; Lu et al., Alg. 2."""
-        after, now, before = (math.log(a / (1 - a)) for a in self._alphas_bar_exact[index - 1 : index + 2])
-        return x_zero + (after - now) / (2 * (now - before)) * (x_zero - x_zero_before)
-
-    def heun_step(self, x: Tensor, *ends: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        """x_{t-1} from x_t by the mean slope of both ends, each (t, eps, x_zero); Karras et al. 2022, Alg. 1.
-
-        The slope is dx/dangle for x = cos(angle) x_zero + sin(angle) eps (Salimans and Ho 2022). They step over
-        sigma / alpha = tan(angle): 20,000 where cosine schedules start, all digits would be lost.
-        """
-        slopes, angles = [], []
-        for t, eps, x_zero in ends:
-            cos, sin = (extract(a, t, x.shape) for a in (self.sqrt_alphas_bar, self.sqrt_one_minus_alphas_bar))
-            slopes.append(cos * eps - sin * x_zero)
-            angles.append(torch.atan2(sin, cos))
-        return x + (angles[1] - angles[0]) * (slopes[0] + slopes[1]) / 2
+        eps = self.predict_noise(model, x, t, classes, guidance_scale)
+        z = randn(x.shape, x.device, generator) if t_index > 0 else torch.zeros_like(x)
+        return self.ddpm_step(x, t, eps, z)
 
     def clamp_eps(self, x: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """The noise in x_t if the x_zero estimate is clamped to [-1, 1]; x_t itself is never clamped."""
         return self.predict_eps(x, t, self.predict_x_zero(x, t, eps).clamp(-1, 1))
 
-    @torch.no_grad()
-    def p_sample(self, model, x, t, t_index, classes=None, guidance_scale=0.0, generator=None) -> Tensor:
-        """One reverse step x_t -> x_{t-1}: Eq. 8 to the letter. 2.2 d.
+    def respace(self, steps: int | None) -> Diffusion:
+        """The same process on a subsequence of `steps` timesteps (`subsample_timesteps`); None takes all.
 
-        x is x_t (B, C, H, W), t (B,) all equal to the integer `t_index`; at 0 no noise is added. Others: `guided_eps`.
+        Nichol and Dhariwal 2021, Eq. 19.
         """
-        eps = guided_eps(model, x, t, classes, guidance_scale)
-        z = randn(x.shape, x.device, generator) if t_index > 0 else torch.zeros_like(x)
-        return self.ddpm_step(x, t, eps, z)
-
-    def respaced(self, steps: int | None) -> Diffusion:
-        """The same process on `steps` of its times (`visited_times`), None: all; Nichol and Dhariwal 2021, Eq. 19."""
         if steps is None or steps == self.timesteps:
             return self
         if not 1 <= steps <= self.timesteps:
             raise ValueError(f"sampling steps must lie within 1 .. {self.timesteps} (the timesteps), got {steps}")
-        times = visited_times(self.timesteps, steps)
-        alphas_bar = torch.tensor(self._alphas_bar_exact, dtype=torch.float64)[times]
+        timesteps = subsample_timesteps(self.timesteps, steps)
+        alphas_bar = torch.tensor(self.alphas_bar_exact, dtype=torch.float64)[timesteps]
         betas = 1 - alphas_bar / F.pad(alphas_bar[:-1], (1, 0), value=1.0)
         thinned = Diffusion(steps, lambda _: betas, self.img_size, self.device)
-        thinned.model_times = [self.model_times[t] for t in times.tolist()]
+        thinned.model_timesteps = self.model_timesteps[timesteps.to(self.device)]
         return thinned
 
     @torch.no_grad()
@@ -335,59 +329,51 @@ class Diffusion:
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Algorithm 2 of Ho et al. 2020, step by step: yields (t, x_t, x_zero estimate), last (-1, sample, sample).
 
-        One batch is alive at a time, see `thin_trajectory`. The model's train / eval mode is the caller's business.
+        One batch is alive at a time, see `thin_trajectory`. The model is called in eval mode; its own mode is restored.
 
         Args:
-            model, classes, guidance_scale: as in `guided_eps`.  image_size: pixels; any that the model accepts.
-            sampler: "ddpm" (ancestral, Eq. 8), "ddim", "dpmpp_2m" (DPM-Solver++(2M)) or "heun", the last two of second
-                order.  eta: share of fresh noise in steps of ddim and dpmpp_2m, 0 (an ODE) .. 1 (ancestral).
-            steps: how many of the T times to visit, by default all. Each is one network call; for Heun two, but for the
-                last.  generator: where the noise comes from, see `randn`.
+            model, classes, guidance_scale: as in `guided_eps`.
+            image_size: height and width in pixels; any that the model accepts.
+            sampler: a name of `SAMPLERS`.
+            steps: length of the subsequence of timesteps, by default all T. Each is one network call; for "heun" two,
+                but for the last.
+            eta: stochasticity of "ddim" and "dpmpp_2m": 0 is the ODE, 1 ancestral.
+            generator: where the noise comes from, see `randn`.
             clamp: clamp every x_zero estimate to [-1, 1] (`clamp_eps`); without it cosine schedules blow up.
-            guidance_interval: shares of T between which samples are guided, elsewhere w is 0 (Kynkäänniemi et al. 2024,
-                https://arxiv.org/abs/2404.07724).
+            guidance_interval: fractions of T between which samples are guided, elsewhere w is 0 (Kynkäänniemi et al.
+                2024, https://arxiv.org/abs/2404.07724).
 
-        Raises a ValueError for an argument out of range, and a FloatingPointError, at the end, for noise not finite.
+        Raises:
+            ValueError: an argument is out of range.
+            FloatingPointError: at the end, where the predicted noise was not finite.
         """
         check_sampling(sampler, eta, guidance_interval)
         if classes is not None:
-            classes = checked_classes(classes, batch_size, getattr(model, "null_class", None)).to(self.device)
-        process = self.respaced(steps)
+            classes = check_classes(classes, batch_size, getattr(model, "null_class", None)).to(self.device)
+        process = self.respace(steps)
+        timesteps = process.model_timesteps.tolist()
         finite = torch.tensor(True, device=self.device)
 
-        def predict(x: Tensor, index: int) -> tuple[Tensor, Tensor, Tensor]:
-            """(times (B,), eps, x_zero estimate) of x at number `index` of the times visited."""
-            time = process.model_times[index]
+        def predict(x: Tensor, index: int) -> Estimate:
+            """What the network says of x at number `index` of the visited timesteps."""
             t = torch.full((batch_size,), index, device=self.device, dtype=torch.long)
-            guided = classes is None or guidance_interval[0] <= (time + 1) / self.timesteps <= guidance_interval[1]
-            eps = guided_eps(model, x, torch.full_like(t, time), classes, guidance_scale if guided else 0.0)
+            fraction = (timesteps[index] + 1) / self.timesteps
+            guided = classes is None or guidance_interval[0] <= fraction <= guidance_interval[1]
+            with eval_mode(model):
+                eps = process.predict_noise(model, x, t, classes, guidance_scale if guided else 0.0)
             finite.logical_and_(eps.isfinite().all())
             if clamp:
                 eps = process.clamp_eps(x, t, eps)
-            return t, eps, process.predict_x_zero(x, t, eps)
+            return Estimate(t, eps, process.predict_x_zero(x, t, eps))
 
-        x = randn((batch_size, channels, image_size, image_size), self.device, generator)  # x_T
-        x_zero_before = None
-        for index in reversed(range(process.timesteps)):
-            t, eps, x_zero = predict(x, index)
-            yield process.model_times[index], x, x_zero
-            noisy = index > 0 and (sampler == "ddpm" or eta > 0)
-            z = randn(x.shape, x.device, generator) if noisy else torch.zeros_like(x)
-            if sampler == "ddpm":
-                x = process.ddpm_step(x, t, eps, z)
-            elif sampler == "heun" and index > 0:
-                x = process.heun_step(x, (t, eps, x_zero), predict(process.ddim_step(t, eps, x_zero), index - 1))
-            elif sampler == "dpmpp_2m" and index > 0 and x_zero_before is not None:
-                mean = process.extrapolated(index, x_zero, x_zero_before)
-                x = process.ddim_step(t, process.predict_eps(x, t, mean), mean, z, eta)
-            else:  # at the end log(alpha / sigma) is infinite: only this is defined
-                x = process.ddim_step(t, eps, x_zero, z, eta)
-            x_zero_before = x_zero
-        if not finite:
-            raise FloatingPointError(
-                "sampling diverged (noise not finite): lower --guidance_scale, or try --weights raw"
-            )
-        yield -1, x, x
+        shape = (batch_size, channels, image_size, image_size)
+        draw = partial(randn, shape, self.device, generator)
+        options = {"eta": eta} if takes_eta(sampler) else {}
+        for index, x, x_zero in SAMPLERS[sampler](process, predict, draw(), draw, **options):
+            if index < 0 and not finite:
+                advice = "lower --guidance_scale, or try --weights raw"
+                raise FloatingPointError(f"sampling diverged (noise not finite): {advice}")
+            yield timesteps[index] if index >= 0 else -1, x, x_zero
 
     def sample(self, model, image_size: int, batch_size: int = 16, channels: int = 3, **sampling) -> Tensor:
         """Draws images (B, C, H, W), about in [-1, 1]; arguments as in `sample_trajectory`. Algorithm 2. 2.2 b."""
@@ -398,30 +384,34 @@ class Diffusion:
         return x
 
 
-def check_sampling(sampler: str, eta: float, guidance_interval: tuple[float, float]) -> None:
-    """Raises a ValueError for an unknown sampler, a share outside 0 .. 1, or an eta that the sampler ignores."""
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
-    if not 0 <= eta <= 1 or (eta > 0 and sampler not in WITH_ETA):
-        raise ValueError(f"eta {eta:g} for {sampler}: only {' and '.join(WITH_ETA)} take one, up to 1; or give --eta 0")
-    if len(guidance_interval) != 2 or not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
-        raise ValueError(f"guidance_interval takes two shares of T, 0 <= first <= last <= 1, got {guidance_interval}")
+@contextmanager
+def eval_mode(model) -> Iterator[None]:
+    """Puts a model into eval mode, without label dropping and dropout, and restores the mode it had."""
+    training = getattr(model, "training", False)
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        if training:
+            model.train()
 
 
-def checked_classes(classes: Tensor | Sequence[int], batch_size: int, null_class: int | None) -> Tensor:
-    """`classes` as a tensor (B,); a ValueError unless there is one label for each image."""
+def check_classes(classes: Tensor | Sequence[int], batch_size: int, null_class: int | None) -> Tensor:
+    """`classes` as a tensor (B,); a ValueError unless there is one whole number for each image."""
     classes = torch.as_tensor(classes)
     most, known = (math.inf, "") if null_class is None else (null_class, f" within 0 .. {null_class - 1}")
-    if classes.shape != (batch_size,) or not ((classes >= 0) & (classes <= most)).all():
+    whole = not (classes.is_floating_point() or classes.dtype == torch.bool)
+    if not whole or classes.shape != (batch_size,) or not ((classes >= 0) & (classes <= most)).all():
         raise ValueError(f"classes must be {batch_size} labels{known}, got {classes.tolist()}")
     return classes
 
 
-def visited_times(timesteps: int, steps: int) -> Tensor:
-    """`steps` of the times 0 .. T-1, rising, both ends among them (T-1, if it is one), closer near 0: for details."""
-    times = (timesteps - 1) * torch.linspace(0, 1, steps, dtype=torch.float64) ** SPACING
-    times[-1] = timesteps - 1  # of a single step, too
-    return torch.maximum(times.round().long(), torch.arange(steps))  # where they would coincide, one after the other
+def subsample_timesteps(timesteps: int, steps: int) -> Tensor:
+    """`steps` of the timesteps 0 .. T-1: increasing, T-1 included, denser near 0 where detail forms."""
+    subsequence = (timesteps - 1) * torch.linspace(0, 1, steps, dtype=torch.float64) ** SPACING
+    subsequence[-1] = timesteps - 1  # of a single step, too
+    return torch.maximum(subsequence.round().long(), torch.arange(steps))  # where they would coincide, one by one
 
 
 def evenly_spaced(length: int, count: int) -> list[int]:

@@ -374,27 +374,3 @@ class Unet(nn.Module):
 
         x = self.final_res_block(torch.cat((x, first), dim=1), emb)  # (B, dim, H, W)
         return self.final_conv(x).contiguous()
-
-
-def compile_blocks(model: Unet, size: int = 0) -> None:
-    """Compiles the blocks and attentions of a U-Net in place, for batches of `size` images alone; 0 undoes it.
-
-    Blocks of equal shapes share their code, so this waits less than compiling the network as a whole.
-    """
-    torch._dynamo.config.cache_size_limit = 64  # one for each shape and mode; beyond it torch stops compiling
-    for module in model.modules():
-        if isinstance(module, (ResnetBlock, Residual)):
-            module.__dict__.pop("forward", None)
-            if size:
-                module.forward = for_batches_of(size, torch.compile(module.forward, dynamic=False), module.forward)
-    model.compiled = size > 0
-
-
-def for_batches_of(size: int, compiled, plain):
-    """A forward pass that is `compiled` for batches of `size` images, and `plain` for others."""
-    return lambda x, *rest: (compiled if len(x) == size else plain)(x, *rest)
-
-
-def is_compiler_error(error: Exception) -> bool:
-    """Whether torch could not compile, as without a C++ compiler or Triton."""
-    return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))

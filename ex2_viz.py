@@ -1,7 +1,7 @@
 """Pictures and animations of the process: tensors in, PNG and GIF files out (2.2 f, 2.3). Never calls a model.
 
-Times are labelled as in the paper: x_t after t noising steps, so x_0 is the image and x_T the noise; that is the code's
-t + 1.
+Timesteps are labelled as in the paper: x_t after t noising steps, so x_0 is the image and x_T the noise; that is the
+code's t + 1.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from ex2_checkpoint import write_atomically
-from ex2_data import reverse_transform
+from ex2.data.images import reverse_transform
+from ex2.machine.files import write_atomically
 
 notebooks_backend = os.environ.pop("MPLBACKEND", None)  # may be missing here, and matplotlib would not import
 import matplotlib.style  # noqa: E402
@@ -31,7 +31,6 @@ if notebooks_backend is not None:
     os.environ["MPLBACKEND"] = notebooks_backend
     with suppress(ValueError):
         matplotlib.rcParams["backend"] = notebooks_backend
-
 TALLEST = 30_000  # pixels of a grid: matplotlib draws at most 65,535
 CELL = 64  # pixels: small images are enlarged to about this size, so that they can be seen
 
@@ -53,12 +52,12 @@ def drawing(path: str | Path, size: tuple[float, float], colours: int | None = N
     write_atomically(Path(path), buffer.getvalue())
 
 
-def plain(texts: Iterable[str]) -> list[str]:
+def replace_undrawable(texts: Iterable[str]) -> list[str]:
     """Labels without characters that can't be drawn, as in file names that are not UTF-8."""
     return [str(text).encode("utf-8", "replace").decode() for text in texts]
 
 
-def enlarged(images: Tensor) -> Tensor:
+def enlarge(images: Tensor) -> Tensor:
     """(N, C, H, W) uint8, each pixel repeated until the images are about `CELL` wide."""
     factor = max(1, round(CELL / images.shape[-1]))
     return images.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
@@ -81,7 +80,7 @@ def save_grid(images: Tensor, path, columns=None, row_labels=(), column_labels=(
     if len(images) > rows * columns:
         print(f"{path} shows the first {rows} of {-(-len(images) // columns)} rows: more would be too tall to draw")
         images, row_labels, labels = images[: rows * columns], row_labels[:rows], labels[: rows * columns]
-    tiles = enlarged(reverse_transform(images.cpu()))
+    tiles = enlarge(reverse_transform(images.cpu()))
     padding = 16 if labels else 2
     grid = make_grid(tiles, nrow=columns, padding=padding, pad_value=255).permute(1, 2, 0).numpy()
     height, width = tiles.shape[-2] + padding, tiles.shape[-1] + padding
@@ -93,10 +92,10 @@ def save_grid(images: Tensor, path, columns=None, row_labels=(), column_labels=(
         axes.imshow(grid, interpolation="nearest")
         axes.xaxis.tick_top()
         places = [padding + width * (i + 0.5) for i in range(len(column_labels))]
-        axes.set_xticks(places, plain(column_labels), parse_math=False)
+        axes.set_xticks(places, replace_undrawable(column_labels), parse_math=False)
         places = [padding + height * (i + 0.5) for i in range(len(row_labels))]
-        axes.set_yticks(places, plain(row_labels), parse_math=False)
-        for i, label in enumerate(plain(labels)):
+        axes.set_yticks(places, replace_undrawable(row_labels), parse_math=False)
+        for i, label in enumerate(replace_undrawable(labels)):
             row, column = divmod(i, columns)
             axes.text(padding + width * column, height * (row + 1) + 1, label, fontsize=7, va="top", parse_math=False)
         axes.tick_params(length=0)
@@ -136,7 +135,7 @@ def save_gif(frames: Iterable, path: str | Path, fps: float = 10) -> None:
 
 def caption(images: Tensor, text: str) -> np.ndarray:
     """The images (N, 3, H, W) in [-1, 1] as one (H, W, 3) uint8 frame, with `text` in a line above them."""
-    tiles = enlarged(reverse_transform(images.cpu()))
+    tiles = enlarge(reverse_transform(images.cpu()))
     columns = int(np.ceil(np.sqrt(len(tiles))))
     grid = make_grid(tiles, nrow=columns, padding=2, pad_value=255).permute(1, 2, 0).numpy()
     bar = Image.new("RGB", (grid.shape[1], 20), "white")
@@ -195,7 +194,7 @@ def plot_time_embedding(embedding: Tensor, path: str | Path) -> None:
         figure.colorbar(picture)
 
 
-def points(rows: Sequence[Mapping[str, str]], name: str) -> tuple[list[int], list[float]]:
+def read_column(rows: Sequence[Mapping[str, str]], name: str) -> tuple[list[int], list[float]]:
     """(steps, values) of a column of log.csv, where it has a figure."""
     filled = [row for row in rows if row[name] != ""]
     return [int(row["step"]) for row in filled], [float(row[name]) for row in filled]
@@ -204,88 +203,14 @@ def points(rows: Sequence[Mapping[str, str]], name: str) -> tuple[list[int], lis
 def plot_training(rows: Sequence[Mapping[str, str]], path: str | Path) -> None:
     """Loss, learning rate and gradient norm over the optimiser steps, from the rows of log.csv."""
     with curve_axes(path, 3) as axes:
-        axes[0].plot(*points(rows, "train_loss"), alpha=0.5, label="train, mean since the last row")
-        axes[0].plot(*points(rows, "epoch_loss"), "o-", label="train, mean of the epoch")
-        axes[0].plot(*points(rows, "val_loss"), "o-", label="val, EMA weights, fixed t and noise")
+        axes[0].plot(*read_column(rows, "train_loss"), alpha=0.5, label="train, mean since the last row")
+        axes[0].plot(*read_column(rows, "epoch_loss"), "o-", label="train, mean of the epoch")
+        axes[0].plot(*read_column(rows, "val_loss"), "o-", label="val, EMA weights, fixed t and noise")
         axes[0].set(title="loss of the predicted noise", yscale="log")
         axes[0].legend(fontsize=8)
-        axes[1].plot(*points(rows, "lr"))
+        axes[1].plot(*read_column(rows, "lr"))
         axes[1].set(title="learning rate")
-        axes[2].plot(*points(rows, "grad_norm"))
+        axes[2].plot(*read_column(rows, "grad_norm"))
         axes[2].set(title="gradient norm before clipping, mean", yscale="log")
         for ax in axes:
             ax.set_xlabel("optimiser step")
-
-
-def plot_loss_over_t(curves: Mapping[str, Mapping], path: str | Path) -> None:
-    """2.2 e: loss of the noise and of the x_0 estimate over the time; name -> what `loss_over_timesteps` gives.
-
-    "floor" is dashed: no model is below it on training images. "our run" is dotted, a run to compare with.
-    """
-    with curve_axes(path, 3) as axes:
-        titles = ("l1 loss of the predicted noise", "l2 loss of the predicted noise", r"l2 error of the $x_0$ estimate")
-        for ax, loss, title in zip(axes, ("l1", "l2", "x_zero_l2"), titles):
-            for (name, curve), style in zip(curves.items(), ("o-", "s--", "^:", "v-.", "d-", "", "")):
-                style = {"floor": "k--", "our run": "k:"}.get(name, style)
-                if loss in curve:
-                    ax.plot([t + 1 for t in curve["t"]], curve[loss], style, label=name.replace("_", ", "), alpha=0.8)
-            ax.set(title=title, xlabel="t", yscale="log")
-            lowest = min(value for name, curve in curves.items() if name != "floor" for value in curve.get(loss, (1,)))
-            ax.set_ylim(bottom=0.5 * max(lowest, 1e-6))  # the floor can be 0
-            ax.legend(fontsize=7)
-
-
-def plot_comparison(logs: Mapping, losses: Mapping, groups: Mapping[str, str], path: str | Path) -> None:
-    """2.3: training and validation loss over the steps, and test loss over log-SNR, of several runs.
-
-    Args:
-        logs: name -> rows of its log.csv.  losses: name -> what `loss_over_timesteps` gives.
-        groups: name -> what the run differs in from others; runs of several seeds have one colour.
-    """
-    colours = {group: f"C{i}" for i, group in enumerate(dict.fromkeys(groups.values()))}
-    with curve_axes(path, 3) as axes:
-        for name, rows in logs.items():
-            seen = groups[name] in axes[2].get_legend_handles_labels()[1]
-            how = {"label": None if seen else groups[name], "color": colours[groups[name]], "alpha": 0.7}
-            axes[0].plot(*points(rows, "train_loss"), "-", **how)
-            axes[1].plot(*points(rows, "val_loss"), "o-", **how)
-            axes[2].plot(losses[name]["log_snr"], losses[name]["l2"], "o-", **how)
-        axes[0].set(title="training loss", xlabel="optimiser step", yscale="log")
-        axes[1].set(title="validation loss, EMA weights", xlabel="optimiser step", yscale="log")
-        axes[2].set(title="test l2 loss at equal noise level", xlabel="log-SNR: noise left, image right", yscale="log")
-        for ax in axes:
-            ax.legend(fontsize=7)
-
-
-def plot_bits_per_dim(bound: Mapping, timesteps: int, path: str | Path) -> None:
-    """2.2 e: the terms of the variational bound over the time, and their running sum; `bound` of `bits_per_dim`."""
-    with curve_axes(path, 2) as axes:
-        starts = [1, *(t + 1 for t in bound["t"])]  # of the decoder, then of the strata; as in the paper
-        sizes = np.diff([*starts, timesteps + 1])
-        for name, label in (("beta", r"$\sigma_t^2 = \beta_t$"), ("beta_tilde", r"$\sigma_t^2 = \tilde\beta_t$")):
-            terms = np.array([bound[name]["decoder"], *bound[name]["terms"]])
-            axes[0].step([*starts, timesteps + 1], [*terms, terms[-1]], where="post", label=label)
-            axes[1].plot([*starts, timesteps + 1], [0, *np.cumsum(sizes * terms)], "o-", label=label, markersize=3)
-        axes[0].set(title=r"$L_{t-1}$ of the bound, bits per dimension", yscale="log")
-        axes[1].set(title="their sum up to t")
-        for ax in axes:
-            ax.set(xlabel="t", xscale="log")
-            ax.legend()
-
-
-def plot_guidance(report: Mapping, path: str | Path) -> None:
-    """2.4 c: figures of samples over the guidance scale, with those of test images as dashed lines; `judge_samples`."""
-    with curve_axes(path, 3) as axes:
-        rows, test = report["by_scale"], report["test_images"]
-        for name, panel in (("class_accuracy", 0), ("precision", 1), ("recall", 1), ("frechet_distance", 2)):
-            if name in rows[0]:
-                points = [row["guidance_scale"] for row in rows], [row[name] for row in rows]
-                line = axes[panel].plot(*points, "o-", label=name.replace("_", " "))
-                if test[name] is not None:
-                    axes[panel].axhline(test[name], color=line[0].get_color(), linestyle="--", alpha=0.6)
-        axes[0].set(title="samples that show their class", ylim=(0, 1.05))
-        axes[1].set(title="precision and recall", ylim=(0, 1.05))
-        axes[1].legend()
-        axes[2].set(title="Fréchet distance", yscale="log")
-        for ax in axes:
-            ax.set_xlabel("guidance scale w (dashed: test images)")

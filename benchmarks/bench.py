@@ -31,15 +31,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import ex2_config as cfg  # noqa: E402
-import ex2_job as job  # noqa: E402
-from ex2_checkpoint import load_checkpoint  # noqa: E402
-from ex2_compare import as_markdown  # noqa: E402
-from ex2_data import ImageSet, reverse_transform  # noqa: E402
+import ex2_diffusion  # noqa: E402
+from ex2.data.images import ImageSet, reverse_transform  # noqa: E402
+from ex2.data.loader import make_loader  # noqa: E402
+from ex2.evaluation.samples import build_evaluator, compare, extract_features, real_batches  # noqa: E402
+from ex2.evaluation.tables import as_markdown  # noqa: E402
+from ex2.machine.job import computes_in_bfloat16, pick_device  # noqa: E402
+from ex2.settings.build import build_diffusion, build_model, load_data, restore_model  # noqa: E402
+from ex2.settings.config import Config, config_of  # noqa: E402
+from ex2.training.checkpoint import load_checkpoint  # noqa: E402
+from ex2.training.run import Training  # noqa: E402
 from ex2_diffusion import sample_in_batches  # noqa: E402
-from ex2_evaluation import build_judge, compare, describe, real_batches  # noqa: E402
-from ex2_fit import Training  # noqa: E402
-from ex2_loader import make_loader  # noqa: E402
 from ex2_model import Unet  # noqa: E402
 
 SAMPLER_ROWS = (  # name, settings, times visited; None is every time
@@ -61,7 +63,7 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def in_turns(variants: dict[str, Callable[[], object]], device, rounds: int) -> dict[str, list[float]]:
+def main_process_first(variants: dict[str, Callable[[], object]], device, rounds: int) -> dict[str, list[float]]:
     """Seconds of every call of every variant, one of each per round; a first round isn't counted."""
     seconds = {name: [] for name in variants}
     for number in range(rounds + 1):
@@ -102,13 +104,13 @@ def at_best(device: torch.device) -> tuple[Callable[[], object], int]:
 # ---------------------------------------------------------------------------- training
 
 
-def noise_images(config: cfg.Config) -> ImageSet:
+def noise_images(config: Config) -> ImageSet:
     """As many images as a batch has: what they show costs no time."""
     shape = (config.batch_size, 3, config.image_size, config.image_size)
     return ImageSet(torch.randint(0, 256, shape, dtype=torch.uint8), torch.arange(config.batch_size) % 10)
 
 
-def our_step(config: cfg.Config, device: torch.device, replayed: bool = True) -> Callable[[], object]:
+def our_step(config: Config, device: torch.device, replayed: bool = True) -> Callable[[], object]:
     """An optimiser step of this package: batch, noise, loss, clipping, AdamW, averaged weights.
 
     Args:
@@ -116,9 +118,9 @@ def our_step(config: cfg.Config, device: torch.device, replayed: bool = True) ->
     """
     torch.manual_seed(0)
     config = dataclasses.replace(config, save_model=False, epochs=10**6, log_interval=10**6)
-    model = cfg.build_model(config, 10).to(device)
+    model = build_model(config, 10).to(device)
     loader = make_loader(noise_images(config), config.batch_size, device, train=True, flip=config.flip)
-    training = Training(model, config, cfg.build_diffusion(config, device), loader, "0123456789")
+    training = Training(model, config, build_diffusion(config, device), loader, "0123456789")
     training.start()
     if not replayed:
         training.step_on = training.eager_step
@@ -133,13 +135,13 @@ def our_step(config: cfg.Config, device: torch.device, replayed: bool = True) ->
     return step
 
 
-def skeleton_step(config: cfg.Config, device: torch.device, folder: str) -> Callable[[], object]:
+def skeleton_step(config: Config, device: torch.device, folder: str) -> Callable[[], object]:
     """An optimiser step as the handed-out loop makes it, with the U-Net and the process of the solution in `folder`."""
     sys.path.insert(0, folder)
     model_file, process_file = importlib.import_module("ex02_model"), importlib.import_module("ex02_diffusion")
     torch.manual_seed(0)
     model = model_file.Unet(config.dim, dim_mults=config.dim_mults, channels=3).to(device)
-    schedule = cfg.SCHEDULES[config.schedule]
+    schedule = ex2_diffusion.SCHEDULES[config.schedule]
     diffusor = process_file.Diffusion(config.timesteps, lambda t: schedule(t).float(), config.image_size, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr)
     data = noise_images(config)
@@ -175,7 +177,7 @@ def in_own_process(make_step: Callable, *args) -> Callable:
     return call
 
 
-def serve(connection, make_step: Callable, config: cfg.Config, device: torch.device, *args) -> None:
+def serve(connection, make_step: Callable, config: Config, device: torch.device, *args) -> None:
     """Makes a step and runs it whenever asked, until nobody can ask any more."""
     step = make_step(config, device, *args)
     with suppress(EOFError):
@@ -189,19 +191,19 @@ def serve(connection, make_step: Callable, config: cfg.Config, device: torch.dev
             connection.send(answer)
 
 
-def operations_per_image(config: cfg.Config) -> int:
+def operations_per_image(config: Config) -> int:
     """Of a training step, counted by torch; two per multiplication."""
-    model = cfg.build_model(config, 10)
+    model = build_model(config, 10)
     x, t = torch.randn(1, 3, config.image_size, config.image_size), torch.zeros(1, dtype=torch.long)
     with FlopCounterMode(display=False) as counter:
         model(x, t).sum().backward()
     return counter.get_total_flops()
 
 
-def bench_training(config: cfg.Config, device, args) -> tuple[list[dict], float]:
+def bench_training(config: Config, device, args) -> tuple[list[dict], float]:
     """Images per second of the ways to train, the last column against the first row of them; and the peak, 1/s."""
     single = "TensorFloat-32" if device.type == "cuda" else "float32"
-    amp = job.computes_in_bfloat16("auto", device) if args.amp is None else args.amp
+    amp = computes_in_bfloat16("auto", device) if args.amp is None else args.amp
     kinds = {single: {"amp": "off", "compile": "off"}}
     if amp:
         kinds["bfloat16"] = {"amp": "on", "compile": "off"}
@@ -212,7 +214,7 @@ def bench_training(config: cfg.Config, device, args) -> tuple[list[dict], float]
     makers.update({name: (our_step, dataclasses.replace(config, **change), device) for name, change in ways.items()})
     steps = {name: in_own_process(*maker) for name, maker in makers.items()}
     best, operations = at_best(device)
-    *seconds, at_peak = in_turns({**steps, "best": best}, device, args.rounds).values()
+    *seconds, at_peak = main_process_first({**steps, "best": best}, device, args.rounds).values()
     memory = {name: step("memory") for name, step in steps.items()}
     per_step, first = config.batch_size * operations_per_image(config), next(iter(steps))
     rows = []
@@ -240,16 +242,16 @@ def memory_of(run: Callable[[], object], device) -> float | None:
 # ---------------------------------------------------------------------------- sampling
 
 
-def bench_calls(config: cfg.Config, device, args) -> list[dict]:
+def bench_calls(config: Config, device, args) -> list[dict]:
     """Network calls without gradients: plain ones, and guided ones, whose batch is twice as large."""
-    model: Unet = cfg.build_model(dataclasses.replace(config, class_free_guidance=True), 10).to(device).eval()
+    model: Unet = build_model(dataclasses.replace(config, class_free_guidance=True), 10).to(device).eval()
     x = torch.randn(2 * config.batch_size, 3, config.image_size, config.image_size, device=device)
     t, classes = torch.zeros(len(x), dtype=torch.long, device=device), torch.arange(len(x), device=device) % 10
     half = config.batch_size
     calls = {"plain": lambda: model(x[:half], t[:half], classes[:half]), "guided": lambda: model(x, t, classes)}
     best, operations = at_best(device)
     with torch.no_grad():
-        *seconds, at_peak = in_turns({**calls, "best": best}, device, args.rounds).values()
+        *seconds, at_peak = main_process_first({**calls, "best": best}, device, args.rounds).values()
     per_call, rows = half * operations_per_image(config) / 3, []
     for name, times in zip(calls, seconds):
         rate = half / statistics.median(times)
@@ -262,11 +264,13 @@ def bench_calls(config: cfg.Config, device, args) -> list[dict]:
 def bench_samplers(args, device) -> list[dict]:
     """Quality of a run's samples by sampler and number of times visited, in the judge's features; best is smallest."""
     checkpoint = load_checkpoint(args.checkpoint)
-    config = cfg.config_of(checkpoint, {"cuda": None, "data_dir": args.data_dir} if args.data_dir else {"cuda": None})
-    splits, diffusor = cfg.load_data(config), cfg.build_diffusion(config, device)
-    model = cfg.restore_model(checkpoint, config, device)
-    judge = build_judge(splits, device, config, Path(args.checkpoint).resolve().parent / "features", args.samples)
-    labels = judge.reference.images.labels
+    config = config_of(checkpoint, {"cuda": None, "data_dir": args.data_dir} if args.data_dir else {"cuda": None})
+    splits, diffusor = load_data(config), build_diffusion(config, device)
+    model = restore_model(checkpoint, config, device)
+    evaluator = build_evaluator(
+        splits, device, config, Path(args.checkpoint).resolve().parent / "features", args.samples
+    )
+    labels = evaluator.reference.images.labels
     labels = labels[torch.arange(args.samples) % len(labels)]
     scale = {"guidance_scale": args.guidance_scale} if config.can_guide else {}
     rows = []
@@ -286,14 +290,14 @@ def bench_samplers(args, device) -> list[dict]:
             images = [reverse_transform(batch) for batch in batches]
             seconds = time.perf_counter() - start
             pairs = zip(images, labels.split(config.sample_batch))
-            figures = compare(judge.reference, describe(judge, pairs, device))
+            figures = compare(evaluator.reference, extract_features(evaluator, pairs, device))
             row = {"sampler": name, "times": steps or config.timesteps}
             row["network calls"] = len(calls) / len(images)
             row.update({key: figures.get(key) for key in ("frechet_distance", "recall", "class_accuracy")})
             rows.append({**row, "images/s": args.samples / seconds})
             print(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items()))
-    real = describe(judge, real_batches(splits.test, args.samples), device)
-    figures = compare(judge.reference, real)
+    real = extract_features(evaluator, real_batches(splits.test, args.samples), device)
+    figures = compare(evaluator.reference, real)
     rows.append(
         {**dict.fromkeys(rows[0]), "sampler": "test images", **{k: figures[k] for k in figures if k in rows[0]}}
     )
@@ -326,10 +330,10 @@ def main() -> None:
     parser.add_argument("--guidance_scale", type=float, default=0.0, help="at which they are drawn (default: 0)")
     parser.add_argument("--out", default="results/bench.json", help="the figures (default: results/bench.json)")
     args = parser.parse_args()
-    config = cfg.Config(
+    config = Config(
         dim=args.dim, dim_mults=tuple(args.dim_mults), image_size=args.image_size, batch_size=args.batch_size
     )
-    device = job.pick_device(False if args.no_cuda else None)
+    device = pick_device(False if args.no_cuda else None)
     machine = (
         torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     )

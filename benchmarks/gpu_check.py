@@ -28,27 +28,29 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import bench  # noqa: E402
 
-import ex2_config as cfg  # noqa: E402
-import ex2_job as job  # noqa: E402
-from ex2_cli import PRESETS  # noqa: E402
+from ex2.machine.inference import InferenceModel  # noqa: E402
+from ex2.machine.job import computes_in_bfloat16, pick_device  # noqa: E402
+from ex2.settings.build import build_diffusion, build_model  # noqa: E402
+from ex2.settings.cli import PRESETS  # noqa: E402
+from ex2.settings.config import Config  # noqa: E402
 from ex2_diffusion import ImageNoise  # noqa: E402
 
-DEVICE = job.pick_device(None)
-AMP = job.computes_in_bfloat16("auto", DEVICE)
+DEVICE = pick_device(None)
+AMP = computes_in_bfloat16("auto", DEVICE)
 CUDA = DEVICE.type == "cuda"
 TESTS = ("test_gpu.py", "test_replay.py", "test_main.py") if CUDA else ("test_gpu.py",)
 STEPS = 50 if CUDA else 6  # of which losses are compared
-TIMED = 40 if CUDA else 2  # steps between two looks at the clock
+ETA_STEPS = 40 if CUDA else 2  # steps between two looks at the clock
 
 
-def networks() -> dict[str, cfg.Config]:
+def networks() -> dict[str, Config]:
     """The sizes that are timed: the command line's defaults, and the presets that are meant for a GPU."""
     if not CUDA:
-        return {"tiny": cfg.Config(dim=8, dim_mults=(1, 2), image_size=16, batch_size=4, class_free_guidance=True)}
-    return {"defaults": cfg.Config(), "exercise": PRESETS["exercise"], "best": PRESETS["best"]}
+        return {"tiny": Config(dim=8, dim_mults=(1, 2), image_size=16, batch_size=4, class_free_guidance=True)}
+    return {"defaults": Config(), "exercise": PRESETS["exercise"], "best": PRESETS["best"]}
 
 
-def largest() -> cfg.Config:
+def largest() -> Config:
     return networks().get("exercise") or networks()["tiny"]
 
 
@@ -60,10 +62,10 @@ def rate(step, images: int) -> float:
     for _ in range(3):
         bench.wait_for(DEVICE)
         start = time.perf_counter()
-        for _ in range(TIMED):
+        for _ in range(ETA_STEPS):
             step()
         bench.wait_for(DEVICE)
-        seconds.append((time.perf_counter() - start) / TIMED)
+        seconds.append((time.perf_counter() - start) / ETA_STEPS)
     return images / statistics.median(seconds)
 
 
@@ -73,7 +75,7 @@ def rate(step, images: int) -> float:
 def check_machine(args) -> list[dict]:
     run, operations = bench.at_best(DEVICE)
     run()
-    seconds = bench.in_turns({"best": run}, DEVICE, 3)["best"]
+    seconds = bench.main_process_first({"best": run}, DEVICE, 3)["best"]
     name = torch.cuda.get_device_name() if CUDA else platform.processor() or platform.machine()
     peak = operations / statistics.median(seconds) / 1e12
     return [{"device": name, "torch": torch.__version__, "peak, TFLOP/s": peak, "amp": AMP}]
@@ -163,11 +165,11 @@ def check_kernels(args) -> list[dict]:
 def check_sampling(args) -> list[dict]:
     """Guided samples of 20 network calls, operation by operation and replayed."""
     config, rows = largest(), []
-    model, diffusor = cfg.build_model(config, 10).to(DEVICE).eval(), cfg.build_diffusion(config, DEVICE)
+    model, diffusor = build_model(config, 10).to(DEVICE).eval(), build_diffusion(config, DEVICE)
     for count in (100, 500) if CUDA else (2,):
         classes = torch.arange(count, device=DEVICE) % 10
         for way in ("eager, TF32", "replayed, TF32", "replayed, bfloat16") if CUDA else ("eager",):
-            network = job.FittingModel(model, amp="bfloat16" in way)
+            network = InferenceModel(model, amp="bfloat16" in way)
             if "eager" in way:
                 network.replayed = network.predict
             options = {"classes": classes, "guidance_scale": 1.0, "sampler": "dpmpp_2m", "eta": 1.0, "steps": 20}

@@ -10,8 +10,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from ex2_checkpoint import RunLog, read_json  # noqa: E402
-from ex2_normal import REFERENCE, images_seen  # noqa: E402
+from ex2.evaluation.sanity import REFERENCE, images_seen  # noqa: E402
+from ex2.machine.files import read_json  # noqa: E402
+from ex2.training.log import RunLog  # noqa: E402
 
 DATASETS = {"shapes": ["shapes"], "CIFAR-10 photographs": ["cifar10", "folder"]}
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from tiny import TINY
 
-import ex2_data
-import ex2_features
 import ex2_main
+from ex2.data import load, shapes
+from ex2.evaluation import classifier
 from ex2_diffusion import SCHEDULES, Diffusion, extract
 from ex2_model import Unet
 
@@ -63,14 +63,14 @@ def gaussian():
 def small_shapes():
     """Ten times fewer images than the data set has, and a classifier that trains a quarter as long."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ex2_data, "SHAPES_COUNT", {"train": 1000, "test": 200})
-        patch.setattr(ex2_features, "CLASSIFIER_EPOCHS", 2)
+        patch.setattr(shapes, "SHAPES_COUNT", {"train": 1000, "test": 200})
+        patch.setattr(classifier, "CLASSIFIER_EPOCHS", 2)
         yield
 
 
 @pytest.fixture(scope="module")
 def splits(small_shapes):
-    return ex2_data.load_splits("shapes", None, 16, seed=0)
+    return load.load_splits("shapes", None, 16, seed=0)
 
 
 @pytest.fixture(scope="module")

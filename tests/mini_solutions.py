@@ -1,7 +1,7 @@
 """A right solution of the exercise in few lines, and deliberate slips, each a replacement in it."""
 
-from ex2_facts import FACTS, verdict
-from ex2_solution import Solution, importing_from
+from ex2.grading.facts import FACTS, verdict
+from ex2.grading.submission import Solution, importing_from
 
 DIFFUSION = """
 import torch
@@ -332,7 +332,7 @@ def write(folder, files):
     return folder
 
 
-def judged(folder):
+def evaluated(folder):
     """fact -> verdict, in this process: a hundred times as fast as in one of its own."""
     with importing_from(folder):
         solution = Solution(folder)

@@ -14,7 +14,7 @@ from ex2_diffusion import (
     cosine_beta_schedule,
     extract,
     linear_beta_schedule,
-    rescaled,
+    rescale_schedule,
     sigmoid_beta_schedule,
 )
 
@@ -79,7 +79,7 @@ def test_schedules_give_t_betas_between_0_and_1_or_say_why_not(name, timesteps):
 
 
 def test_rescaled_is_the_published_schedule_at_1000():
-    assert torch.equal(rescaled(linear_beta_schedule, 1000), linear_beta_schedule(1e-4, 0.02, 1000))
+    assert torch.equal(rescale_schedule(linear_beta_schedule, 1000), linear_beta_schedule(1e-4, 0.02, 1000))
 
 
 @pytest.mark.parametrize("timesteps", [0, -1])
@@ -343,7 +343,7 @@ def test_no_float64_reaches_the_device(linear):
     x, t = torch.zeros(2, 3, 4, 4), torch.tensor([3, 4])
     assert linear.q_sample(x, t).dtype == torch.float32
     assert linear.p_sample(lambda x, t: x, x, t, 3).dtype == torch.float32
-    assert linear.respaced(10).betas.dtype == torch.float32
+    assert linear.respace(10).betas.dtype == torch.float32
 
 
 def test_module_exports_the_handed_out_names():

@@ -17,12 +17,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import ex2_checkpoint as ckpt
-import ex2_config as cfg
 import ex2_main
-from ex2_cli import PRESETS
-from ex2_compare import parse_vary
-from ex2_data import InputError, load_folder, load_splits, read_image
+from ex2.data.folder import load_folder
+from ex2.data.images import read_image
+from ex2.data.load import load_splits
+from ex2.errors import InputError
+from ex2.report.study import parse_vary
+from ex2.settings.build import build_model
+from ex2.settings.cli import PRESETS
+from ex2.settings.config import Config, config_of
+from ex2.training import checkpoint
 from ex2_diffusion import SCHEDULES, Diffusion, linear_beta_schedule, sigmoid_beta_schedule
 
 common = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True, "database": None}
@@ -30,7 +34,7 @@ settings.register_profile("short", max_examples=60, **common)
 settings.register_profile("long", max_examples=3000, **common)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 
-FIELDS = {f.name: f for f in dataclasses.fields(cfg.Config)}
+FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 NUMBERS = st.one_of(st.integers(), st.floats(), st.sampled_from([0, 1, -1, 2**31, 2**63, 1e-300]))
 WORDS = st.one_of(
     st.text(max_size=8),
@@ -57,7 +61,7 @@ def command_lines(draw):
 def only_settings(args):
     """A command that goes as far as the settings."""
     if args.command in ("train", "compare"):
-        config = dataclasses.replace(PRESETS[args.preset] if args.preset else cfg.Config(), **args.given)
+        config = dataclasses.replace(PRESETS[args.preset] if args.preset else Config(), **args.given)
         assert config.run_dir.name
     if args.command == "compare":
         parse_vary(args.vary)
@@ -87,11 +91,11 @@ def test_every_command_line_is_understood_or_refused_in_one_line(argv):
 )
 def test_every_dict_is_a_config_or_an_input_error(values):
     try:
-        config = cfg.config_of({"config": values}, {})
+        config = config_of({"config": values}, {})
     except InputError:
         return
     assert dataclasses.replace(config) == config
-    again = cfg.config_of({"config": dataclasses.asdict(config)}, {})
+    again = config_of({"config": dataclasses.asdict(config)}, {})
     assert again == config
 
 
@@ -101,8 +105,8 @@ def test_every_dict_is_a_config_or_an_input_error(values):
 def test_every_accepted_size_runs_through_the_model(size, dim, mults, classes):
     settings_ = {"image_size": size, "dim": dim, "dim_mults": mults, "class_free_guidance": classes > 0}
     try:
-        config = cfg.Config(**settings_)
-        model = cfg.build_model(config, classes)
+        config = Config(**settings_)
+        model = build_model(config, classes)
     except InputError:
         return
     if size > 64 or dim * max(mults) > 100:
@@ -255,7 +259,7 @@ CONTENT = {"w": torch.arange(40.0), "n": [1, 2.5, None, "x"], "d": {"k": (1, 2)}
 @pytest.fixture(scope="module")
 def good_checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("checkpoints") / "ckpt.pt"
-    ckpt.save_checkpoint(path, **CONTENT)
+    checkpoint.save_checkpoint(path, **CONTENT)
     return path.read_bytes()
 
 
@@ -264,11 +268,11 @@ def test_every_spoilt_checkpoint_is_refused_or_whole(tmp_path_factory, good_chec
     path = tmp_path_factory.mktemp("spoilt") / "ckpt.pt"
     path.write_bytes(data.draw(spoilt(good_checkpoint)))
     try:
-        content = ckpt.load_checkpoint(path)
+        content = checkpoint.load_checkpoint(path)
     except InputError as error:
         assert str(path) in str(error)
         return
-    assert ckpt.digest_of(content) == ckpt.digest_of(CONTENT)
+    assert checkpoint.digest_of(content) == checkpoint.digest_of(CONTENT)
 
 
 @given(st.binary(max_size=300))
@@ -276,4 +280,4 @@ def test_every_other_file_is_no_checkpoint(tmp_path_factory, content):
     path = tmp_path_factory.mktemp("other") / "ckpt.pt"
     path.write_bytes(content)
     with pytest.raises(InputError):
-        ckpt.load_checkpoint(path)
+        checkpoint.load_checkpoint(path)

@@ -12,13 +12,13 @@ import pytest
 import torch
 from tiny import TINY, rejected
 
-import ex2_checkpoint as ckpt
-import ex2_fit
 import ex2_main
+from ex2.training import checkpoint
+from ex2.training import run as training_run
 from ex2_diffusion import Diffusion
 
 pytestmark = pytest.mark.usefixtures("small_shapes")
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 EVAL_FEW = ["--eval_images", "5", "--eval_samples", "0", "--no_cuda"]
 
 
@@ -183,7 +183,7 @@ def test_a_full_disk_is_one_line_and_exit_code_1(tmp_path, capsys, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(ckpt.os, "fsync", full)
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
     assert "No space left on device" in rejected([*TINY, "--results_dir", str(tmp_path)], capsys, code=1)
 
 
@@ -204,9 +204,9 @@ def test_dry_run_runs_one_batch_of_each_phase(tmp_path, monkeypatch):
 
 def test_the_test_set_is_used_after_training_only(tmp_path, monkeypatch):
     used = []
-    real = ex2_fit.make_loader
+    real = training_run.make_loader
     monkeypatch.setattr(
-        ex2_fit, "make_loader", lambda dataset, *a, **o: used.append(len(dataset)) or real(dataset, *a, **o)
+        training_run, "make_loader", lambda dataset, *a, **o: used.append(len(dataset)) or real(dataset, *a, **o)
     )
     monkeypatch.setattr(ex2_main, "evaluate", lambda *args: used.append("evaluation"))
     for name in ("write_report", "draw_process", "draw_samples"):

@@ -4,11 +4,11 @@ import dataclasses
 import re
 from pathlib import Path
 
-import ex2_config as cfg
 import ex2_main
-from ex2_cli import PRESETS, parse_args
+from ex2.settings.cli import PRESETS, parse_args
+from ex2.settings.config import Config
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 README = "\n".join(path.read_text("utf-8") for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))])
 
 
@@ -46,7 +46,7 @@ def test_every_command_is_understood():
         args = parse_args(command.split("#")[0].split())
         assert args.command in ex2_main.COMMANDS
         if args.command in ("train", "compare"):
-            dataclasses.replace(PRESETS[args.preset] if args.preset else cfg.Config(), **args.given)
+            dataclasses.replace(PRESETS[args.preset] if args.preset else Config(), **args.given)
 
 
 def test_every_flag_that_is_named_exists():
@@ -62,7 +62,7 @@ def test_every_flag_that_is_named_exists():
         "seeds",
     }
     flags -= {"weights", "classes", "n_images", "out", "preset", "signal", "max"}  # of commands, SLURM and torchrun
-    names = {f.name for f in dataclasses.fields(cfg.Config)}
+    names = {f.name for f in dataclasses.fields(Config)}
     assert {flag.replace("no_", "", 1) if flag.startswith("no_") else flag for flag in flags} <= names
 
 

@@ -16,9 +16,10 @@ import torch
 from PIL import Image
 
 import ex2_viz as viz
+from ex2.report import curves
 from ex2_diffusion import SCHEDULES
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def frames_of(path):
@@ -64,7 +65,7 @@ def test_labels_are_text_and_no_mathematics(tmp_path):
 
 @pytest.mark.parametrize("size, width", [(8, 64), (16, 64), (32, 64), (64, 64), (128, 128)])
 def test_small_images_are_enlarged(size, width):
-    assert viz.enlarged(torch.zeros(1, 3, size, size, dtype=torch.uint8)).shape[-1] == width
+    assert viz.enlarge(torch.zeros(1, 3, size, size, dtype=torch.uint8)).shape[-1] == width
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (8, 8, 3), (1, 8, 8)])
@@ -119,10 +120,10 @@ def test_curves_are_drawn(tmp_path):
     viz.plot_training(rows, tmp_path / "a.png")
     curve = {"t": [0, 5, 9], "log_snr": [5, 0, -5], "l1": [0.5, 0.2, 0.1], "l2": [0.4, 0.2, 0.1]}
     curve["x_zero_l2"] = [0.1, 0.2, 0.5]
-    viz.plot_loss_over_t({"val": curve, "test": curve}, tmp_path / "b.png")
-    viz.plot_comparison({"x": rows, "y": rows}, {"x": curve, "y": curve}, {"x": "a", "y": "a"}, tmp_path / "c.png")
+    curves.plot_loss_over_t({"val": curve, "test": curve}, tmp_path / "b.png")
+    curves.plot_comparison({"x": rows, "y": rows}, {"x": curve, "y": curve}, {"x": "a", "y": "a"}, tmp_path / "c.png")
     terms = {"decoder": 1.5, "terms": [0.5, 0.1]}
-    viz.plot_bits_per_dim({"t": [1, 3], "beta": terms, "beta_tilde": terms}, 10, tmp_path / "d.png")
+    curves.plot_bits_per_dim({"t": [1, 3], "beta": terms, "beta_tilde": terms}, 10, tmp_path / "d.png")
     for name in ("a.png", "b.png", "c.png", "d.png"):
         assert np.asarray(Image.open(tmp_path / name)).std() > 5
 

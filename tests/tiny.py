@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import torch
 from PIL import Image
 
-import ex2_config as cfg
 import ex2_main
-from ex2_data import ImageSet
+from ex2.data.images import ImageSet
+from ex2.settings.config import Config
 
 TINY = "--dataset shapes --image_size 8 --dim 8 --dim_mults 1 2 --timesteps 30 --batch_size 100 --epochs 1".split()
 TINY += "--eval_images 20 --eval_timesteps 3 --sample_steps 3 --schedule cosine --no_cuda".split()
@@ -33,7 +33,7 @@ def tiny_config(results_dir, **changes):
         "eval_timesteps": 2,
         "class_free_guidance": True,
     }
-    config = cfg.Config(**{**settings, **changes})
+    config = Config(**{**settings, **changes})
     config.run_dir.mkdir(parents=True, exist_ok=True)
     return config
 

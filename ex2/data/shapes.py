@@ -1,0 +1,113 @@
+"""Draws the embedded data set: anti-aliased shapes of ten classes, at any size, from a seed."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ex2.data.images import ImageSet
+
+SHAPES = ("circle", "square", "triangle", "diamond", "plus", "cross", "ring", "star", "moon", "stripes")
+
+
+def draw_shapes(labels: np.ndarray, image_size: int, rng: np.random.Generator) -> Tensor:
+    """One anti-aliased shape per label, of random colours, size, place and tilt, bright on dark ground.
+
+    Returns: (N, 3, image_size, image_size) uint8.
+    """
+    count = len(labels)
+    radius = rng.uniform(0.6, 0.9, (count, 1, 1))  # in half image sizes
+    centre = rng.uniform(-1, 1, (count, 2, 1, 1)) * (0.95 - radius[:, None])
+    tilt = rng.uniform(-0.2, 0.2, (count, 1, 1))  # radians: a square stays unlike a diamond
+    paint = hsv_to_rgb(rng.uniform((0, 0.35, 0.8), (1, 1, 1), (count, 3)))
+    ground = hsv_to_rgb(rng.uniform((0, 0, 0.05), (1, 1, 0.35), (count, 3)))
+
+    pixels = (np.arange(image_size) + 0.5) / image_size * 2 - 1
+    images = np.empty((count, 3, image_size, image_size), np.uint8)
+    for chunk in np.array_split(np.arange(count), math.ceil(count * image_size**2 / 2**18)):
+        x = (pixels[None, None, :] - centre[chunk, 0]) / radius[chunk]  # (n, S, S) after the next two lines
+        y = (pixels[None, :, None] - centre[chunk, 1]) / radius[chunk]
+        cos, sin = np.cos(tilt[chunk]), np.sin(tilt[chunk])
+        x, y = cos * x + sin * y, cos * y - sin * x
+        distance = np.empty(x.shape)
+        for label, name in enumerate(SHAPES):
+            mine = labels[chunk] == label
+            distance[mine] = signed_distance(name, x[mine], y[mine])
+        # A pixel is 2 / image_size wide: its cover falls from 1 to 0 while the edge crosses it.
+        cover = np.clip(0.5 - distance * radius[chunk] * image_size / 2, 0, 1)[:, None]
+        colours = cover * paint[chunk, :, None, None] + (1 - cover) * ground[chunk, :, None, None]
+        images[chunk] = np.rint(colours * 255)
+    return torch.from_numpy(images)
+
+
+def hsv_to_rgb(hsv: np.ndarray) -> np.ndarray:
+    """(N, 3) hue, saturation, value in [0, 1] to (N, 3) red, green, blue in [0, 1]; Smith 1978."""
+    hue, saturation, value = hsv.T
+    k = (np.array([[5], [3], [1]]) + hue * 6) % 6  # (3, N)
+    return (value - value * saturation * np.clip(np.minimum(k, 4 - k), 0, 1)).T
+
+
+def box(x: np.ndarray, y: np.ndarray, half_width: float, half_height: float) -> np.ndarray:
+    """Signed distance to an upright box around 0 (exact inside and beside it, a bound at its corners)."""
+    return np.maximum(np.abs(x) - half_width, np.abs(y) - half_height)
+
+
+def polygon(x: np.ndarray, y: np.ndarray, corners: np.ndarray) -> np.ndarray:
+    """Signed distance to the polygon with these corners (K, 2); Quilez, https://iquilezles.org/articles/distfunctions2d."""
+    squared, inside = np.full(x.shape, np.inf), np.zeros(x.shape, bool)
+    for (ax, ay), (bx, by) in zip(corners, np.roll(corners, 1, axis=0)):
+        along = np.clip(((x - ax) * (bx - ax) + (y - ay) * (by - ay)) / ((bx - ax) ** 2 + (by - ay) ** 2), 0, 1)
+        squared = np.minimum(squared, (x - ax - along * (bx - ax)) ** 2 + (y - ay - along * (by - ay)) ** 2)
+        if ay != by:  # even-odd rule: does a ray to the right cross this edge?
+            inside ^= ((ay > y) != (by > y)) & (x < (bx - ax) * (y - ay) / (by - ay) + ax)
+    return np.where(inside, -1, 1) * np.sqrt(squared)
+
+
+def corners(radii: tuple[float, ...], count: int) -> np.ndarray:
+    """`count` points around 0, the first at the top, their distances cycling through `radii`; y points down."""
+    angles = np.arange(count) / count * 2 * np.pi
+    lengths = np.resize(radii, count)
+    return np.stack((lengths * np.sin(angles), -lengths * np.cos(angles)), axis=1)
+
+
+def signed_distance(name: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Distance of the points (x, y) to the outline of shape `name`, which fits the unit circle; negative inside."""
+    r = np.hypot(x, y)
+    if name == "circle":
+        return r - 0.9
+    if name == "square":
+        return box(x, y, 0.75, 0.75)
+    if name == "triangle":
+        return polygon(x, y, corners((1.0,), 3))
+    if name == "diamond":
+        return polygon(x, y, corners((1.0, 0.6), 4))
+    if name == "plus":
+        return np.minimum(box(x, y, 0.95, 0.3), box(x, y, 0.3, 0.95))
+    if name == "cross":
+        u, v = (x + y) / np.sqrt(2), (x - y) / np.sqrt(2)
+        return np.minimum(box(u, v, 1.0, 0.25), box(u, v, 0.25, 1.0))
+    if name == "ring":
+        return np.abs(r - 0.75) - 0.2
+    if name == "star":
+        return polygon(x, y, corners((1.0, 0.42), 10))
+    if name == "moon":
+        return np.maximum(r - 0.9, 0.8 - np.hypot(x - 0.5, y))
+    bars = [box(x, y - middle, 0.9, 0.18) for middle in (-0.7, 0, 0.7)]  # stripes
+    return np.minimum.reduce(bars)
+
+
+SHAPES_COUNT = {"train": 10_000, "test": 2_000}  # of which the usual 10% of train become val
+SHAPES_SEED = 0
+
+
+def load_shapes(image_size: int) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
+    """The embedded data set: ten classes of coloured shapes, the same ones in every run; no file, no network."""
+    sets = []
+    for offset, count in enumerate(SHAPES_COUNT.values()):
+        rng = np.random.default_rng((SHAPES_SEED, offset))
+        labels = rng.permutation(np.arange(count) % len(SHAPES))
+        sets.append(ImageSet(draw_shapes(labels, image_size, rng), torch.from_numpy(labels).long()))
+    return sets[0], sets[1], SHAPES

@@ -1,0 +1,296 @@
+"""Image features for comparing sets of images (2.2 e): those of a small classifier that is trained here on the data set
+itself, or those of Inception where its weights are given. Only on Inception's is a Fréchet distance called FID.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import OneCycleLR
+from tqdm import tqdm
+
+from ex2.data.images import DataSplits, ImageFiles, ImageSet, reverse_transform, to_model_range
+from ex2.data.loader import make_loader
+from ex2.errors import InputError
+from ex2.machine.processes import all_gather_rows, broadcast_from_main, is_main, shard, world_size
+from ex2.training.checkpoint import digest_of, read_checkpoint, save_checkpoint
+
+INCEPTION_SHA256 = "6726825d"  # its first digits stand in the file's name
+FIDELITY = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+INCEPTION_WEIGHTS = f"{FIDELITY}weights-inception-2015-12-05-{INCEPTION_SHA256}.pth"
+CLASSIFIER_VERSION = 1  # of network and training: others are not taken from the cache, their features differ
+CLASSIFIER_EPOCHS = 8
+BATCH_SIZE = 128
+
+
+class SmallClassifier(nn.Module):
+    """A convolutional classifier of half a million parameters, whose last hidden layer describes an image.
+
+    Of images of 64 pixels and more each block of pixels becomes one position, so that 32 to 63 are left in a row.
+
+    Args:
+        num_classes: of the data set. Of one class there is nothing to learn, so it tells quarter turns instead
+            (Gidaris et al. 2018, https://arxiv.org/abs/1803.07728).
+    """
+
+    width = 128
+
+    def __init__(self, num_classes: int, image_size: int):
+        super().__init__()
+        block = 2 ** max(0, int(math.log2(image_size / 32)))  # the sizes that the U-Net takes are divisible by it
+        self.body = nn.Sequential(
+            nn.PixelUnshuffle(block),
+            conv(3 * block**2, 32),
+            nn.MaxPool2d(2),
+            conv(32, 64),
+            nn.MaxPool2d(2),
+            conv(64, 128),
+            Residual(128),
+            nn.MaxPool2d(2),
+            conv(128, 128),
+            Residual(128),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        )
+        self.tells_turns = num_classes == 1
+        self.head = nn.Linear(self.width, 4 if self.tells_turns else num_classes)
+        self.description = "untrained classifier"
+
+    def task(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """(images, labels) as the classifier sees them in training."""
+        if not self.tells_turns:
+            return images, labels
+        parts = [images[turns::4].rot90(turns, (-2, -1)) for turns in range(4)]
+        return torch.cat(parts), torch.cat([torch.full((len(part),), k) for k, part in enumerate(parts)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, num_classes) logits of images (B, 3, H, W) in [-1, 1]."""
+        return self.head(self.body(x))
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """(B, 128) features of uint8 images (B, 3, H, W)."""
+        return self.body(to_model_range(images))
+
+    @torch.no_grad()
+    def classify(self, images: Tensor) -> Tensor:
+        """(B,) labels of uint8 images (B, 3, H, W)."""
+        return self(to_model_range(images)).argmax(1).cpu()
+
+
+def conv(channels: int, channels_out: int) -> nn.Sequential:
+    """3x3 convolution, batch norm, ReLU."""
+    layer = nn.Conv2d(channels, channels_out, 3, padding=1, bias=False)
+    return nn.Sequential(layer, nn.BatchNorm2d(channels_out), nn.ReLU())
+
+
+class Residual(nn.Module):
+    """A convolution with a shortcut."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = conv(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(x)
+
+
+class Inception(nn.Module):
+    """Inception v3 with the weights of the original FID, as torchmetrics and torch-fidelity have it; 2048 features.
+
+    weights: the file of `INCEPTION_WEIGHTS`; nothing is downloaded.
+
+    Raises InputError: torch-fidelity or the file is missing, or it is another file.
+    """
+
+    width = 2048
+    description = "Inception v3 (FID)"
+
+    def __init__(self, weights: str | Path):
+        super().__init__()
+        try:
+            import torch_fidelity  # noqa: F401
+            from torchmetrics.image.fid import NoTrainInceptionV3
+        except ModuleNotFoundError as error:
+            advice = "pip install -r requirements-extras.txt"
+            raise InputError(f"--inception_weights needs torch-fidelity: {advice}") from error
+        if not Path(weights).is_file():
+            raise InputError(f"no Inception weights at {weights}: download {INCEPTION_WEIGHTS} and give its path")
+        if not hashlib.sha256(Path(weights).read_bytes()).hexdigest().startswith(INCEPTION_SHA256):
+            raise InputError(f"{weights} is not the file behind FID, or damaged: download {INCEPTION_WEIGHTS}")
+        self.network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(weights))
+        self.network.use_antialias = False  # resize as the original does, or figures differ from published ones
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """(B, 2048) features of uint8 images (B, 3, H, W)."""
+        return self.network(images)
+
+
+def train_classifier(dataset, num_classes: int, device, *, flip: bool, epochs: int, num_workers=0) -> SmallClassifier:
+    """A `SmallClassifier` trained on `dataset`, with shifts and, where `flip` says so, mirrored images; in eval mode.
+
+    The same on the same machine with the same number of threads; elsewhere rounding makes it another one.
+    """
+    loader = make_loader(dataset, BATCH_SIZE, device, train=True, flip=flip, num_workers=num_workers)
+    with torch.random.fork_rng(devices=[device] if torch.device(device).type == "cuda" else []):
+        torch.manual_seed(0)
+        model = SmallClassifier(num_classes, dataset[0][0].shape[-1])
+        model = model.to(device, memory_format=torch.channels_last)
+        optimizer = AdamW(model.parameters(), lr=4e-3, weight_decay=0.05)
+        scheduler = OneCycleLR(optimizer, 4e-3, total_steps=epochs * len(loader))
+        progress = tqdm(total=epochs * len(loader), desc="training the classifier", leave=False, disable=None)
+        for epoch in range(epochs):
+            loader.set_epoch(epoch)
+            for batch in loader:
+                images, labels = model.task(*batch)
+                if len(images) == 1:  # a last batch that batch norm can't normalise
+                    continue
+                images = randomly_shifted(images.to(device)).contiguous(memory_format=torch.channels_last)
+                loss = F.cross_entropy(model(images), labels.to(device), label_smoothing=0.1)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                scheduler.step()
+                progress.update()
+        progress.close()
+    return model.eval()
+
+
+def randomly_shifted(images: Tensor) -> Tensor:
+    """The batch (B, C, H, W), shifted by up to a sixteenth of its size; mirrored content fills the gap."""
+    size = images.shape[-1]
+    reach = size // 16
+    down, right = torch.randint(0, 2 * reach + 1, (2,)).tolist()
+    return F.pad(images, [reach] * 4, mode="reflect")[..., down : down + size, right : right + size]
+
+
+def accuracy(classifier: SmallClassifier, dataset, device, num_workers: int = 0) -> float:
+    """Share of the images for which the classifier is right in its task."""
+    right = []
+    for batch in make_loader(own_shard(dataset), BATCH_SIZE, device, num_workers=num_workers):
+        images, labels = classifier.task(*batch)
+        right.append((classifier.classify(reverse_transform(images.to(device))) == labels.cpu()).double())
+    return all_gather_rows(right, "accuracy of the classifier").mean().item()
+
+
+def own_shard(dataset):
+    """The images of a data set that this process looks at."""
+    mine = shard(len(dataset))
+    return dataset.subset(torch.arange(mine.start, mine.stop)) if world_size() > 1 else dataset
+
+
+def features_of(extractor, dataset, device, num_workers: int = 0) -> Tensor:
+    """(N, width) features of every image, on the CPU."""
+    loader = make_loader(own_shard(dataset), BATCH_SIZE, device, num_workers=num_workers)
+    batches = tqdm(loader, "features", leave=False, disable=None)
+    rows = [extractor.features(reverse_transform(images.to(device))).cpu() for images, _ in batches]
+    return all_gather_rows(rows, "features of a data set")
+
+
+def training_images(splits: DataSplits) -> tuple[ImageSet | ImageFiles, str]:
+    """(train and val together, their fingerprint), in an order that does not depend on how the seed split them."""
+    parts = (splits.train, splits.val)
+    labels = torch.cat([part.labels for part in parts])
+    if isinstance(splits.train, ImageSet):
+        whole = ImageSet(torch.cat([part.images for part in parts]), labels)
+        keys = (image.numpy().tobytes() for image in whole.images)
+    else:
+        whole = replace(splits.train, paths=tuple(p for part in parts for p in part.paths), labels=labels)
+        keys = (file_key(path, f"{whole.image_size} {whole.square}") for path in whole.paths)
+    digests = [hashlib.sha256(key + bytes([label % 256])).digest() for key, label in zip(keys, labels.tolist())]
+    order = sorted(range(len(digests)), key=digests.__getitem__)
+    return whole.subset(torch.tensor(order)), hashlib.sha256(b"".join(sorted(digests))).hexdigest()[:12]
+
+
+def file_key(path: Path, made: str) -> bytes:
+    """Identifies an image file without reading all of it: by size, first bytes, and how it is prepared (`made`)."""
+    with open(path, "rb") as file:
+        return f"{path.stat().st_size} {made} ".encode() + file.read(4096)
+
+
+@dataclass(frozen=True)
+class ReferenceSet:
+    """What generated images are compared with: the training images and their features (N, width)."""
+
+    extractor: SmallClassifier | Inception
+    features: Tensor
+    images: ImageSet | ImageFiles
+
+
+def classifier_reference(splits: DataSplits, folder: Path, device, *, flip: bool, num_workers: int = 0) -> ReferenceSet:
+    """The training images as the data set's `SmallClassifier` sees them. It is trained now if `folder` has none.
+
+    Its description ends in a digest of its weights: only figures by the same features can be compared.
+    """
+    images, fingerprint = training_images(splits)
+    num_classes = len(splits.class_names)
+
+    def compute() -> dict:
+        print(f"training the classifier that samples are judged by, on {len(images)} images")
+        how = {"flip": flip, "epochs": CLASSIFIER_EPOCHS, "num_workers": num_workers}
+        make = partial(train_classifier, images, num_classes, device, **how)
+        model = SmallClassifier(num_classes, images[0][0].shape[-1])
+        model.load_state_dict(broadcast_from_main(lambda: make().cpu().state_dict(), "the classifier"))
+        model.to(device).eval()
+        right = accuracy(model, splits.test, device, num_workers)
+        features = features_of(model, images, device, num_workers).half()
+        return {"model": model.state_dict(), "accuracy": right, "features": features}
+
+    saved = load_or_compute(
+        folder / f"classifier-v{CLASSIFIER_VERSION}-{fingerprint}{'-flip' if flip else ''}.pt", compute
+    )
+    classifier = SmallClassifier(num_classes, splits.test[0][0].shape[-1])
+    classifier.load_state_dict(saved["model"])
+    task, digest = "quarter turns" if classifier.tells_turns else "classes", digest_of(classifier.state_dict())
+    right = f"{saved['accuracy']:.1%} of the {task} of test images right"
+    classifier.description = f"small classifier {digest[:8]}, {right}"
+    return ReferenceSet(classifier.to(device).eval(), saved["features"].float(), images)
+
+
+def inception_reference(
+    splits: DataSplits, weights: str, folder: Path, device, *, num_workers: int = 0
+) -> ReferenceSet:
+    """The training images as `Inception` sees them. Their features come from `folder` if they are there."""
+    network = Inception(weights).to(device)
+    images, fingerprint = training_images(splits)
+    compute = partial(features_of, network, images, device, num_workers)
+    saved = load_or_compute(folder / f"inception-{fingerprint}.pt", lambda: {"features": compute().half()})
+    return ReferenceSet(network, saved["features"].float(), images)
+
+
+def load_or_compute(path: Path, compute: Callable[[], dict]) -> dict:
+    """The content of `path`. If there is no such file, or a damaged one, `compute()` makes it, and it is kept there.
+
+    A folder that can't be written to costs the next call the same work, and not this one its result. Of several
+    processes the first one reads and writes, all of them compute.
+    """
+
+    def read() -> dict | None:
+        try:
+            return read_checkpoint(path) if path.is_file() else None
+        except InputError as error:
+            print(f"{error}; computing it anew")
+            return None
+
+    content = broadcast_from_main(read, "what an earlier call computed")
+    if content is not None:
+        return content
+    content = compute()
+    if not is_main():
+        return content
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_checkpoint(path, **content)
+    except OSError as error:
+        print(f"can't keep {path} for the next time ({error.strerror})")
+    return content

@@ -1,0 +1,274 @@
+"""What the samples of a model are worth (2.2 e, 2.4 c)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import ex2_viz as viz
+from ex2.data.images import DataSplits, reverse_transform, to_model_range
+from ex2.data.loader import make_loader
+from ex2.errors import InputError
+from ex2.evaluation.classifier import (
+    BATCH_SIZE,
+    Inception,
+    ReferenceSet,
+    SmallClassifier,
+    classifier_reference,
+    inception_reference,
+)
+from ex2.evaluation.distances import frechet_distance, kernel_distance, nearest, precision_recall
+from ex2.evaluation.oracle import TemplateClassifier
+from ex2.machine.inference import InferenceModel
+from ex2.machine.job import computes_in_bfloat16
+from ex2.machine.processes import all_gather_rows, is_main, shard
+from ex2.settings.config import Config
+from ex2_diffusion import SPACING, ImageNoise, sample_in_batches
+from ex2_train import NOISE_SEED
+
+
+def shared_samples(diffusor, model, count: int, batch_size: int, seed: int, *, classes=None, **sampling) -> Tensor:
+    """`count` images (N, C, H, W) on the CPU, each process sampling its share; arguments as in `sample_in_batches`."""
+    mine = shard(count)
+    own = {"classes": None if classes is None else classes[mine.start : mine.stop], "first": mine.start}
+    batches = sample_in_batches(diffusor, model, len(mine), batch_size, seed, **own, **sampling)
+    return all_gather_rows(list(batches), "samples")
+
+
+MANIFOLD_LIMIT = 10_000  # images of each side for precision and recall: their cost grows with the square
+DRY_RUN_SAMPLES = 16
+FEWEST_COMPARED = 8  # images, for neighbours and kernels
+MEMORISATION_SAMPLES, MEMORISATION_SHOWN = 256, 16  # samples whose nearest training image is looked for, and shown
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """What images are judged by: features to compare them with the training images, and a classifier or None."""
+
+    reference: ReferenceSet
+    classify: Callable[[Tensor], Tensor] | None  # labels (N,) of uint8 images (N, 3, H, W)
+    num_workers: int = 0  # that read image files
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """What a `Evaluator` keeps of a set of images: features (N, width), the first pixels, the share of right labels."""
+
+    features: Tensor
+    pixels: Tensor
+    class_accuracy: float | None
+
+
+def inference_model(model, config: Config, device) -> InferenceModel:
+    """The model for drawing samples, in the precision of its training."""
+    return InferenceModel(model, computes_in_bfloat16(config.amp, device))
+
+
+def features_dir(run_dir: Path) -> Path:
+    """The folder of classifiers and features, shared by all runs beside `run_dir`."""
+    return run_dir.resolve().parent / "features"
+
+
+def build_evaluator(
+    splits: DataSplits, device, config: Config, folder: Path, count: int, inception_weights=None
+) -> Evaluator:
+    """The judge of samples. The oracle tells the classes of shapes, the small classifier those of other data.
+
+    Args:
+        folder: keeps the small classifier and the features of the training images for the next call.
+        count: how many samples shall be judged.  inception_weights: their file, else the small classifier is taken.
+
+    Raises InputError: too few samples or training images for the width of the features, or no usable Inception.
+    """
+    if config.dry_run:
+        folder = config.run_dir
+        splits = dataclasses.replace(splits, train=splits.train.subset(torch.arange(min(256, len(splits.train)))))
+    else:
+        check_enough((Inception if inception_weights else SmallClassifier).width, count, splits)
+    by_oracle, workers = config.dataset == "shapes", config.num_workers
+    has_classes = config.class_free_guidance and len(splits.class_names) > 1
+    reference = classifier = classify = None
+    if inception_weights:
+        reference = inception_reference(splits, inception_weights, folder, device, num_workers=workers)
+    if reference is None or (has_classes and not by_oracle):
+        classifier = classifier_reference(splits, folder, device, flip=config.flip, num_workers=workers)
+    if has_classes:
+        classify = TemplateClassifier(config.image_size).classify if by_oracle else classifier.extractor.classify
+    return Evaluator(reference or classifier, classify, workers)
+
+
+def check_enough(width: int, count: int, splits: DataSplits) -> None:
+    """Raises an InputError where a covariance of `width` features would be singular."""
+    too_few, training_images = f"too few for features of width {width}", len(splits.train) + len(splits.val)
+    if count <= width:
+        raise InputError(f"--eval_samples {count} are {too_few}: give more, better {8 * width}, or 0 to judge none")
+    if training_images <= width:
+        raise InputError(f"{training_images} training images are {too_few}: give --eval_samples 0")
+
+
+def evaluation_settings(evaluator: Evaluator, config: Config, count: int) -> dict:
+    """What the figures of `count` samples depend on beside the model: how they are drawn and compared."""
+    drawn = {"seed": config.seed + 1, "own_scale": config.sampling["guidance_scale"], "sampler": config.sampler}
+    drawn.update(eta=config.eta, guidance_interval=list(config.guidance_interval), spacing=SPACING)
+    drawn.update(steps=config.sampling["steps"] or config.timesteps)
+    return {"features": evaluator.reference.extractor.description, "count": count, **drawn}
+
+
+def evaluate_samples(
+    evaluator: Evaluator, model, splits, diffusor, config: Config, *, count: int, scales, weights="ema"
+) -> dict:
+    """Samples at each guidance scale against the training images, with test images and noise beside them. 2.4 c.
+
+    All scales start from the same noise. Draws the nearest training images. Each process samples its share; all have
+    the same report.
+
+    Args:
+        model: in eval mode.  count: samples per scale; of each batch only the features are kept, so any number fits.
+        scales: of Eq. 11, beside the run's own; ignored where the model can't be guided.
+        weights: which the model has, for the report.
+    """
+    count = DRY_RUN_SAMPLES if config.dry_run else count
+    own_scale = config.sampling["guidance_scale"]
+    labels = evaluator.reference.images.labels  # in random order, so the first ones have the proportions of all
+    labels = labels[torch.arange(count) % len(labels)]
+    real = extract_features(evaluator, real_batches(splits.test, count, evaluator.num_workers), diffusor.device)
+    by_scale, own = [], None
+    for scale in sorted({*scales, own_scale}) if config.can_guide else [own_scale]:
+        samples = extract_features(evaluator, sampled_batches(model, diffusor, config, labels, scale), diffusor.device)
+        row = {"guidance_scale": scale, **compare(evaluator.reference, samples)}
+        if len(real.features) < count:  # the distance falls with the number of images: no floor
+            row["frechet_distance_at_test_count"] = distance_or_none(evaluator.reference, samples, len(real.features))
+        by_scale.append(row)
+        own = samples if scale == own_scale else own
+    return {
+        "weights": weights,
+        "reference": f"train and val, {len(evaluator.reference.features)} images",
+        **evaluation_settings(evaluator, config, count),
+        "by_scale": by_scale,
+        "test_images": compare(evaluator.reference, real),
+        "noise": compare(
+            evaluator.reference,
+            extract_features(evaluator, noise_batches(count, real.pixels[0].shape), diffusor.device),
+        ),
+        "memorisation": check_memorisation(evaluator, own, real, diffusor.device, config.run_dir / "nearest.png"),
+    }
+
+
+def extract_features(evaluator: Evaluator, batches: Iterable[tuple[Tensor, Tensor | None]], device) -> ImageFeatures:
+    """Describes batches of (uint8 images (B, 3, H, W), labels (B,) or None); holds one batch at a time.
+
+    The batches are this process's share (`shard`) of the images, the result is of all.
+    """
+    features, pixels, right, kept = [], [], [], 0
+    for images, labels in batches:
+        images = images.to(device)
+        features += [evaluator.reference.extractor.features(part).cpu() for part in images.split(BATCH_SIZE)]
+        if kept < MEMORISATION_SAMPLES:
+            pixels.append(images[: MEMORISATION_SAMPLES - kept].cpu())
+            kept += len(pixels[-1])
+        if evaluator.classify is not None and labels is not None:
+            right.append(evaluator.classify(images).cpu() == labels.cpu())
+    right = all_gather_rows(right, "classes of images")
+    return ImageFeatures(
+        all_gather_rows(features, "features of images"),
+        all_gather_rows(pixels, "pixels of images")[:MEMORISATION_SAMPLES],
+        right.double().mean().item() if len(right) else None,
+    )
+
+
+def real_batches(dataset, count: int, num_workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """This process's share of the first `count` images of a data set, as the judge takes them."""
+    mine = shard(min(count, len(dataset)))
+    dataset = dataset.subset(torch.arange(mine.start, mine.stop))
+    for images, labels in make_loader(dataset, BATCH_SIZE, "cpu", num_workers=num_workers):
+        yield reverse_transform(images), labels
+
+
+def noise_batches(count: int, shape: Sequence[int]) -> Iterator[tuple[Tensor, None]]:
+    """This process's share of Gaussian noise, clamped to the range of images: what a sampler starts from."""
+    mine = shard(count)
+    for first in range(mine.start, mine.stop, BATCH_SIZE):
+        size = min(BATCH_SIZE, mine.stop - first)
+        noise = ImageNoise(NOISE_SEED, first, size).draw((size, *shape))
+        yield reverse_transform(noise), None
+
+
+def sampled_batches(model, diffusor, config: Config, labels: Tensor, scale: float) -> Iterator[tuple[Tensor, Tensor]]:
+    """One sample per label of this process's share, at guidance scale `scale`; as many of a model without classes."""
+    mine = shard(len(labels))
+    labels = labels[mine.start : mine.stop]
+    settings = {**config.sampling, "guidance_scale": scale, "batch_size": config.sample_batch, "seed": config.seed + 1}
+    classes = labels if config.class_free_guidance else None
+    batches = sample_in_batches(diffusor, model, len(labels), classes=classes, first=mine.start, **settings)
+    with tqdm(total=len(labels), desc=f"judging, w = {scale:g}", leave=False, disable=None) as progress:
+        for images, wanted in zip(batches, labels.split(config.sample_batch)):
+            yield reverse_transform(images), wanted
+            progress.update(len(images))
+
+
+def compare(reference: ReferenceSet, images: ImageFeatures) -> dict:
+    """Figures of a set of images against the training images; None where there are too few images for one."""
+    features = images.features
+    side = min(len(features), len(reference.features), MANIFOLD_LIMIT)
+    few = side < FEWEST_COMPARED
+    kid, deviation = (None, None) if few else kernel_distance(reference.features, features)
+    precision, recall = (None, None) if few else precision_recall(reference.features[:side], features[:side])
+    figures = {"count": len(features), "frechet_distance": distance_or_none(reference, images, len(features))}
+    figures.update(kid=kid, kid_deviation=deviation, precision=precision, recall=recall, precision_recall_count=side)
+    return figures if images.class_accuracy is None else {**figures, "class_accuracy": images.class_accuracy}
+
+
+def distance_or_none(reference: ReferenceSet, images: ImageFeatures, count: int) -> float | None:
+    """Fréchet distance of the first `count` images; None where there are no more of them than features."""
+    features = images.features[:count]
+    enough = min(len(features), len(reference.features)) > features.shape[1]
+    return frechet_distance(reference.features, features) if enough else None
+
+
+def check_memorisation(evaluator: Evaluator, samples: ImageFeatures, real: ImageFeatures, device, path: Path) -> dict:
+    """Distance to the nearest training image, of samples and, to compare, of test images; draws a few pairs.
+
+    A model that copies its training images, or mirrors them, has samples much nearer to them than test images are.
+    But flat and blurred pictures are near to everything: the picture decides.
+
+    Returns: how many images of each were looked at, and, by pixels (root mean square, in grey levels) and by features,
+    the median distances and the share of samples nearer than 95% of the test images: 5% where nothing is copied.
+    """
+    counts = {"samples": len(samples.pixels), "test_images": len(real.pixels)}
+    queries = torch.cat((samples.pixels, real.pixels))
+    queries = torch.cat((queries, queries.flip(-1)))  # a mirrored copy is a copy, too
+    training = evaluator.reference.images
+    gallery = make_loader(
+        training, BATCH_SIZE, "cpu", num_workers=evaluator.num_workers
+    )  # all of them, in every process
+    gallery = tqdm(gallery, "nearest training images", -(-len(training) // BATCH_SIZE), leave=False, disable=None)
+    describe_part = evaluator.reference.extractor.features
+    features = torch.cat([describe_part(part.to(device)).cpu() for part in queries.split(BATCH_SIZE)])
+    pixels = (reverse_transform(images).flatten(1).float() for images, _ in gallery)
+    found = {
+        "pixels": nearest(queries.flatten(1).float(), pixels),
+        "features": nearest(features, evaluator.reference.features.split(5000)),
+    }
+    grey_levels = queries[0].numel() ** 0.5
+    rows, report = [to_model_range(samples.pixels[:MEMORISATION_SHOWN])], {"images": counts}
+    for name, (distance, index) in found.items():
+        mirrored = distance.view(2, -1).argmin(0)
+        index = index.view(2, -1).gather(0, mirrored[None])[0]
+        distance = distance.view(2, -1).amin(0) / (grey_levels if name == "pixels" else 1)
+        of_samples, of_test = distance.split(list(counts.values()))
+        rows.append(torch.stack([training[i][0] for i in index[: len(rows[0])].tolist()]))
+        report[name] = {
+            "median": {"samples": of_samples.median().item(), "test_images": of_test.median().item()},
+            "share_nearer": (of_samples < of_test.quantile(0.05)).double().mean().item(),
+        }
+    if is_main():
+        labels = ["sample", "nearest training\nimage by pixels", "by features"]
+        viz.save_grid(torch.cat(rows), path, len(rows[0]), labels)
+    return report

@@ -1,0 +1,140 @@
+"""Is this normal? What the metrics of a run say, beside those that our own runs had after as many images (2.2 e)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+REFERENCE = Path(__file__).with_name("reference.json")  # of what, on what machine and when: in the file
+NOISE_LEVELS = (-4, -2, 0, 2)  # log-SNR at which runs are compared
+WORSE = 1.3  # ratio of two losses from which on one is called worse: seeds differ by some percent
+FEATURES_WORSE = 2.0  # the same of Fréchet distances
+
+
+def images_seen(config: Mapping, log: Sequence[Mapping]) -> int:
+    """How many images the training has seen; an image counts each time."""
+    return int(log[-1]["step"]) * config["batch_size"] if log else 0
+
+
+def reference_of(config: Mapping, images: int) -> dict | None:
+    """The figures of our own run on the same kind of data, after at most as many images; None if there is none."""
+    kind = "shapes" if config["dataset"] == "shapes" else "CIFAR-10 photographs"
+    runs = json.loads(REFERENCE.read_text(encoding="utf-8"))[kind]
+    points = [point for point in runs["points"] if point["images"] <= 1.05 * images]
+    known = config["dataset"] in runs["datasets"] and config["image_size"] == runs["image_size"]
+    return {**points[-1], "name": kind} if points and known else None
+
+
+def reference_losses(config: Mapping, report: Mapping, images: int) -> dict | None:
+    """l2 losses of `reference_of` at the noise levels of a report's times, as a curve of `plot_loss_over_t`."""
+    point = reference_of(config, images)
+    if point is None:
+        return None
+    test = report["losses"]["test"]
+    curve = point["conditional" if config["class_free_guidance"] else "unconditional"]
+    return {"t": test["t"], "l2": [loss_at({**curve, "log_snr": point["log_snr"]}, x) for x in test["log_snr"]]}
+
+
+def loss_at(curve: Mapping, log_snr: float) -> float:
+    """l2 loss at a log-SNR, between the times that were tested: its logarithm is nearly straight there."""
+    return float(np.exp(np.interp(log_snr, curve["log_snr"][::-1], np.log(curve["l2"][::-1]))))
+
+
+def verdict(config: Mapping, report: Mapping, log: Sequence[Mapping]) -> list[str]:
+    """Sentences on what is off and what to try, or that nothing is.
+
+    config: of the run, as a dict.  report: test_metrics.json.  log: rows of log.csv.
+    """
+    images = images_seen(config, log)
+    point = reference_of(config, images)
+    found = [*check_losses(report), *check_labels(report), *check_ema(log)]
+    if point is not None:
+        found += check_reference(config, report, point, images)
+    beside = f", also beside our run on {point['name']} ({point['images']:,} images)" if point else ""
+    return found or [f"Nothing is off{beside}."]
+
+
+def check_losses(report: Mapping) -> Iterator[str]:
+    """Losses that are not possible if all is right."""
+    test, train, floor = (report["losses"].get(name) for name in ("test", "train", "floor"))
+    if test["log_snr"][-1] < -4 and test["l2"][-1] > 0.2:
+        yield (
+            f"The loss at t = {test['t'][-1] + 1} is {test['l2'][-1]:.2g}: x_t is nearly pure noise there, and a "
+            "model that returns x_t would have less than 0.05. It has hardly learnt: train longer, or try another --lr."
+        )
+    if max(test["l2"]) > 1.05 and test["l2"][-1] <= 0.2:
+        yield f"A loss of {max(test['l2']):.2f} is above 1, that of a guess of zero: lower --lr, or train longer."
+    if test["log_snr"][-1] < -4 and test["x_zero_l2"][-1] < 0.05:
+        yield (
+            f"The images differ by a variance of {test['x_zero_l2'][-1]:.2g} only, photographs in [-1, 1] by 0.2 to "
+            "0.5: see whether their values fill the range."
+        )
+    if train and floor:
+        pairs = [(t, a, b) for t, a, b in zip(train["t"], train["l2"], floor["l2"]) if b > 0.01]
+        for t, a, b in [pair for pair in pairs if pair[1] < 0.8 * pair[2]][:1]:
+            yield (
+                f"The loss of training images at t = {t + 1}, {a:.2g}, is below the floor of {b:.2g}, which no model "
+                "can reach: noise, times or images of the evaluation are not those of training."
+            )
+        gap = float(np.median([of_test / max(own, 1e-9) for of_test, own in zip(test["l2"], train["l2"])]))
+        if gap > WORSE:
+            yield (
+                f"The loss of test images is {gap:.2g} times that of training images: the model starts to know "
+                "these by heart; train for fewer epochs, or with --dropout 0.1 or more images."
+            )
+
+
+def check_labels(report: Mapping) -> Iterator[str]:
+    """Labels that make no difference: to the loss, or to samples."""
+    losses = report["losses"]
+    if "test_unconditional" in losses:
+        pairs = zip(losses["test"]["l2"], losses["test_unconditional"]["l2"])
+        if max(without / given for given, without in pairs if given > 0) < 1.005:
+            yield (
+                "The loss is the same with and without the class, at every t: labels are wrong, or dropped too often "
+                "(--p_uncond)."
+            )
+    rows = [row for row in report.get("samples", {}).get("by_scale", ()) if row.get("class_accuracy") is not None]
+    if len(rows) > 1 and rows[0]["guidance_scale"] < 0 < rows[-1]["guidance_scale"]:
+        none, much = rows[0]["class_accuracy"], rows[-1]["class_accuracy"]
+        if much < none + 0.1:
+            yield (
+                f"Guidance has no effect: {much:.0%} of samples show their class at w = "
+                f"{rows[-1]['guidance_scale']:g}, {none:.0%} without a class."
+            )
+
+
+def check_ema(log: Sequence[Mapping]) -> Iterator[str]:
+    """Averaged weights that lag behind when the training ends."""
+    rows = [row for row in log if row.get("val_loss") and row.get("epoch_loss")][-2:]
+    if len(rows) == 2:
+        val, epoch = (1 - float(rows[1][name]) / float(rows[0][name]) for name in ("val_loss", "epoch_loss"))
+        if val > 0.1 and epoch < 0.03:
+            yield (
+                f"In the last epoch the averaged weights gained {val:.0%}, the trained ones {max(0, epoch):.0%}: "
+                "the average is behind; lower --ema_images or train longer."
+            )
+
+
+def check_reference(config: Mapping, report: Mapping, point: Mapping, images: int) -> Iterator[str]:
+    """Where the losses, or the samples, are clearly worse than those of our own run."""
+    test = report["losses"]["test"]
+    curve = {**point["conditional" if config["class_free_guidance"] else "unconditional"], "log_snr": point["log_snr"]}
+    levels = [x for x in NOISE_LEVELS if test["log_snr"][-1] <= x <= test["log_snr"][0]]
+    ratios = {x: loss_at(test, x) / loss_at(curve, x) for x in levels}
+    off = [f"{ratio:.2g} times ours at log-SNR {x}" for x, ratio in ratios.items() if ratio > WORSE]
+    ours = f"ours, on {point['name']}, had seen {point['images']:,} images, this one {images:,}"
+    if off:
+        yield f"The test loss is {', '.join(off)} ({ours}): try another --lr or --schedule, or train longer."
+    samples, theirs = report.get("samples"), point.get("samples")
+    if samples and theirs and all(samples[name] == theirs[name] for name in ("features", "count", "own_scale")):
+        own = next(row for row in samples["by_scale"] if row["guidance_scale"] == samples["own_scale"])
+        distance = own["frechet_distance"]
+        if distance is not None and distance > FEATURES_WORSE * theirs["frechet_distance"]:
+            yield (
+                f"The Fréchet distance of its samples is {distance:.3g}, of ours {theirs['frechet_distance']:.3g} "
+                f"({ours}): where the losses are fine, try more --sample_steps or another --guidance_scale."
+            )

@@ -1,0 +1,62 @@
+"""Files that a kill, a full disk or a flipped bit can't spoil unnoticed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
+    """Writes a file. A kill or a full disk at any moment leaves the whole old file or the whole new one.
+
+    Raises OSError: it can't be written, or reads back as something else.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if hashlib.sha256(temporary.read_bytes()).digest() != hashlib.sha256(content).digest():
+            raise OSError(f"{temporary} reads back as something else than was written: is the disk all right?")
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # as of a full disk; nobody would know which
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict:
+    """The content of a JSON file of a run. Empty if there is no file, or, with a message, if it is damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict) or not content:
+        print(f"{path} is damaged or of another program: left out")
+        return {}
+    return content
+
+
+COMMANDS_NAME = "commands.txt"  # how everything in the folder was made
+
+
+def append_command(folder: Path, command: str) -> None:
+    """Adds a command to the end of the list in a run's folder. A command stands there once."""
+    command = command.encode("utf-8", "replace").decode()
+    lines = [line for line in read_commands(folder) if line != command] + [command, ""]
+    write_atomically(folder / COMMANDS_NAME, "\n".join(lines).encode())
+
+
+def read_commands(folder: Path) -> list[str]:
+    """The commands that were called in the folder of a run, the latest one last."""
+    try:
+        return (folder / COMMANDS_NAME).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []

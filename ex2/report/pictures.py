@@ -1,0 +1,131 @@
+"""What a trained model shows: noising and denoising step by step, samples of every class, guidance (2.2 f to 2.4)."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+import ex2_viz as viz
+from ex2.data.images import DataSplits
+from ex2.data.loader import make_loader
+from ex2.evaluation.samples import shared_samples
+from ex2.machine.processes import is_main
+from ex2.settings.config import GUIDANCE_SCALES, Config
+from ex2_diffusion import SCHEDULES, Diffusion, ImageNoise, evenly_spaced, sample_in_batches, thin_trajectory
+
+GUIDANCE_FRAMES = tuple(k / 2 for k in range(-2, 11))  # scales of the guidance animation; has those of the grid
+GIF_FRAMES = 41
+LARGE = 64  # pixels from which on a picture shows half as many images: they fill a page sooner
+STRIP_COLUMNS = 9
+GRID_IMAGES = 100  # at most, the first ones: thousands would take gigabytes to draw, and nobody could look at them
+
+
+def draw_process(model, splits: DataSplits, diffusor: Diffusion, config: Config) -> None:
+    """2.1, 2.2 f, 2.3: time embedding, schedules, and the forward and reverse process as strips and animations."""
+    out = config.run_dir
+    viz.plot_schedules(possible_schedules(config.timesteps), out / "schedules.png")
+    times = torch.arange(config.timesteps, device=diffusor.device)
+    viz.plot_time_embedding(model.time_mlp[0](times), out / "time_embedding.png")
+
+    count = min(4 if config.image_size < LARGE else 2, len(splits.test))
+    loader = make_loader(splits.test, count, diffusor.device)
+    x_zero = next(iter(loader))[0].to(diffusor.device)
+    forward = diffusor.forward_trajectory(x_zero, ImageNoise(config.seed, 0, count, diffusor.device))
+    forward = [(t, x) for t, x, _ in thin_trajectory(forward, diffusor.timesteps + 1, GIF_FRAMES)]
+    columns = evenly_spaced(len(forward), STRIP_COLUMNS)
+    viz.save_strip([forward[i] for i in columns], out / "forward_strip.png", "forward process: x_t")
+    viz.save_process_gif(forward, out / "forward.gif")
+
+    classes = None if model.null_class is None else torch.arange(count) % model.null_class
+    how = {"classes": classes, "generator": ImageNoise(config.seed, 0, count, diffusor.device), **config.sampling}
+    reverse = diffusor.sample_trajectory(model, config.image_size, count, **how)
+    length = (config.sampling["steps"] or config.timesteps) + 1
+    reverse = thin_trajectory(reverse, length, GIF_FRAMES)
+    strip = [reverse[i] for i in evenly_spaced(len(reverse), STRIP_COLUMNS)]
+    viz.save_strip([(t, x) for t, x, _ in strip], out / "reverse_strip.png", "reverse process: x_t")
+    viz.save_strip([(t, x) for t, _, x in strip], out / "x_zero_strip.png", "reverse process: estimate of x_0 at t")
+    viz.save_process_gif([(t, x) for t, x, _ in reverse], out / "reverse.gif")
+
+
+def possible_schedules(timesteps: int) -> dict:
+    """name -> betas (T,) of the named schedules that exist for that many steps."""
+    betas = {}
+    for name, schedule in SCHEDULES.items():
+        with suppress(ValueError):
+            betas[name] = schedule(timesteps)
+    return betas
+
+
+def draw_samples(model, class_names, diffusor: Diffusion, config: Config) -> None:
+    """2.2 b and 2.4: a grid of samples. For a conditional model: by class, and over guidance scales at equal noise."""
+    common = {"batch_size": config.sample_batch, "seed": config.seed, **config.sampling}
+    if model.null_class is None:
+        images = torch.cat(list(sample_in_batches(diffusor, model, 4 if config.dry_run else 64, **common)))
+        viz.save_grid(images, config.run_dir / "samples.png")
+        return
+    columns = 1 if config.dry_run else 8 if config.image_size < LARGE else 4
+    classes = torch.arange(len(class_names)).repeat_interleave(columns)
+    images = torch.cat(list(sample_in_batches(diffusor, model, len(classes), classes=classes, **common)))
+    title = f"guidance scale w = {common['guidance_scale']:g}"
+    viz.save_grid(images, config.run_dir / "class_grid.png", columns, class_names, title=title)
+
+    if not config.can_guide:
+        return
+    classes = torch.arange(len(class_names))
+    by_scale = {}
+    for w in GUIDANCE_SCALES if config.dry_run else GUIDANCE_FRAMES:
+        guided = {**common, "guidance_scale": w}
+        by_scale[w] = torch.cat(list(sample_in_batches(diffusor, model, len(classes), classes=classes, **guided)))
+    viz.save_guidance_gif(by_scale, config.run_dir / "guidance.gif")
+    grid = torch.stack([by_scale[w] for w in GUIDANCE_SCALES], dim=1).flatten(0, 1)
+    columns = [f"w = {w:g}" for w in GUIDANCE_SCALES]
+    viz.save_grid(grid, config.run_dir / "guidance_grid.png", len(columns), class_names, columns)
+
+
+def sample_and_save_images(
+    n_images, diffusor, model, device, store_path, *, classes=None, class_names=None, seed=0, batch_size=100, **sampling
+) -> torch.Tensor:
+    """Samples images and saves each as a file in `images/`. Returns (n_images, C, H, W) on the CPU.
+
+    That folder holds nothing else, as tools that judge folders expect. The first images stand in `grid.png` beside it.
+
+    Each process samples its share; the first one saves.
+
+    Args:
+        classes: a label per image, for a conditional model.  class_names: their names, for file names and the grid.
+        sampling: `guidance_scale`, `sampler`, `steps` and `eta` as in `Diffusion.sample`.
+    """
+    store_path = Path(store_path)
+    training = model.training
+    model.to(device).eval()
+    classes = None if classes is None else torch.as_tensor(classes)
+    images = shared_samples(diffusor, model, n_images, batch_size, seed, classes=classes, **sampling)
+    model.train(training)
+    if not is_main():
+        return images
+    folder = store_path / "images"
+    folder.mkdir(parents=True, exist_ok=True)
+    labels = [] if classes is None else [class_names[c] if class_names else str(c) for c in classes.tolist()]
+    suffixes = [re.sub(r"[^\w.-]+", "_", f"_{label}") for label in labels] or [""] * n_images
+    viz.save_images(images, [folder / f"{i:04d}{suffix}.png" for i, suffix in enumerate(suffixes)])
+    viz.save_grid(images[:GRID_IMAGES], store_path / "grid.png", labels=labels[:GRID_IMAGES])
+    return images
+
+
+def sample_at_scales(count, scales, diffusor, model, config: Config, out: Path, classes, class_names) -> None:
+    """2.4 c: `count` samples at each guidance scale, from the same noise; several have a folder each, and one grid."""
+    common = {"classes": classes, "class_names": class_names, "seed": config.seed, "batch_size": config.sample_batch}
+    rows = []
+    for scale in scales:
+        folder = out if len(scales) == 1 else out / f"w={scale:g}"
+        how = {**common, **dataclasses.replace(config, guidance_scale=scale).sampling}
+        images = sample_and_save_images(count, diffusor, model, diffusor.device, folder, **how)
+        rows.append(images[:GRID_IMAGES].clone())  # so that the others need not be kept
+    if len(scales) > 1 and is_main():
+        columns = min(16, len(rows[0]))
+        shown, labels = [class_names[c] for c in (classes or ())[:columns]], [f"w = {w:g}" for w in scales]
+        viz.save_grid(torch.cat([row[:columns] for row in rows]), out / "guidance_grid.png", columns, labels, shown)

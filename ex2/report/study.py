@@ -1,0 +1,197 @@
+"""The training study: a grid of runs from one configuration, with several seeds each, as a table with intervals, as
+curves and as samples from the same noise (2.2 training, 2.3 compare the schedules, 2.4 null token and guidance).
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+import ex2_viz as viz
+from ex2.data.images import DataSplits
+from ex2.errors import InputError, Interrupted, RunError
+from ex2.evaluation.evaluate import evaluate_with_samples
+from ex2.evaluation.samples import build_evaluator, evaluation_settings, features_dir, inference_model
+from ex2.evaluation.tables import as_markdown
+from ex2.machine.files import read_json, write_atomically
+from ex2.machine.processes import broadcast_from_main, is_main, world_size
+from ex2.report.intervals import NOT_COMPARABLE, T_QUANTILES, summarise_seeds
+from ex2.report.metrics import plot_comparison, write_metrics
+from ex2.settings.build import build_diffusion, build_model, load_data, restore_model
+from ex2.settings.config import Config
+from ex2.training.checkpoint import CHECKPOINT_NAME, load_checkpoint
+from ex2.training.log import RunLog
+from ex2.training.run import fit, open_run
+from ex2_diffusion import sample_in_batches
+
+LOSS_FRACTIONS = (0.1, 0.5, 0.9)  # of T: the times whose test loss stands in the table
+COLUMNS_SHOWN = 10
+
+
+def run_study(base: Config, varied: dict[str, list], device, seeds: int, count: int, scales, accepted) -> None:
+    """Trains and evaluates runs of every combination of varied settings; finished ones are kept.
+
+    Args:
+        base: settings of all runs.
+        varied: setting -> its values.
+        seeds: runs of each combination.
+        count, scales: samples that are evaluated, at which guidance scales beside the run's own; 0: none.
+        accepted: called once the study can start.
+
+    Raises RunError: a run failed; the others have their place in the table.
+    """
+    splits = load_data(base)
+    runs = grid_of_runs(base, varied, len(splits.class_names), seeds)
+    if is_main():
+        write_study(base.run_dir, varied, runs)
+    accepted()
+    evaluator = build_evaluator(splits, device, base, features_dir(base.run_dir), count) if count > 0 else None
+    failed = {}
+    for name, config in runs.items():
+        print(f"--- {name}")
+        try:
+            train_and_evaluate(config, splits, evaluator, count, scales, device)
+        except RunError as error:
+            # Of several processes the others may not know of it; and a signal, where saving failed, ends all.
+            if world_size() > 1 or isinstance(error.__context__, Interrupted):
+                raise
+            failed[name] = str(error)
+    if is_main():
+        write_comparison(runs, varied, failed, base.run_dir, device)
+    if failed:
+        raise RunError("; ".join(f"{name}: {reason}" for name, reason in failed.items()))
+
+
+def train_and_evaluate(config: Config, splits: DataSplits, evaluator, count: int, scales, device) -> None:
+    """One run of a study; skips what an earlier call has done."""
+    if is_main():
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+    diffusor = build_diffusion(config, device)
+    model = fit(open_run(config, splits, diffusor))
+    if not broadcast_from_main(lambda: is_evaluated(config, evaluator, count, scales), "metrics of an earlier call"):
+        write_metrics(evaluate_with_samples(evaluator, model, splits, diffusor, config, count, scales), config)
+
+
+def grid_of_runs(base: Config, varied: dict[str, list], num_classes: int, seeds: int = 1) -> dict[str, Config]:
+    """name -> Config of every combination of the varied settings, each with `base`'s seed and those after it.
+
+    All run in folders of `base`'s run folder. The first seed is not in the name, so that seeds can be added later.
+
+    Raises InputError: a combination of which no model or no process can be made, or too many seeds.
+    """
+    if not 1 <= seeds <= max(T_QUANTILES):
+        raise InputError(f"--seeds must be at least 1 and at most {max(T_QUANTILES)}, got {seeds}")
+    runs = {}
+    for *values, seed in itertools.product(*varied.values(), range(base.seed, base.seed + seeds)):
+        changes, fixed = dict(zip(varied, values)), {}
+        if seed != base.seed:
+            changes["seed"] = seed
+            fixed = {"data_seed": base.seed if base.data_seed is None else base.data_seed}  # all have the same data
+        name = ",".join(f"{setting}={value}" for setting, value in changes.items())
+        try:
+            runs[name] = dataclasses.replace(base, results_dir=str(base.run_dir), run_name=name, **changes, **fixed)
+            build_diffusion(runs[name], "cpu")
+            with torch.device("meta"):
+                build_model(runs[name], num_classes)
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from error
+    return runs
+
+
+def write_study(out: Path, varied: dict[str, list], runs: dict[str, Config]) -> None:
+    """study.json: what is varied, and the names of the runs; folders of an earlier call may lie beside them."""
+    text = json.dumps({"varied": varied, "runs": list(runs)}, indent=2) + "\n"
+    write_atomically(out / "study.json", text.encode())
+
+
+def is_evaluated(config: Config, evaluator, count: int, scales: Sequence[float] = ()) -> bool:
+    """Whether an earlier call already computed the figures that are asked for now."""
+    metrics = config.run_dir / "test_metrics.json"
+    saved = max((path.stat().st_mtime for path in config.run_dir.glob(f"{CHECKPOINT_NAME}*")), default=0)
+    if not metrics.is_file() or metrics.stat().st_mtime < saved:
+        return False
+    report = read_json(metrics)
+    try:
+        losses, samples = report["losses"]["test"], report.get("samples")
+        same = report["weights"] == "ema" and len(losses["t"]) == min(config.eval_timesteps, config.timesteps)
+        same = same and losses["images"] <= config.eval_images == report["eval_images"]
+        same = same and "bits_per_dim" in report and isinstance(samples, dict) == (evaluator is not None)
+        if evaluator is not None and config.can_guide:
+            same = same and set(scales) <= {row["guidance_scale"] for row in samples["by_scale"]}
+    except (KeyError, TypeError):  # of another version
+        return False
+    wanted = {} if evaluator is None else evaluation_settings(evaluator, config, count)
+    return same and all(samples.get(name) == value for name, value in wanted.items())
+
+
+def write_comparison(runs: dict[str, Config], varied: dict[str, list], failed: dict, out: Path, device) -> None:
+    """table.csv, table.md, curves.png and samples.png of judged runs; those that failed have an empty row.
+
+    table.csv has a row per run and guidance scale, table.md the means over the seeds.
+    """
+    done = {name: config for name, config in runs.items() if name not in failed}
+    reports = {name: read_json(config.run_dir / "test_metrics.json") for name, config in done.items()}
+    logs = {name: RunLog.read(config.run_dir / "log.csv") for name, config in done.items()}
+    rows = []
+    for name, config in runs.items():
+        settings = {setting: getattr(config, setting) for setting in (*varied, "seed")}
+        figures = metrics_of(config, reports[name], logs[name]) if name in done else [{}]
+        rows += [{**settings, **row} for row in figures]
+    head = max(rows, key=len)
+    rows = [{name: row.get(name) for name in head} for row in rows]
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, list(head))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(out / "table.csv", table.getvalue().encode())
+    notes = [NOT_COMPARABLE, *(f"{name} failed: {reason}" for name, reason in failed.items())]
+    text = as_markdown(summarise_seeds(rows, list(varied))) + "\n" + "\n\n".join(notes)
+    write_atomically(out / "table.md", (text + "\n").encode())
+    if done:
+        losses = {name: report["losses"]["test"] for name, report in reports.items()}
+        groups = {name: ",".join(f"{s}={getattr(config, s)}" for s in varied) for name, config in done.items()}
+        plot_comparison(logs, losses, groups, out / "curves.png")
+        first = min(config.seed for config in done.values())
+        draw_side_by_side({name: c for name, c in done.items() if c.seed == first}, out / "samples.png", device)
+    print(text)
+
+
+def metrics_of(config: Config, report: dict, log: list[dict]) -> list[dict]:
+    """One run's figures, a row per guidance scale it was judged at.
+
+    The losses are l2 on the test set, at the tested times nearest to `LOSS_FRACTIONS` of T.
+    """
+    losses, figures = report["losses"]["test"], {}
+    for share in LOSS_FRACTIONS:
+        k = min(range(len(losses["t"])), key=lambda k: abs(losses["t"][k] + 1 - share * config.timesteps))
+        figures[f"loss near {share:g} T"] = losses["l2"][k]
+    figures["bits/dim"] = min(report["bits_per_dim"][name]["total"] for name in ("beta", "beta_tilde"))
+    rows = []
+    for evaluated in report["samples"]["by_scale"] if "samples" in report else ():
+        row = {"w": evaluated["guidance_scale"], "Fréchet distance": evaluated["frechet_distance"]}
+        row["precision"], row["recall"] = evaluated["precision"], evaluated["recall"]
+        row["class accuracy"] = evaluated.get("class_accuracy") if config.class_free_guidance else None
+        rows.append(row)
+    seconds = {"seconds": round(float(log[-1]["seconds"])) if log else None}
+    return [{**figures, **row, **seconds} for row in rows or [{}]]
+
+
+def draw_side_by_side(runs: dict[str, Config], path: Path, device) -> None:
+    """A row of samples for every run; a column starts from the same noise, and is of one class where there are any."""
+    rows = []
+    for config in runs.values():
+        checkpoint = load_checkpoint(config.run_dir)
+        classes = torch.arange(COLUMNS_SHOWN) % len(checkpoint["class_names"]) if config.class_free_guidance else None
+        diffusor, model = build_diffusion(config, device), restore_model(checkpoint, config, device)
+        model, how = inference_model(model, config, device), {"classes": classes, **config.sampling}
+        batches = sample_in_batches(diffusor, model, COLUMNS_SHOWN, config.sample_batch, config.seed, **how)
+        rows.append(torch.cat(list(batches)))
+    labels = [name.replace(",", "\n") for name in runs]
+    viz.save_grid(torch.cat(rows), path, COLUMNS_SHOWN, labels, title="same noise in every column")

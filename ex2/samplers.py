@@ -1,0 +1,143 @@
+"""Samplers: ways from noise to an image (2.2 b), some of them with few network calls.
+
+A sampler is a generator over the timesteps of a `Diffusion` process, from the last to the first. It yields (index, x_t,
+x_zero estimate) at each of them, and in the end (-1, sample, sample). To add one, write a function and name it in
+`SAMPLERS`; if it has an argument `eta`, it is stochastic where that is above 0.
+
+Args of every sampler:
+    process: the `Diffusion`, on the visited subsequence of its timesteps.
+    predict: (x_t, index) -> `Estimate`, one network call.
+    x: x_T, the noise to start from (B, C, H, W).
+    draw: () -> new noise like x.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Estimate(NamedTuple):
+    """What the network says of x_t: the noise in it, and the image that is left without it, both (B, C, H, W)."""
+
+    t: Tensor  # (B,), all equal to the index
+    eps: Tensor
+    x_zero: Tensor
+
+
+Trajectory = Iterator[tuple[int, Tensor, Tensor]]
+
+
+def ddpm(process, predict, x: Tensor, draw) -> Trajectory:
+    """Ancestral sampling, Algorithm 2 of Ho et al. 2020: every step is Eq. 8."""
+    for index in reversed(range(process.timesteps)):
+        t, eps, x_zero = predict(x, index)
+        yield index, x, x_zero
+        x = process.ddpm_step(x, t, eps, draw() if index > 0 else torch.zeros_like(x))
+    yield -1, x, x
+
+
+def ddim(process, predict, x: Tensor, draw, eta: float = 0.0) -> Trajectory:
+    """Song et al. 2021 (https://arxiv.org/abs/2010.02502)."""
+    for index in reversed(range(process.timesteps)):
+        _, eps, x_zero = predict(x, index)
+        yield index, x, x_zero
+        x = ddim_step(process, index, eps, x_zero, draw, eta)
+    yield -1, x, x
+
+
+def dpmpp_2m(process, predict, x: Tensor, draw, eta: float = 0.0) -> Trajectory:
+    """DPM-Solver++(2M), second order; Lu et al. 2022, Alg. 2 (https://arxiv.org/abs/2211.01095).
+
+    The first step has no estimate before it, and at the last log-SNR is infinite: those two are of first order.
+    """
+    x_zero_before = None
+    for index in reversed(range(process.timesteps)):
+        t, eps, x_zero = predict(x, index)
+        yield index, x, x_zero
+        mean = x_zero
+        if index > 0 and x_zero_before is not None:
+            mean = second_order_x_zero(process, index, x_zero, x_zero_before)
+            eps = process.predict_eps(x, t, mean)
+        x = ddim_step(process, index, eps, mean, draw, eta)
+        x_zero_before = x_zero
+    yield -1, x, x
+
+
+def heun(process, predict, x: Tensor, draw) -> Trajectory:
+    """Heun's method, second order; Karras et al. 2022, Alg. 1 (https://arxiv.org/abs/2206.00364).
+
+    It takes two network calls a step, but for the last one.
+    """
+    for index in reversed(range(process.timesteps)):
+        _, eps, x_zero = predict(x, index)
+        yield index, x, x_zero
+        euler = ddim_step(process, index, eps, x_zero, draw)
+        if index > 0:
+            _, eps_end, x_zero_end = predict(euler, index - 1)
+            euler = heun_step(process, index, x, (eps, x_zero), (eps_end, x_zero_end))
+        x = euler
+    yield -1, x, x
+
+
+SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpmpp_2m": dpmpp_2m, "heun": heun}
+
+
+def takes_eta(name: str) -> bool:
+    """Whether the stochasticity of a sampler can be chosen."""
+    return "eta" in inspect.signature(SAMPLERS[name]).parameters
+
+
+def check_sampling(sampler: str, eta: float, guidance_interval: tuple[float, float]) -> None:
+    """Raises a ValueError for an unknown sampler, a fraction outside 0 .. 1, or an eta that the sampler ignores."""
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
+    if not 0 <= eta <= 1 or (eta > 0 and not takes_eta(sampler)):
+        able = " and ".join(filter(takes_eta, SAMPLERS))
+        raise ValueError(f"eta {eta:g} for {sampler}: only {able} take one, up to 1; or give --eta 0")
+    if len(guidance_interval) != 2 or not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
+        raise ValueError(
+            f"guidance_interval takes two fractions of T, 0 <= first <= last <= 1, got {guidance_interval}"
+        )
+
+
+def ddim_step(process, index: int, eps: Tensor, x_zero: Tensor, draw, eta: float = 0.0) -> Tensor:
+    """x_{t-1} from the two estimates that make up x_t; Song et al. 2021, Eq. 12. At index 0 it is x_zero.
+
+    It is the first-order step of DPM-Solver++ as well (Lu et al. 2022, Eq. 9).
+
+    eta: 0 is the ODE, 1 ancestral with the posterior variance (Eq. 16 of Song et al.).
+    """
+    alphas_bar_prev = process.alphas_bar_prev[index]
+    variance = eta**2 * process.posterior_variance[index]
+    direction = (1 - alphas_bar_prev - variance).clamp(min=0).sqrt()
+    x = alphas_bar_prev.sqrt() * x_zero + direction * eps
+    return x + variance.sqrt() * draw() if eta > 0 and index > 0 else x
+
+
+def second_order_x_zero(process, index: int, x_zero: Tensor, x_zero_before: Tensor) -> Tensor:
+    """DPM-Solver++(2M), extrapolated to the middle of the step in log-SNR; Lu et al. 2022, Alg. 2. (B, C, H, W).
+
+    x_zero, x_zero_before: the estimates at `index` and at the timestep visited before it, index + 1.
+    """
+    after, now, before = (math.log(a / (1 - a)) for a in process.alphas_bar_exact[index - 1 : index + 2])
+    return x_zero + (after - now) / (2 * (now - before)) * (x_zero - x_zero_before)
+
+
+def heun_step(process, index: int, x: Tensor, *ends: tuple[Tensor, Tensor]) -> Tensor:
+    """x_{t-1} from x_t by the mean slope of both ends, each (eps, x_zero): at `index`, and at index - 1.
+
+    The slope is dx/dangle for x = cos(angle) x_zero + sin(angle) eps (Salimans and Ho 2022). Karras et al. step over
+    sigma / alpha = tan(angle): 20,000 where cosine schedules start, all digits would be lost.
+    """
+    slopes, angles = [], []
+    for i, (eps, x_zero) in zip((index, index - 1), ends):
+        cos, sin = process.sqrt_alphas_bar[i], process.sqrt_one_minus_alphas_bar[i]
+        slopes.append(cos * eps - sin * x_zero)
+        angles.append(torch.atan2(sin, cos))
+    return x + (angles[1] - angles[0]) * (slopes[0] + slopes[1]) / 2

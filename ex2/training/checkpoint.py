@@ -1,0 +1,95 @@
+"""Checkpoints that a kill, a full disk or a flipped bit can't spoil unnoticed."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import pickle
+import sys
+from pathlib import Path
+
+import torch
+
+from ex2.errors import InputError
+from ex2.machine.files import write_atomically
+
+CHECKPOINT_FORMAT = 3
+CHECKPOINT_NAME = "ckpt.pt"
+PREVIOUS = ".previous"  # ending of the checkpoint before the newest
+
+
+def digest_of(content) -> str:
+    """SHA-256 of nested dicts, lists, tensors and plain values, as hexadecimal digits."""
+    digest = hashlib.sha256()
+
+    def add(value) -> None:
+        if isinstance(value, torch.Tensor):
+            digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        elif isinstance(value, dict):
+            digest.update(f"dict {len(value)}".encode())
+            for key, item in value.items():
+                digest.update(repr(key).encode())
+                add(item)
+        elif isinstance(value, (list, tuple)):
+            digest.update(f"list {len(value)}".encode())
+            for item in value:
+                add(item)
+        else:
+            digest.update(repr(value).encode())
+
+    add(content)
+    return digest.hexdigest()
+
+
+def save_checkpoint(path: Path, **content) -> None:
+    """Writes a plain dict of tensors and Python values with its digest. An older checkpoint becomes `PREVIOUS`.
+
+    Raises OSError: it can't be written; what was there is still there.
+    """
+    buffer = io.BytesIO()  # torch's own writer would turn "no space left" into an error of its own
+    torch.save({"format": CHECKPOINT_FORMAT, "sha256": digest_of(content), **content}, buffer)
+    new = path.with_name(path.name + ".new")
+    write_atomically(new, buffer.getbuffer())
+    if path.is_file():
+        os.replace(path, path.with_name(path.name + PREVIOUS))
+    os.replace(new, path)
+
+
+def load_checkpoint(path: str | Path, device="cpu") -> dict:
+    """The content of a checkpoint file, or the newest good one in the folder of a run. Runs no code from the file.
+
+    Raises InputError: there is none, it is damaged, or it is no checkpoint of this program.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return read_checkpoint(path, device)
+    newest = path / CHECKPOINT_NAME
+    candidates = [newest.with_name(newest.name + suffix) for suffix in (".new", "", PREVIOUS)]
+    candidates = [candidate for candidate in candidates if candidate.is_file()] or [newest]
+    for candidate in candidates[:-1]:
+        try:
+            return read_checkpoint(candidate, device)
+        except InputError as error:
+            print(f"{error}; trying the one before", file=sys.stderr)
+    return read_checkpoint(candidates[-1], device)
+
+
+def read_checkpoint(path: Path, device="cpu") -> dict:
+    """The content of one checkpoint file; errors as in `load_checkpoint`."""
+    if not path.is_file():
+        raise InputError(f"no checkpoint at {path}: give --checkpoint a run's folder, or train first")
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(f"{path} is damaged or no checkpoint: it holds more than tensors and plain values") from error
+    except Exception as error:  # torch and pickle raise many kinds for a damaged or foreign file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path} is damaged or no checkpoint: {reason}") from error
+    if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
+        raise InputError(f"{path} is no checkpoint of this program, or of another version of it")
+    content.pop("format")
+    if content.pop("sha256", None) != digest_of(content):  # torch reads changed bytes without complaint
+        raise InputError(f"{path} is damaged: its content does not match its digest")
+    return content

@@ -1,0 +1,62 @@
+"""log.csv: what a training writes down as it goes."""
+
+from __future__ import annotations
+
+import csv
+import io
+import time
+from pathlib import Path
+
+from ex2.machine.files import write_atomically
+
+LOG_COLUMNS = ("step", "epoch", "seconds", "lr", "grad_norm", "train_loss", "epoch_loss", "val_loss")
+
+
+class RunLog:
+    """log.csv of a run: a row per log interval and per epoch; empty cells where a row has no such figure.
+
+    epochs_done, step: where the run stands. Later rows, left by a run that was cut off, are dropped.
+    """
+
+    def __init__(self, path: Path, epochs_done: int = 0, step: int = 0):
+        self.path = path
+        rows = self.rows() if step > 0 and path.is_file() else []
+        kept = [row for row in rows if self.belongs(row, epochs_done, step)]
+        self.started = time.perf_counter() - (float(kept[-1]["seconds"] or 0) if kept else 0)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, LOG_COLUMNS)
+        writer.writeheader()
+        writer.writerows(kept)
+        write_atomically(path, text.getvalue().encode())
+
+    @staticmethod
+    def belongs(row: dict, epochs_done: int, step: int) -> bool:
+        """Whether a row belongs to finished work. The last row of an epoch comes after its validation."""
+        return int(row["epoch"]) < epochs_done or (int(row["step"]) <= step and row["val_loss"] == "")
+
+    def write(self, **figures) -> None:
+        row = {"seconds": f"{time.perf_counter() - self.started:.1f}", **figures}
+        with open(self.path, "a", newline="") as file:
+            csv.DictWriter(file, LOG_COLUMNS).writerow(row)
+
+    def rows(self) -> list[dict]:
+        return self.read(self.path)
+
+    @staticmethod
+    def read(path: Path) -> list[dict]:
+        """The whole rows of a log.csv, every cell a string; a row that was cut off or is no row of ours is left out."""
+        try:
+            text = path.read_bytes().decode("utf-8", "replace").replace("\0", "?")
+        except OSError:
+            return []
+        whole = text[: text.rfind("\n") + 1]
+        return [row for row in csv.DictReader(io.StringIO(whole, newline="")) if is_row(row)]
+
+
+def is_row(row: dict) -> bool:
+    """Whether a row has all columns of a log, with numbers in them or nothing."""
+    try:
+        numbers = [float(cell) for cell in row.values() if cell != ""]
+        return tuple(row) == LOG_COLUMNS and len(numbers) >= 3 and int(row["step"]) >= 0 and int(row["epoch"]) >= 0
+    except (TypeError, ValueError):
+        return False

@@ -1,0 +1,363 @@
+"""The training step (`train_step`), the training loop (`train`), the test loop (`test`): 2.1, 2.2 d, 2.2 e.
+
+Start here to see how a diffusion model learns. `ex2/training/run.py` calls the same loop and adds what long runs need.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from copy import deepcopy
+from functools import partial
+from typing import Callable, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim import AdamW
+from tqdm import tqdm
+
+from ex2.errors import RunError
+from ex2.machine.processes import all_reduce, mean_over_processes, shard
+from ex2_diffusion import Diffusion, ImageNoise, check_images, eval_mode, evenly_spaced, randn
+
+EMA_RAMP = 0.1  # the EMA half-life never exceeds this fraction of the images seen (EDM's ramp-up)
+NOISE_SEED = 20_201_216  # of every evaluation, so that the metrics of different runs are comparable
+
+
+def train(
+    model, trainloader, optimizer, diffusor, epoch, device, args, *, meter=None, take_step=None, after_step=None
+) -> float:
+    """The training loop of one epoch: `train_step` on every batch. Returns the mean loss over its images. 2.1, 2.4 c.
+
+    Args:
+        model: the U-Net.
+        trainloader: yields (images (B, C, H, W) in [-1, 1], labels (B,)).
+        optimizer: of the model's weights, see `build_optimizer`.
+        diffusor: the `Diffusion` process.
+        epoch: number of the epoch, from 0; for messages.
+        device: where the model is.
+        args: has `log_interval`, the steps between two lines, and `dry_run` (one batch only).
+        meter: a `LossMeter` that may have seen the start of the epoch; None starts a new one.
+        take_step: (images, labels) -> (loss, gradient norm); None is `train_step`. A long run replays a CUDA graph.
+        after_step: called after every step, ends the epoch if it returns True. A long run saves, and heeds signals.
+
+    Raises:
+        ValueError: images that are not in [-1, 1].
+        RunError: the loss is no longer finite.
+    """
+    model.train()
+    meter = meter or LossMeter(epoch)
+    take_step = take_step or partial(train_step, model, optimizer, diffusor)
+    progress = tqdm(trainloader, f"epoch {epoch + 1}", initial=meter.all_steps, disable=args.dry_run or None)
+    for images, labels in progress:
+        if meter.all_steps == 0:
+            check_images(images)
+        loss, grad_norm = take_step(images.to(device), labels.to(device))
+        meter.add(loss, grad_norm, len(images))
+        if len(meter.window) == args.log_interval:
+            show_loss(progress, meter, optimizer)
+        ends = after_step is not None and after_step()
+        if ends or args.dry_run:
+            break
+    if meter.window:
+        show_loss(progress, meter, optimizer)
+    return meter.mean
+
+
+class Rows(NamedTuple):
+    """The part of a batch that one of several processes has."""
+
+    total: int  # images of the batch, over all processes
+    own: slice  # those of this process
+    weight: float  # of their mean loss, so that the mean over processes is the mean over the batch
+    seed: int  # of what the network draws in this process: which labels to drop
+
+
+def train_step(
+    model,
+    optimizer,
+    diffusor,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    ema: EMA | None = None,
+    rows: Rows | None = None,
+    loss_type: str = "l2",
+    grad_clip: float = 1.0,
+    min_snr: float | None = None,
+    amp: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Algorithm 1 of Ho et al. 2020 for one batch. Returns (loss, gradient norm before clipping).
+
+    Nothing here waits for the GPU, and all that changes from step to step is in tensors: the learning rate and the EMA
+    weight, beside images and labels. So a GPU can replay the step as one CUDA graph.
+
+    Args:
+        images: (B, C, H, W) in [-1, 1].
+        labels: (B,), used where the model is class-conditional.
+        ema: averages the weights after the step.
+        rows: this process's part of the batch, where several processes share it.
+        loss_type, min_snr: as in `Diffusion.p_losses`.
+        grad_clip: largest norm of the gradient.
+        amp: compute in bfloat16 where torch deems it safe.
+    """
+    t, noise = draw(images, diffusor.timesteps, rows)
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
+        classes = labels if is_conditional(model) else None
+        loss = diffusor.p_losses(model, images, t, noise, loss_type, classes, min_snr)  # Eq. 9
+    if rows is not None:
+        loss = loss * rows.weight
+    optimizer.zero_grad()
+    loss.backward()
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(weights, grad_clip)
+    optimizer.step()
+    if ema is not None:
+        ema.update(weights)
+    return loss.detach().clone(), norm  # the loss that torch returns can keep the memory of the whole batch
+
+
+def draw(images: Tensor, timesteps: int, rows: Rows | None = None) -> tuple[Tensor, Tensor]:
+    """A random timestep (B,) and the noise (B, C, H, W) for each image, from torch's global generator.
+
+    Several processes have the same seed here. Each one draws for the whole batch and keeps its own rows: so they learn
+    from the same timesteps and noise as one process does, to rounding.
+    """
+    total, own = (len(images), slice(None)) if rows is None else (rows.total, rows.own)
+    t = torch.randint(0, timesteps, (total,), device=images.device)[own]
+    noise = torch.randn(total, *images.shape[1:], device=images.device)[own]
+    if rows is not None:
+        torch.manual_seed(rows.seed)
+    return t, noise
+
+
+def is_conditional(model) -> bool:
+    """Whether a model, or the one that DDP holds, takes class labels."""
+    return getattr(getattr(model, "module", model), "class_free_guidance", False)
+
+
+def build_optimizer(model, lr: float, beta1: float = 0.9) -> AdamW:
+    """AdamW, fused where torch has that for the device: one pass over all weights instead of hundreds of small ones.
+
+    Its learning rate is a tensor, which `set_learning_rate` changes.
+    """
+    device = next(model.parameters()).device
+    settings = {"lr": torch.tensor(lr, device=device), "betas": (beta1, 0.999), "capturable": device.type == "cuda"}
+    try:
+        optimizer = AdamW(model.parameters(), **settings, fused=True)
+    except RuntimeError:  # of a CPU before torch 2.4
+        optimizer = AdamW(model.parameters(), **settings)
+    optimizer._warned_capturable_if_run_uncaptured = True  # warm-up steps run uncaptured on purpose
+    return optimizer
+
+
+def set_learning_rate(optimizer, lr: float) -> None:
+    """Sets the learning rate of the next step, in an optimiser of `build_optimizer`."""
+    for group in optimizer.param_groups:
+        group["lr"].fill_(lr)
+
+
+def learning_rate(peak: float, step: int, total_steps: int, warmup_steps: int = 0, time_fraction: float = 0.0) -> float:
+    """The learning rate of step 0, 1, ...: linear warm-up to `peak`, then cosine decay to zero at the end.
+
+    Args:
+        peak: the highest one.
+        step: number of the step.
+        total_steps: of the whole training.
+        warmup_steps: of the rise; at most a tenth of all steps count.
+        time_fraction: of the time that the training may take; where it is further than the steps, it decides.
+    """
+    warmup = min(warmup_steps, total_steps // 10)
+    rise = min(1.0, (step + 1) / (warmup + 1))
+    done = max((step - warmup) / max(1, total_steps - warmup), time_fraction)
+    return peak * (rise * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, done)))))
+
+
+class EMA:  # swa_utils.AveragedModel reads a counter on the CPU at every update: no GPU could replay that
+    """The exponential moving average (EMA) of the weights, held by a copy of the model.
+
+    Its half-life is `ema_images`, or a tenth of the images seen so far. The tenth matters for short runs: with a
+    constant decay of 0.9999 the EMA of 750 steps would be 93% initial weights. It is the ramp-up of EDM (Karras et al.
+    2022, https://arxiv.org/abs/2206.00364), at twice its length.
+    """
+
+    def __init__(self, model, ema_images: float, batch_size: int):
+        self.model = deepcopy(model).requires_grad_(False)
+        self.weights = list(self.model.parameters())
+        self.ema_images, self.batch_size = ema_images, batch_size
+        self.weight = torch.ones((), device=self.weights[0].device)  # of the new weights in the average
+
+    def set_step(self, step: int) -> None:
+        """Sets the weight of the new weights for the update of optimiser step 0, 1, ..."""
+        half_life = min(self.ema_images, EMA_RAMP * (step + 1) * self.batch_size)
+        self.weight.fill_(1 - 0.5 ** (self.batch_size / half_life))
+
+    @torch.no_grad()
+    def update(self, weights: list[Tensor]) -> None:
+        """average += weight * (weights - average)."""
+        difference = torch._foreach_sub(weights, self.weights)
+        torch._foreach_mul_(difference, self.weight)
+        torch._foreach_add_(self.weights, difference)
+
+
+class LossMeter:
+    """Loss of one epoch as mean over images and processes; reads the device once per window, not once per step.
+
+    Args:
+        epoch: number of the epoch, for messages.
+        images_in: number of a batch -> its images over all processes; None: this process has them all.
+        log: called with the mean loss and the mean gradient norm of every window of steps.
+    """
+
+    def __init__(self, epoch: int, images_in: Callable[[int], int] | None = None, log: Callable | None = None):
+        self.epoch, self.images_in, self.log = epoch, images_in, log
+        self.window: list[tuple[Tensor, Tensor, int]] = []  # (loss, gradient norm, images) of steps not summed up yet
+        self.steps, self.images, self.total = 0, 0, 0.0  # summed up
+
+    @property
+    def all_steps(self) -> int:
+        """Steps of the epoch until now."""
+        return self.steps + len(self.window)
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.images
+
+    def add(self, loss: Tensor, grad_norm: Tensor, images: int) -> None:
+        """Takes in a step on `images` images."""
+        if self.images_in is not None:
+            images = self.images_in(self.all_steps)
+        self.window.append((mean_over_processes(loss), grad_norm, images))
+
+    def read_window(self, lr: float) -> tuple[Tensor, Tensor, Tensor]:
+        """(losses, gradient norms, images) of the window, one entry per step; `lr` is for the message.
+
+        Raises RunError: a loss or a gradient is not finite.
+        """
+        losses, norms, counts = zip(*self.window)
+        losses, norms, counts = torch.stack(losses).cpu(), torch.stack(norms).cpu(), torch.tensor(counts)
+        finite = losses.isfinite() & norms.isfinite()
+        if not finite.all():
+            step = self.steps + int(finite.int().argmin()) + 1
+            where = f"step {step} of epoch {self.epoch + 1} (learning rate {lr:.2g})"
+            advice = "lower --lr or --grad_clip, or give --amp off, and choose a new --run_name"
+            what = f"the loss or its gradient is not finite in {where}: {advice}"
+            raise RunError(f"{what}; the last checkpoint is untouched")
+        return losses, norms, counts
+
+    def close_window(self, lr: float) -> float:
+        """Sums up the steps of the window, which starts anew; returns their mean loss over the images.
+
+        Raises RunError: a loss or a gradient of the window is not finite.
+        """
+        losses, norms, counts = self.read_window(lr)
+        window_total = (losses.double() * counts).sum().item()
+        self.total += window_total
+        self.images += int(counts.sum())
+        self.steps += len(counts)
+        self.window.clear()
+        loss = window_total / int(counts.sum())
+        if self.log is not None:
+            self.log(loss, norms.mean().item())
+        return loss
+
+    def state_dict(self, lr: float) -> dict:
+        """What a checkpoint keeps of the epoch that is going on.
+
+        Raises RunError: a loss or a gradient of the window is not finite.
+        """
+        if self.window:
+            self.read_window(lr)
+        window = [(float(loss), float(norm), images) for loss, norm, images in self.window]
+        return {"steps": self.steps, "images": self.images, "total": self.total, "window": window}
+
+    def load_state_dict(self, saved: dict) -> None:
+        """Restores what `state_dict` returned."""
+        self.steps, self.images, self.total = saved["steps"], saved["images"], saved["total"]
+        self.window = [(torch.tensor(loss), torch.tensor(norm), images) for loss, norm, images in saved["window"]]
+
+
+def show_loss(progress: tqdm, meter: LossMeter, optimizer) -> None:
+    """Shows the loss of the last window beside the bar. Without a terminal, as in a batch job, it prints a line."""
+    loss = meter.close_window(float(optimizer.param_groups[0]["lr"]))
+    progress.set_postfix(loss=f"{loss:.4f}")
+    if progress.disable:
+        print(f"epoch {meter.epoch + 1}, step {meter.steps}/{progress.total or meter.steps}: loss {loss:.4f}")
+
+
+def test(model, testloader, diffusor, device, args) -> dict:
+    """The test loop: l1 and l2 loss at fixed timesteps with fixed noise; see `loss_over_timesteps`. 2.2 e.
+
+    Args:
+        model: put into eval mode, without label dropping; its own mode is restored.
+        testloader: yields (images (B, C, H, W) in [-1, 1], labels (B,)).
+        args: `eval_timesteps` and `eval_images` bound the work where it has them; `dry_run` takes one image.
+    """
+    timesteps = evenly_spaced(diffusor.timesteps, getattr(args, "eval_timesteps", 10))
+    max_images = 1 if args.dry_run else getattr(args, "eval_images", None)
+    with eval_mode(model):
+        return loss_over_timesteps(model, testloader, diffusor, timesteps, max_images=max_images)
+
+
+def evaluation_batches(loader: Iterable, device, max_images: int | None) -> Iterator[tuple[Tensor, Tensor, ImageNoise]]:
+    """Batches of the first `max_images` images of a loader: (images, labels, their noise).
+
+    Image i has the same noise in every run, at any batch size and on any device. Each process has its share of a batch.
+    """
+    seen = 0
+    for images, labels in tqdm(loader, "evaluating", leave=False, disable=None):
+        if max_images is not None:
+            images, labels = images[: max_images - seen], labels[: max_images - seen]
+        images, labels = images.to(device), labels.to(device)
+        check_images(images)
+        mine = shard(len(images))
+        if mine:
+            source = ImageNoise(NOISE_SEED, seen + mine.start, len(mine))
+            yield images[mine.start : mine.stop], labels[mine.start : mine.stop], source
+        seen += len(images)
+        if seen == max_images:
+            return
+
+
+def labels_for(model, labels: Tensor, unconditional: bool = False) -> Tensor | None:
+    """The classes that a model is given: the labels, null labels if `unconditional`; None if it takes none."""
+    if not is_conditional(model):
+        return None
+    return torch.full_like(labels, model.null_class) if unconditional else labels
+
+
+@torch.no_grad()
+def loss_over_timesteps(
+    model, loader: Iterable, diffusor: Diffusion, timesteps: Sequence[int], *, max_images=None, unconditional=False
+) -> dict:
+    """Mean error of the predicted noise and of the x_zero estimate at each of `timesteps`, over images of a loader.
+
+    Image i gets the same noise at every timestep and in every run (`evaluation_batches`), so the losses of two models
+    differ by the models alone.
+
+    Args:
+        model: in eval mode; (x_t, t) -> eps, or (x_t, t, classes) -> eps where its `class_free_guidance` is true.
+        max_images: how many of the first images to take; None takes all.
+        unconditional: give a class-conditional model the null token in place of the labels.
+
+    Returns: {"t": [...], "log_snr": [...], "l1": [...], "l2": [...], "x_zero_l1": [...], "x_zero_l2": [...], "images":
+    how many}. l1 and l2 are of eps: a predictor of zeros has l2 = 1. The x_zero estimate is clamped, as in sampling.
+    """
+    totals = {name: torch.zeros(len(timesteps), dtype=torch.float64) for name in ("l1", "l2", "x_zero_l1", "x_zero_l2")}
+    seen = torch.zeros((), dtype=torch.long)
+    for images, labels, source in evaluation_batches(loader, diffusor.device, max_images):
+        classes = labels_for(model, labels, unconditional)
+        noise = randn(images.shape, images.device, source)
+        for k, timestep in enumerate(timesteps):
+            t = torch.full((len(images),), timestep, device=diffusor.device, dtype=torch.long)
+            x_t = diffusor.q_sample(images, t, noise)
+            eps = diffusor.predict_noise(model, x_t, t, classes).float()
+            x_zero = diffusor.predict_x_zero(x_t, t, eps).clamp(-1, 1)
+            for of, estimate, truth in (("", eps, noise), ("x_zero_", x_zero, images)):
+                totals[f"{of}l1"][k] += F.l1_loss(estimate, truth).item() * len(images)
+                totals[f"{of}l2"][k] += F.mse_loss(estimate, truth).item() * len(images)
+        seen += len(images)
+    seen = int(all_reduce(seen, "images of the losses"))
+    means = {name: (all_reduce(total, "losses") / seen).tolist() for name, total in totals.items()}
+    return {"t": list(timesteps), "log_snr": diffusor.log_snr[list(timesteps)].tolist(), **means, "images": seen}
