@@ -1,6 +1,8 @@
-"""Writes ex2_reference.json, the curves that `ex2_normal` compares runs with, from runs of ours that were tested.
+"""Writes ex2/evaluation/reference.json, the runs of ours that `ex2/evaluation/sanity.py` compares runs with.
 
 python benchmarks/reference.py shapes=results/quick-1,results/quick "CIFAR-10 photographs=results/photographs"
+
+The names are those of `reference` in `ex2/data/sets.py`.
 """
 
 import json
@@ -13,8 +15,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from ex2.evaluation.sanity import REFERENCE, images_seen  # noqa: E402
 from ex2.machine.files import read_json  # noqa: E402
 from ex2.training.log import RunLog  # noqa: E402
-
-DATASETS = {"shapes": ["shapes"], "CIFAR-10 photographs": ["cifar10", "folder"]}
 
 
 def point_of(folder: Path) -> dict:
@@ -37,11 +37,10 @@ def point_of(folder: Path) -> dict:
 def main(arguments: list[str]) -> None:
     reference = {}
     for argument in arguments:
-        kind, _, folders = argument.partition("=")
+        name, _, folders = argument.partition("=")
         folders = [Path(folder) for folder in folders.split(",")]
-        reference[kind] = {
+        reference[name] = {
             "recorded": date.today().isoformat(),
-            "datasets": DATASETS[kind],
             "image_size": read_json(folders[0] / "config.json")["image_size"],
             "points": sorted(map(point_of, folders), key=lambda point: point["images"]),
         }

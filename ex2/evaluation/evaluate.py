@@ -51,7 +51,8 @@ def evaluate(model, splits: DataSplits, diffusor: Diffusion, config: Config, wei
         losses.update(losses_of_training(network, splits.train, diffusor, config, timesteps))
     vlb = {"split": "test", "given": "the class" if config.class_free_guidance else "nothing"}
     vlb.update(bits_per_dim(network, loaders["test"], diffusor, config.eval_timesteps, count))
-    report = {"weights": weights, "parameters": sum(p.numel() for p in model.parameters())}
+    report = {"weights": weights, "classes": len(splits.class_names)}
+    report["parameters"] = sum(p.numel() for p in model.parameters())
     report.update({name: getattr(config, name) for name in ("schedule", "timesteps", "eval_images")})
     report.update(losses=losses, bits_per_dim=vlb)
     if DATASETS[config.dataset].has_templates and config.class_free_guidance:

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-REFERENCE = Path(__file__).with_name("reference.json")  # of what, on what machine and when: in the file
+from ex2.data.sets import DATASETS
+
+REFERENCE = Path(__file__).with_name("reference.json")  # our runs; benchmarks/reference.py writes it
 NOISE_LEVELS = (-4, -2, 0, 2)  # log-SNR at which runs are compared
 WORSE = 1.3  # ratio of two losses from which on one is called worse: seeds differ by some percent
-FEATURES_WORSE = 2.0  # the same of Fréchet distances
+DISTANCE_WORSE = 2.0  # the same of Fréchet distances
 
 
 def images_seen(config: Mapping, log: Sequence[Mapping]) -> int:
@@ -20,33 +22,41 @@ def images_seen(config: Mapping, log: Sequence[Mapping]) -> int:
 
 
 def reference_of(config: Mapping, images: int) -> dict | None:
-    """The figures of our own run on the same kind of data, after at most as many images; None if there is none."""
-    kind = "shapes" if config["dataset"] == "shapes" else "CIFAR-10 photographs"
-    runs = json.loads(REFERENCE.read_text(encoding="utf-8"))[kind]
+    """The metrics of our own run on the same data set and image size, after at most as many images; None without one."""
+    name = DATASETS[config["dataset"]].reference
+    runs = json.loads(REFERENCE.read_text(encoding="utf-8")).get(name)
+    if runs is None or config["image_size"] != runs["image_size"]:
+        return None
     points = [point for point in runs["points"] if point["images"] <= 1.05 * images]
-    known = config["dataset"] in runs["datasets"] and config["image_size"] == runs["image_size"]
-    return {**points[-1], "name": kind} if points and known else None
+    return {**points[-1], "name": name} if points else None
+
+
+def reference_curve(config: Mapping, point: Mapping) -> dict:
+    """The l2 losses over log-SNR of a reference, with or without the class, as the run has it."""
+    kind = "conditional" if config["class_free_guidance"] else "unconditional"
+    return {"log_snr": point["log_snr"], **point[kind]}
 
 
 def reference_losses(config: Mapping, report: Mapping, images: int) -> dict | None:
-    """l2 losses of `reference_of` at the noise levels of a report's times, as a curve of `plot_loss_over_t`."""
-    point = reference_of(config, images)
+    """l2 losses of `reference_of` at the noise levels of a report's timesteps, as a curve of `plot_loss_over_t`."""
+    point, test = reference_of(config, images), report["losses"]["test"]
     if point is None:
         return None
-    test = report["losses"]["test"]
-    curve = point["conditional" if config["class_free_guidance"] else "unconditional"]
-    return {"t": test["t"], "l2": [loss_at({**curve, "log_snr": point["log_snr"]}, x) for x in test["log_snr"]]}
+    return {"t": test["t"], "l2": [loss_at(reference_curve(config, point), x) for x in test["log_snr"]]}
 
 
 def loss_at(curve: Mapping, log_snr: float) -> float:
-    """l2 loss at a log-SNR, between the times that were tested: its logarithm is nearly straight there."""
-    return float(np.exp(np.interp(log_snr, curve["log_snr"][::-1], np.log(curve["l2"][::-1]))))
+    """l2 loss at a log-SNR, between the timesteps that were tested: its logarithm is nearly straight there."""
+    return float(np.exp(np.interp(log_snr, curve["log_snr"][::-1], np.log(np.maximum(curve["l2"][::-1], 1e-12)))))
 
 
 def verdict(config: Mapping, report: Mapping, log: Sequence[Mapping]) -> list[str]:
     """Sentences on what is off and what to try, or that nothing is.
 
-    config: of the run, as a dict.  report: test_metrics.json.  log: rows of log.csv.
+    Args:
+        config: settings of the run.
+        report: test_metrics.json; only the losses of test images must be there.
+        log: rows of log.csv.
     """
     images = images_seen(config, log)
     point = reference_of(config, images)
@@ -59,7 +69,7 @@ def verdict(config: Mapping, report: Mapping, log: Sequence[Mapping]) -> list[st
 
 def check_losses(report: Mapping) -> Iterator[str]:
     """Losses that are not possible if all is right."""
-    test, train, floor = (report["losses"].get(name) for name in ("test", "train", "floor"))
+    test, train, optimal = (report["losses"].get(name) for name in ("test", "train", "optimal"))
     if test["log_snr"][-1] < -4 and test["l2"][-1] > 0.2:
         yield (
             f"The loss at t = {test['t'][-1] + 1} is {test['l2'][-1]:.2g}: x_t is nearly pure noise there, and a "
@@ -72,13 +82,14 @@ def check_losses(report: Mapping) -> Iterator[str]:
             f"The images differ by a variance of {test['x_zero_l2'][-1]:.2g} only, photographs in [-1, 1] by 0.2 to "
             "0.5: see whether their values fill the range."
         )
-    if train and floor:
-        pairs = [(t, a, b) for t, a, b in zip(train["t"], train["l2"], floor["l2"]) if b > 0.01]
-        for t, a, b in [pair for pair in pairs if pair[1] < 0.8 * pair[2]][:1]:
+    if train and optimal:
+        triples = zip(train["t"], train["l2"], optimal["l2"])
+        for t, loss, best in [triple for triple in triples if triple[2] > 0.01 and triple[1] < 0.8 * triple[2]][:1]:
             yield (
-                f"The loss of training images at t = {t + 1}, {a:.2g}, is below the floor of {b:.2g}, which no model "
-                "can reach: noise, times or images of the evaluation are not those of training."
+                f"The loss of training images at t = {t + 1}, {loss:.2g}, is below the optimal loss of {best:.2g}, "
+                "which no model can reach: noise, timesteps or images of the evaluation are not those of training."
             )
+    if train:
         gap = float(np.median([of_test / max(own, 1e-9) for of_test, own in zip(test["l2"], train["l2"])]))
         if gap > WORSE:
             yield (
@@ -88,11 +99,13 @@ def check_losses(report: Mapping) -> Iterator[str]:
 
 
 def check_labels(report: Mapping) -> Iterator[str]:
-    """Labels that make no difference: to the loss, or to samples."""
+    """Labels that make no difference: to the loss, or to samples. Of a single class none is expected."""
+    if report.get("classes") == 1:
+        return
     losses = report["losses"]
     if "test_unconditional" in losses:
         pairs = zip(losses["test"]["l2"], losses["test_unconditional"]["l2"])
-        if max(without / given for given, without in pairs if given > 0) < 1.005:
+        if max((without / given for given, without in pairs if given > 0), default=0) < 1.005:
             yield (
                 "The loss is the same with and without the class, at every t: labels are wrong, or dropped too often "
                 "(--p_uncond)."
@@ -103,37 +116,36 @@ def check_labels(report: Mapping) -> Iterator[str]:
         if much < none + 0.1:
             yield (
                 f"Guidance has no effect: {much:.0%} of samples show their class at w = "
-                f"{rows[-1]['guidance_scale']:g}, {none:.0%} without a class."
+                f"{rows[-1]['guidance_scale']:g}, {none:.0%} at w = {rows[0]['guidance_scale']:g}."
             )
 
 
 def check_ema(log: Sequence[Mapping]) -> Iterator[str]:
-    """Averaged weights that lag behind when the training ends."""
-    rows = [row for row in log if row.get("val_loss") and row.get("epoch_loss")][-2:]
+    """EMA weights that lag behind when the training ends."""
+    rows = [row for row in log if float(row["val_loss"] or 0) > 0 and float(row["epoch_loss"] or 0) > 0][-2:]
     if len(rows) == 2:
         val, epoch = (1 - float(rows[1][name]) / float(rows[0][name]) for name in ("val_loss", "epoch_loss"))
         if val > 0.1 and epoch < 0.03:
             yield (
-                f"In the last epoch the averaged weights gained {val:.0%}, the trained ones {max(0, epoch):.0%}: "
-                "the average is behind; lower --ema_images or train longer."
+                f"In the last epoch the EMA weights gained {val:.0%}, the trained ones {max(0, epoch):.0%}: the EMA is "
+                "behind; lower --ema_images or train longer."
             )
 
 
 def check_reference(config: Mapping, report: Mapping, point: Mapping, images: int) -> Iterator[str]:
     """Where the losses, or the samples, are clearly worse than those of our own run."""
-    test = report["losses"]["test"]
-    curve = {**point["conditional" if config["class_free_guidance"] else "unconditional"], "log_snr": point["log_snr"]}
+    test, curve = report["losses"]["test"], reference_curve(config, point)
     levels = [x for x in NOISE_LEVELS if test["log_snr"][-1] <= x <= test["log_snr"][0]]
     ratios = {x: loss_at(test, x) / loss_at(curve, x) for x in levels}
     off = [f"{ratio:.2g} times ours at log-SNR {x}" for x, ratio in ratios.items() if ratio > WORSE]
     ours = f"ours, on {point['name']}, had seen {point['images']:,} images, this one {images:,}"
     if off:
         yield f"The test loss is {', '.join(off)} ({ours}): try another --lr or --schedule, or train longer."
-    samples, theirs = report.get("samples"), point.get("samples")
-    if samples and theirs and all(samples[name] == theirs[name] for name in ("features", "count", "own_scale")):
-        own = next(row for row in samples["by_scale"] if row["guidance_scale"] == samples["own_scale"])
-        distance = own["frechet_distance"]
-        if distance is not None and distance > FEATURES_WORSE * theirs["frechet_distance"]:
+    samples, theirs = report.get("samples", {}), point.get("samples")
+    if theirs and all(samples.get(name) == theirs[name] for name in ("features", "count", "own_scale")):
+        own = next((row for row in samples["by_scale"] if row["guidance_scale"] == samples["own_scale"]), {})
+        distance = own.get("frechet_distance")
+        if distance is not None and distance > DISTANCE_WORSE * theirs["frechet_distance"]:
             yield (
                 f"The Fréchet distance of its samples is {distance:.3g}, of ours {theirs['frechet_distance']:.3g} "
                 f"({ours}): where the losses are fine, try more --sample_steps or another --guidance_scale."

@@ -5,23 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from ex2.evaluation.classifier import Inception
-from ex2.evaluation.vlb import VARIANCES
+INCEPTION = "Inception v3 (FID)"  # description of the features on which a Fréchet distance is called FID
+VARIANCES = ("beta", "beta_tilde")  # sigma^2 of the reverse process, as in test_metrics.json
 
 
 def format_cell(value) -> str:
     """A cell of a table: fractions to four digits, whole numbers as they are, a dash where there is none."""
     if value is None or value == "":
         return "-"
-    if isinstance(value, bool):
+    if not isinstance(value, float) or not math.isfinite(value):
         return str(value)
-    try:
-        number = float(value)
-    except ValueError:
-        return str(value)
-    if not math.isfinite(number):
-        return str(value)
-    return f"{number:.0f}" if number == round(number) or abs(number) >= 1000 else f"{number:.4g}"
+    return f"{value:.0f}" if value == round(value) or abs(value) >= 1000 else f"{value:.4g}"
 
 
 def as_markdown(rows: Sequence[Mapping]) -> str:
@@ -54,7 +48,7 @@ def print_losses(report: dict) -> None:
 
 def samples_table(samples: dict) -> list[dict]:
     """The figures of test images, of samples at each scale and of noise, as rows."""
-    name = "FID" if samples["features"] == Inception.description else "Fréchet distance"
+    name = "FID" if samples["features"] == INCEPTION else "Fréchet distance"
     columns = {name: "frechet_distance", "KID": "kid", "precision": "precision", "recall": "recall"}
     columns["class accuracy"] = "class_accuracy"
     entries = [(f"{samples['test_images']['count']} test images", samples["test_images"])]
