@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import ex2_diffusion
+from ex2.samplers import SAMPLERS, ddim_step
 from ex2_diffusion import (
-    SAMPLERS,
     SCHEDULES,
     Diffusion,
     ImageNoise,
@@ -83,7 +83,8 @@ def test_first_order_dpm_solver_is_ddim(schedule, eta):
     x, x_zero = torch.randn(20, 3, 4, 4, generator=g), torch.rand(20, 3, 4, 4, generator=g) * 2 - 1
     t = torch.arange(20)
     z = torch.randn(x.shape, generator=g)
-    ddim = process.ddim_step(t, process.predict_eps(x, t, x_zero), x_zero, z, eta)
+    eps = process.predict_eps(x, t, x_zero)
+    ddim = torch.cat([ddim_step(process, i, eps[[i]], x_zero[[i]], lambda i=i: z[[i]], eta) for i in range(20)])
     # Lu et al. 2022, Eq. 9: with v the variance of the fresh noise, what is left of x_t shrinks by this factor.
     abar, before, v = (
         extract(table.double(), t, x.shape)
@@ -96,7 +97,7 @@ def test_first_order_dpm_solver_is_ddim(schedule, eta):
 
 def exact_solution(process, x, s, mu):
     """x at t = 0 on the probability-flow ODE of N(mu, s^2), from x at the last time: its z-score stays."""
-    alphas_bar = [process._alphas_bar_exact[k] for k in (0, -1)]
+    alphas_bar = [process.alphas_bar_exact[k] for k in (0, -1)]
     means = [math.sqrt(a) * mu for a in alphas_bar]
     deviations = [math.sqrt(a * s**2 + 1 - a) for a in alphas_bar]
     return means[0] + deviations[0] / deviations[1] * (x - means[1])

@@ -1,5 +1,6 @@
 """What several files of tests need: a run that takes a second, small data sets, a refusal of one line."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -8,6 +9,10 @@ from PIL import Image
 import ex2_main
 from ex2.data.images import ImageSet
 from ex2.settings.config import Config
+from ex2.training import run
+from ex2_train import train
+
+ROOT = Path(__file__).resolve().parents[1]
 
 TINY = "--dataset shapes --image_size 8 --dim 8 --dim_mults 1 2 --timesteps 30 --batch_size 100 --epochs 1".split()
 TINY += "--eval_images 20 --eval_timesteps 3 --sample_steps 3 --schedule cosine --no_cuda".split()
@@ -41,6 +46,30 @@ def tiny_config(results_dir, **changes):
 def tiny_splits():
     sets = [random_set(40), random_set(8), random_set(8)]
     return SimpleNamespace(train=sets[0], val=sets[1], test=sets[2], class_names=("a", "b", "c"))
+
+
+def fit(config, splits, diffusor):
+    """Trains a run to its end, or goes on with it; the model with its EMA weights."""
+    return run.fit(run.open_run(config, splits, diffusor))
+
+
+def train_epoch(training):
+    """The rest of the current epoch of a training, as `fit` does it; its mean loss."""
+    hooks = {"meter": training.meter, "take_step": training.take_step, "after_step": training.after_step}
+    parts = (training.network, training.loader, training.optimizer, training.diffusor, training.epochs_done)
+    with training.epoch():
+        return train(*parts, training.device, training.config, **hooks)
+
+
+def without_evaluation(patch):
+    """`train` ends after the training."""
+    from ex2.evaluation import evaluate
+    from ex2.report import metrics, pictures
+
+    patch.setattr(evaluate, "evaluate", lambda *args: {})
+    patch.setattr(metrics, "write_metrics", lambda *args: None)
+    for name in ("draw_process", "draw_samples"):
+        patch.setattr(pictures, name, lambda *args: None)
 
 
 def rejected(argv, capsys, code=2):

@@ -392,7 +392,8 @@ class Training:
             raise InputError(f"{what}: choose another --run_name") from error
         own = self.optimizer.state_dict()["param_groups"]  # betas and kind are those of this run
         self.optimizer.load_state_dict({"state": saved["optimizer"]["state"], "param_groups": own})
-        set_learning_rate(self.optimizer, saved["optimizer"]["param_groups"][0]["lr"])  # until the next step
+        self.lr = saved["optimizer"]["param_groups"][0]["lr"]  # until the next step
+        set_learning_rate(self.optimizer, self.lr)
 
 
 def uses_cuda_graphs(config: Config, device: torch.device) -> bool:

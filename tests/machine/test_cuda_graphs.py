@@ -5,15 +5,15 @@ import signal
 
 import pytest
 import torch
-from tiny import random_set, tiny_config, tiny_splits
+from tiny import fit, tiny_config, tiny_splits
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from ex2.errors import Interrupted
 from ex2.machine import cuda_graphs
 from ex2.machine.cuda_graphs import WARMUP_CALLS, GraphReplay
-from ex2.machine.job import Interrupted
 from ex2.training import checkpoint, run
-from ex2.training.run import Training, fit
+from ex2.training.run import Training
 from ex2_train import build_optimizer
 
 CPU = torch.device("cpu")
@@ -248,11 +248,11 @@ HARD = {
 def test_thirty_replayed_steps_are_thirty_eager_ones_bit_for_bit(tmp_path, diffusor, graphs, monkeypatch):
     """With partial batches, label dropping, dropout, flips, warm-up and averages: 40 images, batches of 9, 35 steps."""
     replayed = tiny_config(tmp_path, run_name="replayed", **HARD)
-    fit(replayed, tiny_splits(), diffusor, CPU)
+    fit(replayed, tiny_splits(), diffusor)
     assert graphs == {"recorded": 2, "replayed": 7 * 5 - 2 * WARMUP_CALLS}  # the smaller last batch, too
     monkeypatch.setattr(run, "uses_cuda_graphs", lambda config, device: False)
     eager = tiny_config(tmp_path, run_name="eager", **HARD)
-    fit(eager, tiny_splits(), diffusor, CPU)
+    fit(eager, tiny_splits(), diffusor)
     assert_same_end(replayed, eager)
     assert graphs["recorded"] == 2
 
@@ -260,46 +260,27 @@ def test_thirty_replayed_steps_are_thirty_eager_ones_bit_for_bit(tmp_path, diffu
 @needs_fused
 def test_a_replayed_training_that_is_cut_off_ends_as_if_it_had_not_been(tmp_path, diffusor, graphs, monkeypatch):
     straight, cut = (tiny_config(tmp_path, run_name=name, **HARD) for name in ("straight", "cut"))
-    fit(straight, tiny_splits(), diffusor, CPU)
+    fit(straight, tiny_splits(), diffusor)
     real = Training.take_step
 
-    def interrupted(self, inputs):
-        real(self, inputs)
+    def interrupted(self, *batch):
+        result = real(self, *batch)
         if self.step == 23:
             os.kill(os.getpid(), signal.SIGTERM)
+        return result
 
     with monkeypatch.context() as patch:
         patch.setattr(Training, "take_step", interrupted)
         with pytest.raises(Interrupted):
-            fit(cut, tiny_splits(), diffusor, CPU)
+            fit(cut, tiny_splits(), diffusor)
     assert checkpoint.load_checkpoint(cut.run_dir)["step"] == 23
-    fit(cut, tiny_splits(), diffusor, CPU)
+    fit(cut, tiny_splits(), diffusor)
     assert_same_end(straight, cut)
     assert graphs["recorded"] == 6  # two shapes in each of three calls
 
 
 def test_learning_rates_are_numbers_in_checkpoints(tmp_path, diffusor, graphs):
     config = tiny_config(tmp_path)
-    fit(config, tiny_splits(), diffusor, CPU)
+    fit(config, tiny_splits(), diffusor)
     group = checkpoint.load_checkpoint(config.run_dir)["optimizer"]["param_groups"][0]
     assert isinstance(group["lr"], float)
-
-
-def test_files_that_are_read_while_training_are_replayed_too(tmp_path, model, diffusor, graphs):
-    config = tiny_config(tmp_path, batch_size=10, p_uncond=0.0)
-
-    class Files(run.make_loader(random_set(40), 10, CPU).__class__.__base__):
-        """A loader whose inputs are the images themselves, as those of files are."""
-
-        def inputs(self):
-            for rows in self.plan.rows():
-                yield tuple(x[rows] for x in (self.dataset.images / 127.5 - 1, self.dataset.labels))
-
-        def batch(self, images, labels):
-            return images.to(self.device), labels.to(self.device)
-
-    plan = run.make_loader(random_set(40), 10, CPU, train=True).plan
-    training = Training(model, config, diffusor, Files(random_set(40), plan, CPU), "abc")
-    training.start()
-    training.train_epoch()
-    assert graphs == {"recorded": 1, "replayed": 1}

@@ -2,11 +2,10 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from tiny import random_set, tiny_config
+from tiny import ROOT, random_set, tiny_config, train_epoch
 
 from ex2.data.loader import make_loader
 from ex2.machine.cuda_graphs import GraphReplay
@@ -31,9 +30,9 @@ def trained(tmp_path, replayed, **changes):
         training.step_on = training.eager_step
     losses = []
     for _ in range(4):
-        losses.append(training.train_epoch())
+        losses.append(train_epoch(training))
         training.end_epoch(losses[-1], 1.0)
-    return losses, [p.detach().clone() for p in training.average.model.parameters()], training
+    return losses, [p.detach().clone() for p in training.ema.model.parameters()], training
 
 
 @pytest.mark.parametrize("amp", ["off", "auto"])
@@ -50,12 +49,11 @@ def test_a_replayed_training_is_the_eager_one_to_rounding(tmp_path, capsys, amp)
 
 def test_replays_have_new_random_numbers_and_learning_rates(tmp_path):
     _, _, training = trained(tmp_path, True)
-    inputs = next(training.loader.inputs())
+    batch = next(iter(training.loader))
     training.epochs_done = training.step // training.steps_per_epoch
     losses = set()
     for _ in range(4):
-        training.take_step(inputs)
-        losses.add(training.meter.window[-1][0].item())
+        losses.add(training.take_step(*batch)[0].item())
     assert len(losses) == 4
     assert float(training.optimizer.param_groups[0]["lr"]) == pytest.approx(training.lr)
 
@@ -81,9 +79,9 @@ def test_the_same_seed_gives_the_same_noise_on_the_gpu_whatever_the_batch():
 
 WAITS = """
 import torch
-from ex2_replay import Replayed
+from ex2.machine.cuda_graphs import GraphReplay
 
-replayed = Replayed(lambda x: (x * float(torch.rand((), device="cuda").item()),))
+replayed = GraphReplay(lambda x: (x * float(torch.rand((), device="cuda").item()),))
 for _ in range(6):
     assert replayed(torch.ones(3, device="cuda"))[0].isfinite().all()
 assert torch.rand(2, device="cuda").unique().numel() == 2
@@ -92,8 +90,7 @@ assert torch.rand(2, device="cuda").unique().numel() == 2
 
 def test_what_cannot_be_recorded_goes_on_eagerly_and_draws_random_numbers():
     """In a process of its own: before torch 2.13 its allocator takes itself for recorded from then on."""
-    root = str(Path(__file__).resolve().parents[2])
-    done = subprocess.run([sys.executable, "-c", WAITS], cwd=root, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", WAITS], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "can't be replayed on this GPU" in done.stdout
 

@@ -6,7 +6,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from tiny import random_set, tiny_config, tiny_splits
+from tiny import fit, random_set, tiny_config, tiny_splits, train_epoch
 
 from ex2.data.loader import make_loader
 from ex2.errors import InputError, RunError
@@ -15,36 +15,35 @@ from ex2.settings.build import build_diffusion, build_model, restore_model
 from ex2.settings.config import TRAINING_GROUPS, Config
 from ex2.training import checkpoint, run
 from ex2.training.log import RunLog
-from ex2.training.run import Training, fit
+from ex2.training.run import Training
 
 CPU = torch.device("cpu")
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path, diffusor, monkeypatch):
-    config, real = tiny_config(tmp_path), Training.train_epoch
+    config, real = tiny_config(tmp_path), run.test
 
-    def spoil(self):
-        loss = real(self)
-        torch.nn.init.constant_(self.average.model.final_conv.bias, float("inf"))
-        return loss
+    def spoil(model, *args):
+        torch.nn.init.constant_(model.final_conv.bias, float("inf"))
+        return real(model, *args)
 
-    monkeypatch.setattr(Training, "train_epoch", spoil)
+    monkeypatch.setattr(run, "test", spoil)
     with pytest.raises(RunError, match="not finite after epoch 1"):
-        fit(config, tiny_splits(), diffusor, CPU)
+        fit(config, tiny_splits(), diffusor)
     assert checkpoint.load_checkpoint(config.run_dir)["step"] == 0  # as written at the start
 
 
 def test_diverged_run_keeps_the_last_good_checkpoint(tmp_path, diffusor, monkeypatch):
-    config, real = tiny_config(tmp_path), Training.train_epoch
+    config, real = tiny_config(tmp_path), run.train
 
-    def fail_in_second_epoch(self):
-        if self.epochs_done == 1:
-            torch.nn.init.constant_(self.model.final_conv.bias, float("nan"))
-        return real(self)
+    def fail_in_second_epoch(model, loader, optimizer, diffusor, epoch, *args, **hooks):
+        if epoch == 1:
+            torch.nn.init.constant_(model.final_conv.bias, float("nan"))
+        return real(model, loader, optimizer, diffusor, epoch, *args, **hooks)
 
-    monkeypatch.setattr(Training, "train_epoch", fail_in_second_epoch)
+    monkeypatch.setattr(run, "train", fail_in_second_epoch)
     with pytest.raises(RunError, match="epoch 2"):
-        fit(config, tiny_splits(), diffusor, CPU)
+        fit(config, tiny_splits(), diffusor)
     saved = checkpoint.load_checkpoint(config.run_dir)
     assert saved["epoch"] == 1
     assert all(v.isfinite().all() for v in saved["model"].values())
@@ -52,7 +51,7 @@ def test_diverged_run_keeps_the_last_good_checkpoint(tmp_path, diffusor, monkeyp
 
 def test_test_and_samples_use_the_average(tmp_path, diffusor):
     config = tiny_config(tmp_path)
-    averaged = fit(config, tiny_splits(), diffusor, CPU)
+    averaged = fit(config, tiny_splits(), diffusor)
     saved = checkpoint.load_checkpoint(config.run_dir)
     restored = restore_model(saved, config, CPU)
     for name, value in averaged.state_dict().items():
@@ -67,13 +66,13 @@ def test_a_run_whose_time_is_up_ends_annealed_and_is_not_gone_on_with(tmp_path, 
     monkeypatch.setattr(run.time, "monotonic", lambda: clock[0])
     real = Training.take_step
 
-    def slow_step(self, inputs):
-        real(self, inputs)
+    def slow_step(self, *batch):
         clock[0] += 1.0
+        return real(self, *batch)
 
     monkeypatch.setattr(Training, "take_step", slow_step)
     config = tiny_config(tmp_path, epochs=9, max_minutes=5 / 60, log_interval=1, warmup_steps=0)
-    fit(config, tiny_splits(), diffusor, CPU)
+    fit(config, tiny_splits(), diffusor)
     saved = checkpoint.load_checkpoint(config.run_dir)
     assert (saved["step"], saved["epoch"], saved["seconds"]) == (5, 1, 5.0)  # epochs of 3 steps: in the middle of one
     assert saved["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.5e-3 * (1 + math.cos(0.8 * math.pi)))
@@ -82,7 +81,7 @@ def test_a_run_whose_time_is_up_ends_annealed_and_is_not_gone_on_with(tmp_path, 
     assert rates == sorted(rates, reverse=True) and len(rates) == 5
     assert [(row["step"], row["epoch"]) for row in rows if row["val_loss"]] == [("3", "0"), ("5", "1")]
 
-    fit(config, tiny_splits(), diffusor, CPU)
+    fit(config, tiny_splits(), diffusor)
     assert checkpoint.load_checkpoint(config.run_dir)["step"] == 5
     assert RunLog.read(config.run_dir / "log.csv") == rows
 
@@ -94,7 +93,7 @@ def test_compiled_training_is_training_and_its_checkpoint_has_no_prefix(tmp_path
     for name in ("eager", "compiled"):
         small = {"epochs": 1, "dim_mults": (1,), "p_uncond": 0.0, "amp": "off"}
         config = tiny_config(tmp_path, run_name=name, compile="on" if name == "compiled" else "auto", **small)
-        fit(config, tiny_splits(), diffusor, CPU)
+        fit(config, tiny_splits(), diffusor)
         saved[name] = checkpoint.load_checkpoint(config.run_dir)
     assert saved["eager"]["model"].keys() == saved["compiled"]["model"].keys()
     for name, weight in saved["eager"]["model"].items():
@@ -103,7 +102,7 @@ def test_compiled_training_is_training_and_its_checkpoint_has_no_prefix(tmp_path
 
 def test_a_way_to_optimise_is_this_machines_and_not_that_of_the_one_which_saved(tmp_path, diffusor):
     config = tiny_config(tmp_path, epochs=1)
-    fit(config, tiny_splits(), diffusor, CPU)
+    fit(config, tiny_splits(), diffusor)
     saved = checkpoint.load_checkpoint(config.run_dir)
     for group in saved["optimizer"]["param_groups"]:
         group["fused"] = "of another machine"
@@ -115,7 +114,7 @@ def test_a_way_to_optimise_is_this_machines_and_not_that_of_the_one_which_saved(
 
 def test_checkpoint_is_plain_and_without_foreign_prefixes(tmp_path, diffusor):
     config = tiny_config(tmp_path, epochs=1)
-    fit(config, tiny_splits(), diffusor, CPU)
+    fit(config, tiny_splits(), diffusor)
     saved = torch.load(config.run_dir / "ckpt.pt", weights_only=True)
     assert Config(**saved["config"]) == config
     assert saved["class_names"] == ["a", "b", "c"] and saved["epoch"] == 1 and saved["step"] == 3
@@ -124,45 +123,44 @@ def test_checkpoint_is_plain_and_without_foreign_prefixes(tmp_path, diffusor):
 
 
 def test_every_epoch_has_its_own_order(tmp_path, diffusor, monkeypatch):
-    orders, real = [], Training.train_epoch
+    orders, real = [], run.train
 
-    def remember(self):
-        self.loader.set_epoch(self.epochs_done)
-        orders.append(torch.cat([images.flatten(1)[:, 0] for images, _ in self.loader]).tolist())
-        return real(self)
+    def remember(model, loader, *args, **hooks):
+        orders.append(torch.cat([images.flatten(1)[:, 0] for images, _ in loader]).tolist())
+        return real(model, loader, *args, **hooks)
 
-    monkeypatch.setattr(Training, "train_epoch", remember)
-    fit(tiny_config(tmp_path, epochs=3, flip=False), tiny_splits(), diffusor, CPU)
+    monkeypatch.setattr(run, "train", remember)
+    fit(tiny_config(tmp_path, epochs=3, flip=False), tiny_splits(), diffusor)
     assert len({tuple(order) for order in orders}) == 3
     assert len({tuple(sorted(order)) for order in orders}) == 1
 
 
 def test_resuming_with_other_settings_names_them(tmp_path, diffusor):
-    fit(tiny_config(tmp_path, epochs=1), tiny_splits(), diffusor, CPU)
+    fit(tiny_config(tmp_path, epochs=1), tiny_splits(), diffusor)
     with pytest.raises(InputError, match=r"--batch_size 16 there, 20 now.*--run_name"):
-        fit(tiny_config(tmp_path, epochs=1, batch_size=20), tiny_splits(), diffusor, CPU)
+        fit(tiny_config(tmp_path, epochs=1, batch_size=20), tiny_splits(), diffusor)
 
 
 def test_resuming_on_other_classes_names_them(tmp_path, diffusor):
     config, splits = tiny_config(tmp_path, epochs=1), tiny_splits()
-    fit(config, splits, diffusor, CPU)
+    fit(config, splits, diffusor)
     splits.class_names = ("a", "b", "z")
     with pytest.raises(InputError, match=r"other classes \(a, b, c there, a, b, z now\)"):
-        fit(config, splits, diffusor, CPU)
+        fit(config, splits, diffusor)
 
 
 def test_a_run_goes_on_where_its_data_has_moved(tmp_path, diffusor):
     here = tiny_config(tmp_path, epochs=1, dataset="folder", data_dir="/here")
-    fit(here, tiny_splits(), diffusor, CPU)
+    fit(here, tiny_splits(), diffusor)
     moved = tiny_config(tmp_path, epochs=1, dataset="folder", data_dir="/elsewhere", num_workers=3)
-    fit(moved, tiny_splits(), diffusor, CPU)
+    fit(moved, tiny_splits(), diffusor)
 
 
 def test_finished_run_is_not_trained_again(tmp_path, diffusor, capsys):
     config = tiny_config(tmp_path, epochs=1)
-    first = fit(config, tiny_splits(), diffusor, CPU)
+    first = fit(config, tiny_splits(), diffusor)
     before = (config.run_dir / "ckpt.pt").read_bytes()
-    again = fit(config, tiny_splits(), diffusor, CPU)
+    again = fit(config, tiny_splits(), diffusor)
     assert "3 of 3 steps (1 of 1 epochs) are done" in capsys.readouterr().out
     assert (config.run_dir / "ckpt.pt").read_bytes() == before
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in first.state_dict().items())
@@ -171,13 +169,13 @@ def test_finished_run_is_not_trained_again(tmp_path, diffusor, capsys):
 def test_the_estimate_comes_from_the_first_steps(tmp_path, diffusor, monkeypatch, capsys):
     clock, real = [0.0], Training.take_step
 
-    def slow_step(self, inputs):
+    def slow_step(self, *batch):
         clock[0] += 30.0
-        real(self, inputs)
+        return real(self, *batch)
 
     monkeypatch.setattr(run.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(Training, "take_step", slow_step)
-    fit(tiny_config(tmp_path, epochs=4), tiny_splits(), diffusor, CPU)
+    fit(tiny_config(tmp_path, epochs=4), tiny_splits(), diffusor)
     said = capsys.readouterr().out
     assert "12 optimiser steps of 16 images" in said
     assert said.count("6 steps of 16 images are left: about 3.0 min at 30.000 s each\n") == 1
@@ -199,8 +197,8 @@ def test_where_nothing_can_be_compiled_auto_goes_on_without(tmp_path, model, dif
             with monkeypatch.context() as patch:
                 patch.setattr(torch, "compile", lambda function, **options: cannot)
                 training.choose_step(compiled=True)
-        training.train_epoch()
-        ends.append(torch.cat([p.flatten() for p in training.average.model.parameters()]))
+        train_epoch(training)
+        ends.append(torch.cat([p.flatten() for p in training.ema.model.parameters()]))
     assert torch.equal(*ends)
     assert capsys.readouterr().out.count("can't compile the network here (no Triton): going on without\n") == 1
 
@@ -219,10 +217,9 @@ def first_step(training):
     training.choose_step(compiled=False)
     training.network.train()
     training.loader.set_epoch(training.epochs_done)
-    training.take_step(next(training.loader.inputs()))
-    loss, norm, _, lr = training.meter.window[-1]
-    weights = [p.detach().clone() for p in (*training.model.parameters(), *training.average.weights)]
-    return [loss, norm, torch.tensor(lr, dtype=torch.float64), *weights]
+    loss, norm = training.take_step(*next(iter(training.loader)))
+    weights = [p.detach().clone() for p in (*training.model.parameters(), *training.ema.weights)]
+    return [loss, norm, torch.tensor(training.lr, dtype=torch.float64), *weights]
 
 
 def test_every_setting_is_in_the_loop_below():
@@ -236,10 +233,7 @@ def short_run(tmp_path_factory):
     config = tiny_config(tmp_path_factory.mktemp("short"), amp="on", log_interval=1)
     training = built(config)
     training.start()
-    training.loader.set_epoch(0)
-    training.network.train()
-    for inputs in training.loader.inputs():
-        training.take_step(inputs)
+    train_epoch(training)
     training.save()
     return config
 
