@@ -16,11 +16,10 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import itertools
-import json
 import sys
 from pathlib import Path
 
-from ex2.errors import InputError, RunError, exit_code_of
+from ex2.errors import InputError, exit_code_of
 from ex2.machine.files import append_command
 from ex2.settings.cli import check_scales, choose_classes, choose_scales, config_of_flags, parse_args, parse_vary
 from ex2.settings.config import Config, config_of
@@ -176,17 +175,10 @@ def run_report(args) -> None:
 
 
 def run_check(args) -> None:
-    """`check`: a solution of the exercise in the skeleton's names, judged by facts. 2.1 to 2.4.
+    """`check`: solutions of the exercise in the skeleton's names, judged by facts. 2.1 to 2.4."""
+    from ex2.grading.run import check_submissions
 
-    Raises RunError: not all of it is right.
-    """
-    from ex2.grading.run import as_lines, check_solution
-
-    verdicts = check_solution(Path(args.folder), args.time_limit)
-    print(json.dumps(verdicts, indent=2) if args.json else "\n".join(as_lines(verdicts)))
-    wrong = sum(verdict["verdict"] not in ("right", "advice") for verdict in verdicts)
-    if wrong:
-        raise RunError(f"{wrong} of {len(verdicts)} facts are not right in {args.folder}")
+    check_submissions(args)
 
 
 def prepare_training(args):

@@ -1,127 +1,193 @@
-"""`check`: any solution of the exercise, judged by the facts of `ex2.grading.facts`, sub-task by sub-task.
-
-A submission runs in a process of its own, which has a time limit for every fact and which can't end this one.
-"""
+"""`check`: solutions of the exercise, judged by the facts of `ex2.grading.facts`, sub-task by sub-task."""
 
 from __future__ import annotations
 
+import csv
 import json
-import os
-import queue
-import secrets
-import signal
-import subprocess
 import sys
-import tempfile
-import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 
-from ex2.errors import InputError
-from ex2.grading.facts import FACTS
-from ex2.grading.submission import PREFIXES
+from ex2.errors import InputError, RunError
+from ex2.grading.facts import FACTS, verdict
+from ex2.grading.submission import PREFIXES, Missing
+from ex2.grading.worker import Remote, Worker, adopt_orphans, end_all, printable
 
-ROOT = Path(__file__).resolve().parents[2]  # has the package `ex2`
-START_LIMIT = 120  # seconds until Python and torch are there
-LOUD = ("wrong", "fails", "hangs")  # verdicts in capitals
+GOOD = ("right", "differs", "advice")
+COLUMNS = {
+    "right": ("right",),
+    "differs": ("differs", "advice"),
+    "wrong": ("wrong",),
+    "fails": ("fails", "hangs"),
+    "missing": ("missing",),
+}
+CSV_COLUMNS = "submission task fact verdict found expected looks_like where".split()
+NOT_PREVENTED = """
+A submission can still read and write files, start programs that use the network, and end this one.
+README has the command for a sandbox."""
 
 
-def check_solution(folder: Path, limit: float) -> list[dict]:
-    """The verdict on every fact, in the order of the sheet.
+def check_submissions(args) -> None:
+    """The command `check`.
 
-    limit: seconds for each fact.
-
-    Raises InputError: there is no solution in the folder.
+    Raises:
+        InputError: a folder is none, or the only one holds no submission.
+        RunError: not all is right.
     """
-    files = [f"{prefix}{part}.py" for prefix in PREFIXES for part in ("diffusion", "model")]
-    if not 0 < limit < 1e6:
-        raise InputError(f"--time_limit must be above 0 and below a million seconds, got {limit:g}")
-    if not any((folder / name).is_file() for name in files):
-        raise InputError(f"{folder} holds no solution: none of {', '.join(files)}")
-    left = sorted(FACTS, key=lambda name: FACTS[name].task)
+    if not 0 < args.time_limit < 1e6:
+        raise InputError(f"--time_limit must be above 0 and below a million seconds, got {args.time_limit:g}")
+    if not 1 <= args.jobs <= 256:
+        raise InputError(f"--jobs must lie within 1 .. 256, got {args.jobs}")
+    for folder in args.folders:
+        if not Path(folder).is_dir():
+            raise InputError(f"{folder} is no folder")
+    folders = list(dict.fromkeys(Path(folder).resolve() for folder in args.folders))
+    if len(folders) == 1 and find_problem(folders[0]):
+        raise InputError(f"{args.folders[0]} holds no submission: {find_problem(folders[0])}")
+    rows = judge_all(folders, args)
+    if args.json == "-":
+        print(json.dumps(rows, indent=2))
+    else:
+        print("\n".join(as_lines(rows) if len(folders) == 1 else as_table(rows)))
+    bad = [row["submission"] for row in rows if row["verdict"] not in GOOD]
+    if bad and len(folders) == 1:
+        raise RunError(f"{len(bad)} of {len(FACTS)} facts are not right in {args.folders[0]}")
+    if bad:
+        raise RunError(f"{len(set(bad))} of {len(folders)} submissions are not all right")
+
+
+def judge_all(folders: Sequence[Path], args) -> list[dict]:
+    """The verdict on every fact of every submission, several at a time. The CSV file grows with each submission."""
+    names = [folder.name for folder in folders]
+    names = [printable(f if names.count(f.name) > 1 else f.name) for f in folders]
+    adopt_orphans()
+    rows: list[dict] = []
+    with ExitStack() as stack, ThreadPoolExecutor(args.jobs) as pool:
+        files = {path: stack.enter_context(open_for_writing(path)) for path in {args.csv, args.json} - {None, "-"}}
+        if args.csv:
+            csv.writer(files[args.csv]).writerow(CSV_COLUMNS)
+        waiting = [pool.submit(check_submission, folder, args.time_limit) for folder in folders]
+        try:
+            for done, (name, future) in enumerate(zip(names, waiting), 1):
+                verdicts = [{"submission": name, **said} for said in future.result()]
+                rows += verdicts
+                if args.csv:
+                    csv.writer(files[args.csv]).writerows([cell(row[c]) for c in CSV_COLUMNS] for row in verdicts)
+                    files[args.csv].flush()
+                if len(folders) > 1:
+                    counts = ", ".join(f"{number} {column}" for column, number in count(verdicts).items() if number)
+                    print(f"{done} of {len(folders)}: {name}: {counts}", file=sys.stderr, flush=True)
+        except BaseException:  # Ctrl-C
+            pool.shutdown(wait=False, cancel_futures=True)
+            end_all()
+            raise
+        if args.json in files:
+            json.dump(rows, files[args.json], indent=2)
+    return rows
+
+
+def check_submission(folder: Path, limit: float) -> list[dict]:
+    """The verdict on every fact of a folder.
+
+    limit: CPU seconds for each fact.
+    """
+    problem = find_problem(folder)
+    if problem:
+        return judge(Absent(problem))
+    worker = Worker(folder, limit)
+    try:
+        return judge(Remote(worker.ask))
+    finally:
+        worker.end()
+
+
+class Absent:
+    """Stands for the submission of a folder that holds none."""
+
+    place, adapted = "", ()
+
+    def __init__(self, problem: str):
+        self.problem = problem
+
+    def begin(self):
+        raise Missing(self.problem)
+
+
+def judge(submission: Remote | Absent) -> list[dict]:
+    """The verdict on every fact, in the order of the sheet."""
     verdicts = []
-    while left:
-        for verdict in judged(folder.resolve(), left, limit):
-            verdicts.append(verdict)
-            left.remove(verdict["fact"])
+    for name in sorted(FACTS, key=lambda name: FACTS[name].task):
+        said = verdict(submission, name)
+        said.update({key: printable(said[key]) for key in ("found", "looks_like")})
+        verdicts.append({**said, "where": submission.place, "adapted": sorted(submission.adapted)})
     return verdicts
 
 
-def judged(folder: Path, names: Sequence[str], limit: float) -> Iterator[dict]:
-    """Verdicts of one process. If it hangs or ends, the last verdict says so of the fact it was at."""
-    token = secrets.token_hex(8)  # so that nothing a solution prints is taken for a verdict
-    command = [sys.executable, "-m", "ex2.grading.facts", str(folder), *names]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "CUDA_VISIBLE_DEVICES": "",
-        "MPLBACKEND": "Agg",
-        "PYTHONDONTWRITEBYTECODE": "1",
-    }
-    with tempfile.TemporaryDirectory() as elsewhere:
-        streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        own_group = {"start_new_session": os.name == "posix"}
-        # What it writes beside itself is gone afterwards.
-        process = subprocess.Popen(command, cwd=elsewhere, env=environment, **streams, **own_group)
-        process.stdin.write(f"{token}\n".encode())
-        process.stdin.close()
-        lines: queue.Queue = queue.Queue()
-        threading.Thread(target=read_lines, args=(process.stdout, token.encode(), lines), daemon=True).start()
-        pending, patience = list(names), START_LIMIT
-        try:
-            while pending:
-                message = lines.get(timeout=patience)
-                patience = limit
-                if message is None:
-                    yield without_verdict(pending[0], "fails", "its code ended the program")
-                    return
-                if message:
-                    del pending[0]
-                    yield message
-        except queue.Empty:
-            yield without_verdict(pending[0], "hangs", f"no answer within {patience:g} s")
-        finally:
-            end(process)
+def find_problem(folder: Path) -> str | None:
+    """Why nothing in a folder can be judged, with the files that may be meant."""
+    files = [f"{prefix}{part}.py" for prefix in PREFIXES for part in ("diffusion", "model")]
+    if any((folder / name).is_file() for name in files):
+        return None
+    near = [str(path.relative_to(folder)) for path in islice(folder.rglob("*ex*2*diffusion*.py"), 3)]
+    return f"none of {', '.join(files)}" + (f"; is {' or '.join(sorted(near))} meant?" if near else "")
 
 
-def read_lines(stream, token: bytes, lines: queue.Queue) -> None:
-    """Puts each verdict into the queue as it comes, and None at the end."""
-    for line in stream:
-        if line.startswith(token):
-            lines.put(json.loads(line[len(token) :]))
-    lines.put(None)
+def open_for_writing(path: str):
+    try:
+        return open(path, "w", encoding="utf-8", newline="")
+    except OSError as error:
+        raise InputError(f"can't write {path} ({error.strerror})") from error
 
 
-def end(process: subprocess.Popen) -> None:
-    """Kills a process and, where the system can tell, those that it started."""
-    if os.name == "posix":
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    process.kill()
-    process.wait()
+def cell(text: str) -> str:
+    """Text that a spreadsheet takes for text, and never for a formula."""
+    return f"'{text}" if text[:1] in tuple("=+-@") else text
 
 
-def without_verdict(name: str, verdict: str, found: str) -> dict:
-    """A verdict that the process itself could not give."""
-    fact = FACTS[name]
-    said = {"fact": name, "task": fact.task, "statement": fact.statement, "equation": fact.equation}
-    return {**said, "verdict": verdict, "found": found, "expected": "", "looks_like": "", "adapted": []}
+def count(verdicts: Sequence[dict]) -> dict[str, int]:
+    """How many verdicts fall into each column."""
+    return {column: sum(said["verdict"] in kinds for said in verdicts) for column, kinds in COLUMNS.items()}
 
 
 def as_lines(verdicts: Sequence[dict]) -> Iterator[str]:
-    """The table for people, a line for each fact."""
-    for verdict in verdicts:
-        equation = f" ({verdict['equation']})" if verdict["equation"] else ""
-        kind = verdict["verdict"].upper() if verdict["verdict"] in LOUD else verdict["verdict"]
-        line = f"{verdict['task']:<8} {kind:<8} {verdict['statement']}{equation}"
-        if verdict["verdict"] in ("wrong", "advice"):
-            looks_like = f": {verdict['looks_like']}" if verdict["looks_like"] else ""
-            yield f"{line}\n{'':18}found {verdict['found']}, expected {verdict['expected']}{looks_like}"
-        else:
-            yield f"{line}\n{'':18}{verdict['found']}" if verdict["found"] else line
-    right = sum(verdict["verdict"] == "right" for verdict in verdicts)
-    advice = sum(verdict["verdict"] == "advice" for verdict in verdicts)
-    yield f"{right} of {len(verdicts)} facts are right" + (f", {advice} are advice" if advice else "")
-    for text in sorted({text for verdict in verdicts for text in verdict["adapted"]}):
+    """The table of one submission, a line for each fact. What keeps several facts from being judged is said once."""
+    causes = Counter(said["found"] for said in verdicts)
+    for said in verdicts:
+        equation = f" ({said['equation']})" if said["equation"] else ""
+        kind = said["verdict"] if said["verdict"] in (*GOOD, "missing") else said["verdict"].upper()
+        yield f"{said['task']:<8} {kind:<8} {said['statement']}{equation}"
+        place = f"{said['where']}: " if said["where"] else ""
+        if said["expected"]:
+            looks_like = f": {said['looks_like']}" if said["looks_like"] else ""
+            yield f"{'':18}{place}found {said['found']}, expected {said['expected']}{looks_like}"
+        elif causes.get(said["found"]) and said["found"]:
+            facts = causes.pop(said["found"])
+            yield f"{'':18}{said['found']}" + (f" (so for {facts} facts)" if facts > 1 else "")
+    counts = count(verdicts)
+    others = f", {counts['differs']} differ from the sheet in what is as good or advice" if counts["differs"] else ""
+    yield f"{counts['right']} of {len(verdicts)} facts are right{others}"
+    for text in sorted({text for said in verdicts for text in said["adapted"]}):
         yield f"adapted: {text}"
+
+
+def as_table(rows: Sequence[dict]) -> Iterator[str]:
+    """The table of many submissions, a line for each, and what was found in which of them."""
+    by_name, causes = {}, {}
+    for row in rows:
+        by_name.setdefault(row["submission"], []).append(row)
+        if row["verdict"] != "right":
+            cause = row["looks_like"] or row["found"] if row["expected"] else row["found"]
+            where = row["statement"] if row["expected"] else ""
+            causes.setdefault((row["verdict"], where, cause), {})[row["submission"]] = None
+    width = max(map(len, (*by_name, "submission")))
+    yield f"{'submission':<{width}}" + "".join(f"{column:>9}" for column in COLUMNS)
+    for name, verdicts in by_name.items():
+        yield f"{name:<{width}}" + "".join(f"{number:>9}" for number in count(verdicts).values())
+    yield ""
+    for (kind, where, cause), names in sorted(causes.items(), key=lambda item: -len(item[1])):
+        yield f"{kind:<8} {where}{': ' if where else ''}{cause}\n{'':9}{len(names)}: {', '.join(names)}"
+    yield NOT_PREVENTED

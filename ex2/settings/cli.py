@@ -132,10 +132,15 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     report = commands.add_parser("report", help="everything under a results folder as one page")
     report.add_argument("--results_dir", type=path, default="results", help="folder of all runs (default: results)")
 
-    check = commands.add_parser("check", help="judge a solution of the exercise by facts")
-    check.add_argument("folder", type=path, help="with ex02_diffusion.py, ex02_model.py, ex02_main.py (or ex2_...)")
-    check.add_argument("--json", action="store_true", help="the verdicts as JSON")
-    check.add_argument("--time_limit", type=float, default=30, help="seconds for each fact (default: 30)")
+    check = commands.add_parser("check", help="judge solutions of the exercise by facts")
+    help = "folders with ex02_diffusion.py, ex02_model.py, ex02_main.py (or ex2_...)"
+    check.add_argument("folders", type=path, nargs="+", metavar="FOLDER", help=help)
+    check.add_argument("--csv", type=path, metavar="FILE", help="a row for each submission and fact")
+    json = {"type": path, "nargs": "?", "const": "-", "metavar": "FILE"}
+    check.add_argument("--json", **json, help="the same as JSON; without FILE in place of the table")
+    check.add_argument("--jobs", type=int, default=1, help="submissions at a time (default: 1)")
+    help = "CPU seconds for each fact, ten times as many on the clock (default: 30)"
+    check.add_argument("--time_limit", type=float, default=30, help=help)
 
     called = shlex.join(["python", "ex2_main.py", *argv])
     if not argv or (argv[0] not in commands.choices and argv[0] not in ("-h", "--help")):
