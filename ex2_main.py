@@ -45,6 +45,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.command in ("report", "check"):
             COMMANDS[args.command](args)
         else:
+            if args.command in ("train", "compare"):
+                config_of_flags(args)  # refuses a bad value before torch is loaded
             run_with_torch(args)
     except BaseException as error:
         code, message = exit_code_of(error)

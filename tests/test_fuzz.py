@@ -22,9 +22,8 @@ from ex2.data.folder import load_folder
 from ex2.data.images import read_image
 from ex2.data.load import load_splits
 from ex2.errors import InputError
-from ex2.report.study import parse_vary
 from ex2.settings.build import build_model
-from ex2.settings.cli import PRESETS
+from ex2.settings.cli import config_of_flags, parse_vary
 from ex2.settings.config import Config, config_of
 from ex2.training import checkpoint
 from ex2_diffusion import SCHEDULES, Diffusion, linear_beta_schedule, sigmoid_beta_schedule
@@ -61,7 +60,7 @@ def command_lines(draw):
 def only_settings(args):
     """A command that goes as far as the settings."""
     if args.command in ("train", "compare"):
-        config = dataclasses.replace(PRESETS[args.preset] if args.preset else Config(), **args.given)
+        config = config_of_flags(args)
         assert config.run_dir.name
     if args.command == "compare":
         parse_vary(args.vary)

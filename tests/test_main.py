@@ -2,23 +2,27 @@
 
 import csv
 import json
+import os
+import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
-from tiny import TINY, rejected
+from tiny import ROOT, TINY, rejected, without_evaluation
 
 import ex2_main
-from ex2.training import checkpoint
+import ex2_train
+from ex2.evaluation import evaluate as evaluation
+from ex2.machine import files
+from ex2.report import metrics
 from ex2.training import run as training_run
+from ex2.training.log import RunLog
 from ex2_diffusion import Diffusion
 
 pytestmark = pytest.mark.usefixtures("small_shapes")
-ROOT = Path(__file__).resolve().parents[1]
 EVAL_FEW = ["--eval_images", "5", "--eval_samples", "0", "--no_cuda"]
 
 
@@ -63,7 +67,7 @@ def test_sample_writes_the_chosen_classes_and_a_grid(run, tmp_path):
     assert ex2_main.main([*command, "--out", str(tmp_path), "--sample_batch", "2"]) == 0
     names = sorted(path.name for path in (tmp_path / "images").iterdir())
     assert names == ["0000_moon.png", "0001_diamond.png", "0002_moon.png", "0003_diamond.png", "0004_moon.png"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["grid.png", "images"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["commands.txt", "grid.png", "images"]
     assert imageio.imread(tmp_path / "images" / names[0]).shape == (8, 8, 3)
     again = tmp_path.with_name("again")
     assert ex2_main.main([*command, "--out", str(again), "--sample_batch", "5"]) == 0
@@ -74,7 +78,8 @@ def test_sample_writes_the_chosen_classes_and_a_grid(run, tmp_path):
 def test_several_guidance_scales_start_from_the_same_noise(run, tmp_path):
     command = ["sample", "--no_cuda", "--checkpoint", str(run), "--n_images", "3", "--classes", "moon", "star"]
     assert ex2_main.main([*command, "--out", str(tmp_path / "all"), "--guidance_scale", "-1", "0", "2"]) == 0
-    assert sorted(path.name for path in (tmp_path / "all").iterdir()) == ["guidance_grid.png", "w=-1", "w=0", "w=2"]
+    names = sorted(path.name for path in (tmp_path / "all").iterdir())
+    assert names == ["commands.txt", "guidance_grid.png", "w=-1", "w=0", "w=2"]
     assert ex2_main.main([*command, "--out", str(tmp_path / "one"), "--guidance_scale", "2"]) == 0
     for name in ("0000_moon.png", "0001_star.png", "0002_moon.png"):
         alone, together = (imageio.imread(tmp_path / folder / "images" / name) for folder in ("one", "all/w=2"))
@@ -183,7 +188,7 @@ def test_a_full_disk_is_one_line_and_exit_code_1(tmp_path, capsys, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     assert "No space left on device" in rejected([*TINY, "--results_dir", str(tmp_path)], capsys, code=1)
 
 
@@ -208,9 +213,8 @@ def test_the_test_set_is_used_after_training_only(tmp_path, monkeypatch):
     monkeypatch.setattr(
         training_run, "make_loader", lambda dataset, *a, **o: used.append(len(dataset)) or real(dataset, *a, **o)
     )
-    monkeypatch.setattr(ex2_main, "evaluate", lambda *args: used.append("evaluation"))
-    for name in ("write_report", "draw_process", "draw_samples"):
-        monkeypatch.setattr(ex2_main, name, lambda *args: None)
+    without_evaluation(monkeypatch)
+    monkeypatch.setattr(evaluation, "evaluate", lambda *args: used.append("evaluation"))
     assert ex2_main.main([*TINY, "--results_dir", str(tmp_path), "--dry_run"]) == 0
     assert used == [900, 100, "evaluation"]
 
@@ -222,3 +226,49 @@ def test_a_folder_with_images_of_an_earlier_call_is_refused_and_untouched(run, t
     capsys.readouterr()
     assert "holds images of an earlier call" in rejected([*command, "--seed", "5"], capsys)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.png")} == before
+
+
+def test_the_handed_out_names_are_those_of_the_program():
+    assert ex2_main.train is ex2_train.train and ex2_main.test is ex2_train.test
+    assert ex2_main.sample_and_save_images.__module__ == "ex2.report.pictures"
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = ex2_main.nothing
+
+
+@pytest.mark.parametrize("command", ["--help", "train --help", "--epoch 3", "--lr x", "--schedule cosin", "report"])
+def test_help_typing_errors_and_report_do_not_wait_for_torch(command, tmp_path):
+    script = (
+        "import sys, ex2_main\n"
+        "try: ex2_main.main(sys.argv[1:])\n"
+        "finally: assert 'torch' not in sys.modules, 'torch was imported'\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", script, *command.split()]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert "torch was imported" not in done.stderr
+    assert "--batch_size" in done.stdout or "usage" in done.stdout or done.stderr.startswith("error: "), done.stderr
+
+
+def test_commands_are_noted_before_their_work_and_only_if_accepted(run, tmp_path, monkeypatch, capsys):
+    def cut(*args, **options):
+        raise KeyboardInterrupt
+
+    without_evaluation(monkeypatch)
+    monkeypatch.setattr(training_run, "train", cut)
+    command = [*TINY, "--results_dir", str(tmp_path)]
+    with pytest.raises(KeyboardInterrupt):
+        ex2_main.main(command)
+    noted = files.read_commands(tmp_path / "DDPM")
+    assert len(noted) == 1 and noted[0].startswith("python ex2_main.py --dataset shapes")
+    rejected([*command, "--epochs", "2"], capsys)  # other settings than the run's
+    assert files.read_commands(tmp_path / "DDPM") == noted
+    sample = ["sample", "--no_cuda", "--checkpoint", str(run), "--n_images", "1", "--out", str(tmp_path / "images")]
+    assert ex2_main.main(sample) == 0
+    assert files.read_commands(tmp_path / "images") == [shlex.join(["python", "ex2_main.py", *sample])]
+
+
+def test_a_test_with_another_folder_has_the_log_of_the_training(run, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(metrics, "verdict", lambda config, report, log: seen.append(len(log)) or [])
+    assert ex2_main.main(["test", "--checkpoint", str(run), "--out", str(tmp_path), *EVAL_FEW]) == 0
+    assert seen == [len(RunLog.read(run / "log.csv"))] and seen[0] > 0

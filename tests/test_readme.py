@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import ex2_main
-from ex2.settings.cli import PRESETS, parse_args
+from ex2.settings.cli import config_of_flags, parse_args
 from ex2.settings.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,7 +46,7 @@ def test_every_command_is_understood():
         args = parse_args(command.split("#")[0].split())
         assert args.command in ex2_main.COMMANDS
         if args.command in ("train", "compare"):
-            dataclasses.replace(PRESETS[args.preset] if args.preset else Config(), **args.given)
+            config_of_flags(args)
 
 
 def test_every_flag_that_is_named_exists():

@@ -1,6 +1,6 @@
-"""Figures that must not depend on the number of processes; `test_distributed.py` runs this in one and under torchrun.
+"""Figures that must not depend on the number of processes; `test_processes.py` runs this in one and under torchrun.
 
-    torchrun --standalone --nproc_per_node=2 tests/figures_of_processes.py OUT
+    torchrun --standalone --nproc_per_node=2 tests/machine/figures_of_processes.py OUT
 
 writes OUT/<rank>.pt, a dict of tensors, from every process.
 """
@@ -11,7 +11,9 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path += [str(Path(__file__).resolve().parents[levels]) for levels in (1, 2)]
+
+from tiny import train_epoch  # noqa: E402
 
 from ex2.data.images import DataSplits, ImageSet  # noqa: E402
 from ex2.data.loader import make_loader  # noqa: E402
@@ -79,15 +81,15 @@ def gradients(folder, **changes) -> dict:
 def epoch(folder) -> dict:
     """Loss, number of steps and weights after one epoch of the real training loop."""
     state, _, _ = new_state(folder)
-    loss = state.train_epoch()
-    weights = torch.cat([p.detach().flatten() for p in state.average.model.parameters()])
+    loss = train_epoch(state)
+    weights = torch.cat([p.detach().flatten() for p in state.ema.model.parameters()])
     return {"epoch loss": torch.tensor(loss), "steps": torch.tensor(state.step), "average": weights}
 
 
 def evaluation(folder) -> dict:
     """Losses, bound, samples and judged samples of a model that no process trained."""
     state, diffusor, _ = new_state(folder)
-    model = state.average.model.eval()
+    model = state.ema.model.eval()
     loader = make_loader(random_set(IMAGES, 1), 8, "cpu")
     losses = test(model, loader, diffusor, "cpu", state.config)
     few = test(model, make_loader(random_set(1, 1), 8, "cpu"), diffusor, "cpu", state.config)

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from figures_of_processes import figures, new_state
+from machine.figures_of_processes import figures, new_state
 from PIL import Image
+from tiny import ROOT, without_evaluation
 
 import ex2_main
 from ex2 import errors
@@ -25,7 +26,6 @@ from ex2.training import run as training_run
 from ex2.training.log import RunLog
 from ex2_train import draw
 
-ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 TINY = "--dataset folder --image_size 8 --dim 8 --dim_mults 1 --timesteps 20 --schedule cosine --batch_size 5".split()
 TINY += "--epochs 3 --eval_images 9 --eval_timesteps 3 --sample_steps 3 --log_interval 4 --no_cuda".split()
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="torchrun needs 
 
 def start(*command, **environment):
     """A process whose output goes to pipes; torch's threads are limited, as torchrun does it."""
-    known = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
+    known = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", **environment}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=known, cwd=ROOT)
 
 
@@ -105,9 +105,9 @@ def training_only(command, tmp_path_factory):
     """The same command without evaluation and pictures, which take longer than its training."""
     script = tmp_path_factory.mktemp("script") / "training_only.py"
     script.write_text(
-        "import sys, ex2_main\n"
-        "for name in ('evaluate', 'write_report', 'draw_process', 'draw_samples'):\n"
-        "    setattr(ex2_main, name, lambda *args: None)\n"
+        "import sys, ex2_main, tiny\n"
+        "class Patch: setattr = staticmethod(setattr)\n"
+        "tiny.without_evaluation(Patch)\n"
         "if __name__ == '__main__':\n"
         "    sys.exit(ex2_main.main())\n"
     )
@@ -203,7 +203,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
 
 def test_two_processes_compute_what_one_does(tmp_path):
     """Gradients, losses, bounds, samples, features: of batches that don't split evenly, too."""
-    two = start_two("tests/figures_of_processes.py", str(tmp_path))
+    two = start_two("tests/machine/figures_of_processes.py", str(tmp_path))
     one = figures(tmp_path / "one")
     code, _, err = finish(two)
     assert code == 0, err
@@ -246,8 +246,7 @@ def test_a_signal_to_one_process_ends_all_after_the_same_step_and_one_goes_on(
     assert 0 < saved["step"] < 63
     assert not (tmp_path / "DDPM" / ".holder").exists()
 
-    for name in ("evaluate", "write_report", "draw_process", "draw_samples"):
-        monkeypatch.setattr(ex2_main, name, lambda *args: None)
+    without_evaluation(monkeypatch)
     end = [*plain[1:], "--results_dir", str(tmp_path), "--num_threads", "1"]
     assert ex2_main.main(end) == 0
     said = capsys.readouterr().out
@@ -280,12 +279,13 @@ def test_a_killed_process_is_started_again_and_the_run_ends_as_if_nothing_had_ha
 def test_a_process_that_does_not_answer_is_named(tmp_path):
     script = tmp_path / "silent.py"
     script.write_text(
-        "import datetime, time, torch, ex2_distributed\n"
-        "from ex2_distributed import ProcessesError, connected, gathered, rank\n"
-        "with connected(False, 1):\n"  # both are there, however slowly they start
-        "    ex2_distributed._timeout = datetime.timedelta(seconds=3)\n"
-        "    if rank() == 1: time.sleep(20)\n"
-        "    try: gathered(0, 'features of images')\n"
+        "import datetime, time\n"
+        "from ex2.errors import ProcessesError\n"
+        "from ex2.machine import processes\n"
+        "with processes.connect_processes(False, 1):\n"  # both are there, however slowly they start
+        "    processes._timeout = datetime.timedelta(seconds=3)\n"
+        "    if processes.rank() == 1: time.sleep(20)\n"
+        "    try: processes.all_gather(0, 'features of images')\n"
         "    except ProcessesError as error: open(__file__ + '.said', 'w').write(str(error)); raise\n"
     )
     started = time.monotonic()

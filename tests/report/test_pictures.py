@@ -1,5 +1,7 @@
 """What the pictures of a run hold (2.2 f to 2.4), and the images that `sample` saves."""
 
+import dataclasses
+
 import imageio.v3 as imageio
 import numpy as np
 import pytest
@@ -9,7 +11,6 @@ import ex2_main
 from ex2.data import images as data_images
 from ex2.data import load, shapes
 from ex2.report import pictures
-from ex2.settings import config as settings_config
 from ex2.settings.build import build_diffusion, restore_model
 from ex2.settings.config import config_of
 from ex2.training import checkpoint
@@ -31,8 +32,7 @@ def test_sample_and_save_images_with_the_skeletons_arguments(run, tmp_path):
 
 def test_grids_show_the_first_images_of_many(run, tmp_path, monkeypatch):
     """All of 10,000 would take 9 GB."""
-    for module in (ex2_main, ex2_pictures):
-        monkeypatch.setattr(module, "GRID_IMAGES", 2)
+    monkeypatch.setattr(pictures, "GRID_IMAGES", 2)
     command = ["sample", "--checkpoint", str(run), "--guidance_scale", "0", "1", "--sample_steps", "1", "--no_cuda"]
     for count in ("2", "5"):
         assert ex2_main.main([*command, "--n_images", count, "--out", str(tmp_path / count)]) == 0
@@ -83,7 +83,7 @@ def test_class_grids_show_all_classes_with_their_names(restored, drawn):
 
 def test_a_model_that_never_saw_the_null_class_is_not_guided(restored, drawn):
     config, model, diffusor = restored
-    config = settings_config.dataclasses.replace(config, p_uncond=0.0)
+    config = dataclasses.replace(config, p_uncond=0.0)
     assert config.sampling["guidance_scale"] == 0
     pictures.draw_samples(model, shapes.SHAPES, diffusor, config)
     assert set(drawn) == {"class_grid.png"}

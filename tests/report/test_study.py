@@ -17,8 +17,9 @@ from ex2.evaluation import samples
 from ex2.evaluation.tables import as_markdown
 from ex2.machine import job
 from ex2.report import intervals, study
-from ex2.report.study import grid_of_runs, parse_vary
+from ex2.report.study import grid_of_runs
 from ex2.settings.build import build_model, load_data
+from ex2.settings.cli import parse_vary
 from ex2.settings.config import Config, config_of
 from ex2.training import run
 

@@ -4,17 +4,16 @@ import pytest
 import torch
 from tiny import rejected
 
-from ex2.settings import config as settings_config
 from ex2.settings.build import build_diffusion, build_model
-from ex2.settings.cli import PRESETS, parse_args
-from ex2.settings.config import Config
+from ex2.settings.cli import PRESET_FLAGS, parse_args, preset_config
+from ex2.settings.config import Config, fields
 
 pytestmark = pytest.mark.usefixtures("small_shapes")
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", PRESET_FLAGS)
 def test_presets_build_a_model_and_a_process(name):
-    config = PRESETS[name]
+    config = preset_config(name)
     assert config.run_name == name
     with torch.device("meta"):
         assert sum(p.numel() for p in build_model(config, 10).parameters()) > 10**6
@@ -53,7 +52,7 @@ def test_presets_build_a_model_and_a_process(name):
         ("--preset huge", "invalid choice"),
         ("--dataset folder", "needs --data_dir"),
         ("--dataset folder --data_dir nowhere", "nowhere is no folder"),
-        ("--data_dir somewhere", "--data_dir: the shapes are drawn"),
+        ("--data_dir somewhere", "--data_dir is for --dataset cifar10 or folder or butterflies, not for shapes"),
         ("--class_free_guidance --guidance_scale 1e39", "--guidance_scale must be at most 1000"),
         ("--batch_size 100000000000000000000", "--batch_size must be at most"),
         ("test --checkpoint x --seed 5", "--seed is fixed by the checkpoint and can't be given to test"),
@@ -68,7 +67,7 @@ def test_bad_input_is_one_clear_line(flags, message, tmp_path, monkeypatch, caps
     assert not list(tmp_path.rglob("ckpt.pt"))
 
 
-PATHS = [f.name for f in settings_config.dataclasses.fields(Config) if "path" in f.metadata]
+PATHS = [f.name for f in fields(Config) if "path" in f.metadata]
 
 
 def test_home_and_variables_are_meant_in_every_path(tmp_path, monkeypatch):
