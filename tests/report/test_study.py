@@ -12,10 +12,9 @@ import torch
 from tiny import TINY
 
 import ex2_main
-from ex2.errors import InputError
+from ex2.errors import InputError, Interrupted
 from ex2.evaluation import samples
 from ex2.evaluation.tables import as_markdown
-from ex2.machine import job
 from ex2.report import intervals, study
 from ex2.report.study import grid_of_runs
 from ex2.settings.build import build_model, load_data
@@ -218,15 +217,15 @@ def test_a_run_that_went_on_training_is_judged_anew(tmp_path):
 
 
 def test_killed_in_its_second_run_and_started_again_it_ends_with_the_same_table(finished, tmp_path, monkeypatch):
-    epochs, real = [], run.Training.train_epoch
+    epochs, real = [], run.train
 
-    def train_epoch(self):
-        epochs.append(self.epochs_done)
+    def train(model, loader, optimizer, diffusor, epoch, *args, **hooks):
+        epochs.append(epoch)
         if len(epochs) == 4:
-            raise job.Interrupted(2)
-        return real(self)
+            raise Interrupted(2)
+        return real(model, loader, optimizer, diffusor, epoch, *args, **hooks)
 
-    monkeypatch.setattr(run.Training, "train_epoch", train_epoch)
+    monkeypatch.setattr(run, "train", train)
     command = [*VARY, "--results_dir", str(tmp_path)]
     assert ex2_main.main(command) == 130
     assert ex2_main.main(command) == 0
