@@ -22,27 +22,20 @@ def images_seen(config: Mapping, log: Sequence[Mapping]) -> int:
 
 
 def reference_of(config: Mapping, images: int) -> dict | None:
-    """The metrics of our own run on the same data set and image size, after at most as many images; None without one."""
+    """The metrics of our own run on such data at this image size, after at most as many images; None without one."""
     name = DATASETS[config["dataset"]].reference
-    runs = json.loads(REFERENCE.read_text(encoding="utf-8")).get(name)
-    if runs is None or config["image_size"] != runs["image_size"]:
+    runs = json.loads(REFERENCE.read_text(encoding="utf-8")).get(name, {"image_size": None})
+    if config["image_size"] != runs["image_size"]:
         return None
     points = [point for point in runs["points"] if point["images"] <= 1.05 * images]
-    return {**points[-1], "name": name} if points else None
-
-
-def reference_curve(config: Mapping, point: Mapping) -> dict:
-    """The l2 losses over log-SNR of a reference, with or without the class, as the run has it."""
     kind = "conditional" if config["class_free_guidance"] else "unconditional"
-    return {"log_snr": point["log_snr"], **point[kind]}
+    return {**points[-1], **points[-1][kind], "name": name} if points else None
 
 
 def reference_losses(config: Mapping, report: Mapping, images: int) -> dict | None:
     """l2 losses of `reference_of` at the noise levels of a report's timesteps, as a curve of `plot_loss_over_t`."""
-    point, test = reference_of(config, images), report["losses"]["test"]
-    if point is None:
-        return None
-    return {"t": test["t"], "l2": [loss_at(reference_curve(config, point), x) for x in test["log_snr"]]}
+    ours, test = reference_of(config, images), report["losses"]["test"]
+    return ours and {"t": test["t"], "l2": [loss_at(ours, log_snr) for log_snr in test["log_snr"]]}
 
 
 def loss_at(curve: Mapping, log_snr: float) -> float:
@@ -59,11 +52,10 @@ def verdict(config: Mapping, report: Mapping, log: Sequence[Mapping]) -> list[st
         log: rows of log.csv.
     """
     images = images_seen(config, log)
-    point = reference_of(config, images)
+    ours = reference_of(config, images)
     found = [*check_losses(report), *check_labels(report), *check_ema(log)]
-    if point is not None:
-        found += check_reference(config, report, point, images)
-    beside = f", also beside our run on {point['name']} ({point['images']:,} images)" if point else ""
+    found += check_reference(report, ours, images) if ours else []
+    beside = f", also beside our run on {ours['name']} ({ours['images']:,} images)" if ours else ""
     return found or [f"Nothing is off{beside}."]
 
 
@@ -132,21 +124,22 @@ def check_ema(log: Sequence[Mapping]) -> Iterator[str]:
             )
 
 
-def check_reference(config: Mapping, report: Mapping, point: Mapping, images: int) -> Iterator[str]:
-    """Where the losses, or the samples, are clearly worse than those of our own run."""
-    test, curve = report["losses"]["test"], reference_curve(config, point)
-    levels = [x for x in NOISE_LEVELS if test["log_snr"][-1] <= x <= test["log_snr"][0]]
-    ratios = {x: loss_at(test, x) / loss_at(curve, x) for x in levels}
-    off = [f"{ratio:.2g} times ours at log-SNR {x}" for x, ratio in ratios.items() if ratio > WORSE]
-    ours = f"ours, on {point['name']}, had seen {point['images']:,} images, this one {images:,}"
-    if off:
-        yield f"The test loss is {', '.join(off)} ({ours}): try another --lr or --schedule, or train longer."
-    samples, theirs = report.get("samples", {}), point.get("samples")
+def check_reference(report: Mapping, ours: Mapping, images: int) -> Iterator[str]:
+    """Where the losses, or the samples, are clearly worse than those of our own run, `reference_of`."""
+    test, said = report["losses"]["test"], []
+    for log_snr in NOISE_LEVELS:
+        ratio = loss_at(test, log_snr) / loss_at(ours, log_snr)
+        if ratio > WORSE and test["log_snr"][-1] <= log_snr <= test["log_snr"][0]:
+            said.append(f"{ratio:.2g} times ours at log-SNR {log_snr}")
+    seen = f"ours, on {ours['name']}, had seen {ours['images']:,} images, this one {images:,}"
+    if said:
+        yield f"The test loss is {', '.join(said)} ({seen}): try another --lr or --schedule, or train longer."
+    samples, theirs = report.get("samples", {}), ours.get("samples")
     if theirs and all(samples.get(name) == theirs[name] for name in ("features", "count", "own_scale")):
         own = next((row for row in samples["by_scale"] if row["guidance_scale"] == samples["own_scale"]), {})
-        distance = own.get("frechet_distance")
-        if distance is not None and distance > DISTANCE_WORSE * theirs["frechet_distance"]:
+        if (own.get("frechet_distance") or 0) > DISTANCE_WORSE * theirs["frechet_distance"]:
             yield (
-                f"The Fréchet distance of its samples is {distance:.3g}, of ours {theirs['frechet_distance']:.3g} "
-                f"({ours}): where the losses are fine, try more --sample_steps or another --guidance_scale."
+                f"The Fréchet distance of its samples is {own['frechet_distance']:.3g}, of ours "
+                f"{theirs['frechet_distance']:.3g} ({seen}): where the losses are fine, try more --sample_steps or "
+                "another --guidance_scale."
             )

@@ -1,373 +1,406 @@
-"""What the runs and studies under `results/` have to say to each sub-task: sentences, metrics, pictures (2.1 to 2.5).
+"""What runs and studies say to each sub-task of the sheet (2.1 to 2.5): a sentence, tables, pictures, what is missing.
 
-All sentences are computed from the metrics; what is missing is named with the command that makes it.
+Every number is computed from the entry it speaks of. A number that isn't there takes its half-sentence with it.
 """
 
 from __future__ import annotations
 
 import math
+import re
 import shlex
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import imageio.v3 as imageio
-import numpy as np
+from PIL import Image, ImageSequence
 
-from ex2.evaluation.sanity import loss_at, verdict
-from ex2.evaluation.tables import samples_table
+from ex2.data.sets import DATASETS
+from ex2.evaluation.sanity import images_seen, loss_at, verdict
+from ex2.evaluation.tables import format_cell, samples_table
 from ex2.machine.files import read_commands
 from ex2.report.intervals import NOT_COMPARABLE, half_width, mean_and_interval, summarise_seeds
-from ex2.settings.config import config_of
-from ex2.training.log import RunLog
+from ex2.settings.config import Config
 
-CLEAR = 1.05  # ratio of two figures of single runs from which on one is called smaller: less is chance
+CLEAR = 1.05  # ratio of two metrics of single runs from which on one is called smaller: less is chance
+QUICK, COMPARE = "python ex2_main.py --preset quick", "python ex2_main.py compare --preset quick --seeds 3 --vary"
+OF_TEST = ("loss_over_t.png", "bits_per_dim.png", "nearest.png", "guidance_curve.png")  # pictures that `test` makes
 CAPTIONS = {
+    "class_grid.png": "Samples of every class, a row for each.",
+    "samples.png": "Samples.",
+    "forward.gif": "Forward process, from images of the test set (left end of the slider) to noise.",
+    "reverse.gif": "The reverse process, from noise (left end of the slider) to images.",
     "time_embedding.png": "Each row is a sine or cosine of the time, from fast (top) to slow: no two times look alike.",
-    "training.png": "Left: the loss falls steeply at first, then slowly. Middle: the learning rate rises, then falls "
-    "to zero. Right: the size of the gradient.",
-    "forward.gif": "forward process (turned round here): images of the test set and their noise",
-    "reverse.gif": "reverse process: what the model makes of noise",
+    "training.png": "Left: the loss falls steeply at first, then slowly. Middle: the learning rate. Right: the norm of "
+    "the gradient.",
     "forward_strip.png": "Forward process: noise is added from left to right, until nothing of the image is left.",
     "reverse_strip.png": "Reverse process: the model removes a little noise at a time; large forms come first.",
-    "x_zero_strip.png": "The model's estimate of x_0 at each t: at T clamped noise, then a mean of images, then one.",
+    "x_zero_strip.png": "The estimate of x_0 at each t: clamped noise at T, then a blurry mean, finally one image.",
     "nearest.png": "Top: samples. Below each: the training image that is nearest to it, by pixels and by features.",
-    "loss_over_t.png": "Loss over the time: little noise (left) is hard to tell from the image's own detail, much is "
-    "easy. Dotted: a run of ours, to compare with.",
+    "loss_over_t.png": "Loss over the time. Dotted: a run of ours, to compare with. Dashed: the optimal loss, that of "
+    "the ideal denoiser of the training set: a model that comes near it there, but not on test images, has learnt the "
+    "training images by heart as well.",
     "bits_per_dim.png": "Bits per dimension: most of the bound is spent on the last details, at small t.",
-    "schedules.png": "Left: the noise a step adds. Middle: what is left of the image, longest with cosine; right: its "
-    "log-SNR.",
-    "samples.png": "Samples.",
-    "class_grid.png": "Samples of every class, a row for each.",
-    "guidance.gif": "one sample per class, from the same noise at every w",
-    "guidance_grid.png": "The same noise at growing w: at w = -1 the class has no say, from w = 1 on it decides.",
-    "guidance_curve.png": "More guidance: more samples show their class (left), but they differ less (recall, middle).",
+    "schedules.png": "Left: the noise a step adds. Middle: what is left of the image. Right: its log-SNR.",
+    "guidance.gif": "A sample per class, from the same noise at every w, from -1 to 5.",
+    "guidance_grid.png": "The same noise at growing w: at w = -1 the class has no say.",
+    "guidance_curve.png": "Over the guidance scale: samples that show their class, precision and recall, distance.",
     "study/samples.png": "Samples of every setting, a row for each; a column starts from the same noise.",
     "study/curves.png": "Losses over the steps and, right, over the noise level: there schedules can be compared.",
 }
-FLOOR = (
-    " Dashed: the floor, the loss of a predictor that knows all training images by heart. On average over them no "
-    "model is below it; one that comes near it there, but not on test images, has learnt them by heart as well."
+WHY_IT_STOPS = (
+    "Why does the loss stop falling so early? The noise of large t is soon learnt; that of small t can't be told from "
+    "the image's own detail, however long one trains. Samples get better while the mean hardly moves. Is a validation "
+    "loss above the training loss overfitting? Not by itself: it is a mean over a few fixed timesteps, of which t = 1 "
+    "alone can be most, and the training loss one over random timesteps. 2.2 e compares like with like."
+)
+METRICS_EXPLAINED = (
+    "Mean l2 losses of training and test images at the same timesteps (a guess of zero has 1); bits per dimension of "
+    "test images; medians of the distance to the nearest training image, in grey levels; the fraction of samples that "
+    "are nearer to one than 95% of test images: 5% where nothing is copied, from 20% on look for copies below."
 )
 
 
 @dataclass(frozen=True)
 class Run:
-    """A trained run: its folder, its settings, and its figures, which are empty where it was not tested."""
+    """A trained run.
+
+    metrics: the valid entries of test_metrics.json, in the shape of `METRICS` in page.py; empty if it was not tested.
+    log: the rows of log.csv.
+    """
 
     folder: Path
-    config: dict
-    report: dict
-
-    @property
-    def log(self) -> list[dict]:
-        """The rows of its log.csv; none where there is no such file."""
-        return RunLog.read(self.folder / "log.csv")
+    config: Config
+    metrics: dict = field(default_factory=dict)
+    log: list = field(default_factory=list)
 
     @property
     def name(self) -> str:
         return self.folder.name
 
     @property
-    def can_guide(self) -> bool:
-        return self.config["class_free_guidance"] and self.config["p_uncond"] > 0
-
-    @property
-    def may_show_data(self) -> bool:
-        """Whether pictures of the data set belong to the page: photographs may have terms that forbid it."""
-        return self.config["dataset"] == "shapes"
-
-    def command(self, tested: bool = False) -> str:
-        """The latest command that trained the run, or that judged its samples; "" where it is not known."""
-        known = [line for line in read_commands(self.folder) if "--eval_samples 0" not in line]
-        return next((line for line in reversed(known) if line.startswith("python ex2_main.py test ") == tested), "")
-
-    @property
-    def test_again(self) -> str:
-        """The command that makes missing figures."""
+    def test_command(self) -> str:
+        """The command that makes missing metrics."""
         return f"python ex2_main.py test --checkpoint {shlex.quote(self.folder.as_posix())}"
+
+    @property
+    def test_curve(self) -> dict | None:
+        return self.metrics.get("losses", {}).get("test")
+
+    @property
+    def by_scale(self) -> dict[float, dict]:
+        """Guidance scale -> metrics of samples."""
+        return {row["guidance_scale"]: row for row in self.metrics.get("samples", {}).get("by_scale", ())}
+
+    @property
+    def own_row(self) -> dict:
+        """The metrics of samples at the run's own guidance scale."""
+        return self.by_scale.get(self.metrics.get("samples", {}).get("own_scale"), {})
+
+    @property
+    def bits_per_dim(self) -> float | None:
+        bound = self.metrics.get("bits_per_dim", {})
+        return min((bound[name]["total"] for name in bound if "total" in bound[name]), default=None)
+
+    def mean_loss(self, name: str) -> float | None:
+        """Mean l2 loss of "test", "train" or "optimal"; None unless it has the timesteps of "test"."""
+        curve = self.metrics.get("losses", {}).get(name)
+        return (
+            statistics.mean(curve["l2"]) if curve and self.test_curve and curve["t"] == self.test_curve["t"] else None
+        )
 
 
 @dataclass(frozen=True)
 class Study:
-    """A comparison: its folder, what it varied, its table (column -> cell, as text) and its tested runs."""
+    """A comparison: its folder, the settings it varied, and its runs by name; None for those that failed."""
 
     folder: Path
-    varied: list[str]
-    rows: list[dict[str, str]]
-    runs: list[Run]
+    varied: Sequence[str]
+    runs: dict[str, Run | None]
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
 
 
 @dataclass
 class Part:
-    """What one run or study has to say to one sub-task."""
+    """A piece of a section: text, and a table, pictures that it is the caption of, or commands."""
 
-    title: str
-    sentences: list[str] = field(default_factory=list)
+    text: str = ""
     table: list[dict] = field(default_factory=list)
-    pictures: list[tuple[Path, str]] = field(default_factory=list)  # (file, what it shows)
-    animations: list[tuple[Path, str]] = field(default_factory=list)  # they share a slider
+    pictures: list[tuple[str, Path]] = field(default_factory=list)  # (whose, file)
     commands: list[str] = field(default_factory=list)
-    missing: list[tuple[str, str]] = field(default_factory=list)  # (what, command that makes it)
-
-    @property
-    def is_empty(self) -> bool:
-        return not (self.sentences or self.pictures or self.animations or self.missing)
-
-    def show(self, path: Path, command: str, needed: bool = True, caption: str = "", again: str = "") -> None:
-        """Adds a picture, made by `command`. If a needed one is not there, says which command makes it (`again`)."""
-        caption = caption or CAPTIONS[path.name]
-        if is_picture(path):
-            (self.animations if path.suffix == ".gif" else self.pictures).append((path, caption))
-            self.commands += [command] if command and command not in self.commands else []
-        elif needed:
-            again = again or command or "the command that trained it"
-            self.missing.append((f"{path.name}: {caption.rstrip('. ')}", again))
 
 
-def is_picture(path: Path) -> bool:
-    """Whether a file is there and whole, with all its frames."""
+@dataclass
+class Section:
+    """One sub-task of the sheet: its answer, what shows it, and what is missing (command -> what it would make)."""
+
+    anchor: str
+    title: str
+    answer: str = ""
+    parts: list[Part] = field(default_factory=list)
+    missing: dict[str, list[str]] = field(default_factory=dict)
+
+    def miss(self, what: str, command: str, when: bool) -> None:
+        if when:
+            self.missing.setdefault(command, []).append(what)
+
+    def show(self, name: str, subjects: Sequence[Run | Study], caption: str = "") -> None:
+        """Adds the pictures of one kind under one caption, and names those that are not there."""
+        found = [(subject.name, subject.folder / name) for subject in subjects if read_frames(subject.folder / name)]
+        self.parts += [Part(caption or CAPTIONS[name], pictures=found)] if found else []
+        for subject in subjects:
+            command = subject.test_command if name in OF_TEST else latest_command(subject.folder)
+            is_there = (subject.name, subject.folder / name) in found
+            self.miss(f"{name} of {subject.name}", command or "the command that made the rest of it", not is_there)
+
+
+def latest_command(folder: Path, test: bool = False) -> str:
+    """The latest command that trained or compared, or that evaluated samples (`test`); "" where none is known."""
+    for line in reversed(read_commands(folder)):
+        command = re.match(r"python ex2_main\.py(?: (test|sample)\b)?(?!.*--eval_samples[ =]0\b)", line)
+        if command and command[1] == ("test" if test else None):
+            return line
+    return ""
+
+
+def read_frames(path: Path) -> list[Image.Image]:
+    """All frames of a picture; none if it is missing or damaged anywhere."""
     try:
-        imageio.imread(path, index=None)
-    except Exception:  # many kinds for damaged files
-        return False
-    return True
+        with Image.open(path) as image:
+            return [frame.convert("RGB") for frame in ImageSequence.Iterator(image)]
+    except Exception:  # Pillow's decoders raise many kinds for damaged files
+        return []
 
 
-def network_part(run: Run) -> Part:
-    """2.1: what was trained, on what, for how long."""
-    config, rows, part = run.config, run.log, Part(run.name)
-    part.sentences.append(
-        f"{'Class-conditional' if config['class_free_guidance'] else 'Unconditional'} attention U-Net "
-        f"(dim {config['dim']}, multipliers {', '.join(map(str, config['dim_mults']))}) on {config['dataset']} at "
-        f"{config['image_size']}x{config['image_size']}; {config['timesteps']} timesteps of the {config['schedule']} "
-        f"schedule; AdamW at a peak learning rate of {config['lr']:g}, {config['loss_type']} loss, "
-        f"{config['batch_size']} images per step."
-    )
-    if rows:
-        steps, minutes = int(rows[-1]["step"]), float(rows[-1]["seconds"]) / 60
-        images = steps * config["batch_size"]
-        part.sentences.append(f"Training: {steps:,} steps, {images:,} images, in {minutes:.1f} minutes.")
-    note = run.folder / "note.txt"  # the user's own words on the run
-    if note.is_file():
-        part.sentences.append(" ".join(note.read_text(encoding="utf-8", errors="replace").split()))
-    part.show(run.folder / "training.png", run.command())
-    return part
+def sections(runs: Sequence[Run], studies: Sequence[Study]) -> list[Section]:
+    """The page: its opening, the sub-tasks in the order of the sheet, and the commands."""
+    null = [study for study in studies if {"null_token", "p_uncond"} & set(study.varied)]
+    training = [study for study in studies if set(study.varied) - {"schedule", "null_token", "p_uncond"}]
+    schedule = [study for study in studies if "schedule" in study.varied]
+    opening = Section("samples", "Denoising diffusion: results")
+    opening.show("class_grid.png", [run for run in runs if run.config.class_free_guidance])
+    opening.show("samples.png", [run for run in runs if not run.config.class_free_guidance])
+    opening.show("reverse.gif", runs)
+    schedules = Section("schedules", "2.3 Beta schedules")
+    schedules.show("schedules.png", runs[:1])
+    schedules.parts.append(Part(NOT_COMPARABLE))
+    others = [run for run in runs if DATASETS[run.config.dataset].sub_task == "2.5"]
+    main = [run for run in runs if run not in others] or runs
+    content = [opening, network(runs), process(main), quality(runs)]
+    for section in content[1:]:
+        section.miss("a trained run", QUICK, not runs)
+    settings = Section("training", "2.2 Training with other settings")
+    content.append(add_studies(settings, training, "a study of the learning rate", "lr=3e-4,1e-3,3e-3"))
+    content.append(add_studies(schedules, schedule, "a comparison of them", "schedule=linear,cosine,sigmoid"))
+    content.append(add_studies(guidance(runs), null, "a comparison of null tokens", "null_token=learned,zero"))
+    commands = Section("commands", "How this was made")
+    for subject in (*runs, *studies):
+        known = filter(None, (latest_command(subject.folder), latest_command(subject.folder, test=True)))
+        commands.parts.append(Part(subject.name, commands=list(known)))
+    return [*content, other_pictures(others, main), commands]
 
 
-def network_answer(run: Run) -> str:
-    """2.1 in a sentence."""
-    return (
-        f"A U-Net of {run.report['parameters']:,} parameters predicts the noise in x_t. It is told the time t as "
-        f"sines and cosines of {run.config['dim'] // 2} frequencies, which an MLP turns into a scale and a shift for "
-        "every residual block."
-    )
+def of_data(name: str, runs: Sequence[Run]) -> list[Run]:
+    """The runs whose picture with images of the data set is there, or may be asked for."""
+    return [run for run in runs if DATASETS[run.config.dataset].may_be_shown or read_frames(run.folder / name)]
 
 
-def process_part(run: Run) -> Part:
-    """2.2 a-d, f: forward and reverse process as pictures."""
-    part = Part(run.name)
-    part.show(run.folder / "forward_strip.png", run.command(), run.may_show_data)
-    for name in ("reverse_strip", "x_zero_strip", *(() if run.config["class_free_guidance"] else ("samples",))):
-        part.show(run.folder / f"{name}.png", run.command())
-    return part
-
-
-def side_by_side(title: str, runs: list[Run], films: tuple[str, ...]) -> Part:
-    """2.2 f, 2.4 c: animations of all runs, which share a slider."""
-    part = Part(title)
-    for run in runs:
-        needed = {"forward.gif": run.may_show_data, "guidance.gif": run.can_guide}
-        for name in films:
-            caption = f"{run.name}, {CAPTIONS[name]}"
-            part.show(run.folder / name, run.command(), needed.get(name, True), caption)
-    part.commands = []  # each run's part has them
-    return part
-
-
-def process_answer(run: Run) -> str:
-    """2.2 a-d, f in a sentence."""
-    left = 1 / (1 + math.exp(-run.report["losses"]["test"]["log_snr"][-1]))
-    steps = run.config["sample_steps"] or run.config["timesteps"]
-    return (
-        f"After {run.config['timesteps']} steps of Eq. 2 a share of {left:.1g} of the image's variance is left "
-        f"(alpha-bar of Eq. 4), so x_T is noise; the reverse process goes back from it to an image, here in {steps} "
-        "steps."
-    )
-
-
-def quality_part(run: Run) -> Part:
-    """2.2 e: losses, bits per dimension, figures of samples."""
-    part, report = Part(run.name), run.report
-    command, again = run.command(tested=True), run.test_again
-    if not report:
-        part.missing.append(("the figures of this run, or those of this version", again))
-        return part
-    part.sentences += losses_sentences(report)
-    if "samples" in report:
-        part.sentences += samples_sentences(report["samples"])
-        part.table = samples_table(report["samples"])
-        part.show(run.folder / "nearest.png", command, run.may_show_data, again=again)
-    else:
-        part.missing.append(("figures of samples (Fréchet distance, precision and recall)", again))
-    part.sentences.append(f"Is this normal? {' '.join(verdict(run.config, report, run.log))}")
-    caption = CAPTIONS["loss_over_t.png"] + (FLOOR if "floor" in report["losses"] else "")
-    part.show(run.folder / "loss_over_t.png", command, caption=caption, again=again)
-    part.show(run.folder / "bits_per_dim.png", command, again=again)
-    return part
-
-
-def losses_sentences(report: dict) -> list[str]:
-    """What losses and bound say."""
-    test, val, bound = report["losses"]["test"], report["losses"]["val"], report["bits_per_dim"]
-    said = []
-    if len(test["t"]) > 1:
-        hard, easy = int(np.argmax(test["l2"])), int(np.argmin(test["l2"]))
-        said.append(
-            f"The noise is hardest to tell at t = {test['t'][hard] + 1} (l2 loss {test['l2'][hard]:.3g}, where a guess "
-            f"of zero has 1) and easiest at t = {test['t'][easy] + 1} ({test['l2'][easy]:.2g})."
+def network(runs: Sequence[Run]) -> Section:
+    """2.1: the network, what was trained, on what, for how long."""
+    section = Section("network", "2.1 The network and its training")
+    for run in runs[:1]:
+        size = f" of {run.metrics['parameters']:,} parameters" if "parameters" in run.metrics else ""
+        section.answer = (
+            f"A U-Net{size} predicts the noise in x_t. It is told the time t as sines and cosines of "
+            f"{run.config.dim // 2} frequencies, which an MLP turns into a scale and a shift for every residual block."
         )
-    gap = np.mean(val["l2"]) / np.mean(test["l2"]) - 1
-    name = min(("beta", "beta_tilde"), key=lambda name: bound[name]["total"])
-    return [
-        *said,
-        f"The mean validation loss differs from the mean test loss by {abs(gap):.1%}.",
-        f"The variational bound is {bound[name]['total']:.2f} bits per dimension at best (sigma^2 = {name}, "
-        f"{bound['images']} test images); {bound[name]['decoder'] / bound[name]['total']:.0%} of it is the last step.",
-    ]
+    section.parts.append(Part(table=[describe_run(run) for run in runs]))
+    notes = [(run.name, run.folder / "note.txt") for run in runs]  # the user's own words on a run
+    notes = [(name, path.read_text("utf-8", "replace").split()) for name, path in notes if path.is_file()]
+    section.parts += [Part(f"{name}: {' '.join(words)}") for name, words in notes]
+    section.show("time_embedding.png", runs[:1])
+    section.show("training.png", runs)
+    section.parts.append(Part(WHY_IT_STOPS))
+    return section
+
+
+def describe_run(run: Run) -> dict:
+    """The settings of a run, as a row."""
+    names = ("dataset", "image_size", "dim", "dim_mults", "timesteps", "schedule", "loss_type", "lr", "batch_size")
+    seconds = float(run.log[-1]["seconds"] or 0) if run.log else 0
+    row = {"run": run.name, **{name.replace("_", " "): getattr(run.config, name) for name in names}}
+    row.update({"parameters": run.metrics.get("parameters"), "images seen": images_seen(vars(run.config), run.log)})
+    return {**row, "minutes": round(seconds / 60, 1)}
+
+
+def process(runs: Sequence[Run]) -> Section:
+    """2.2 a-d, f: forward and reverse process as pictures."""
+    section = Section("process", "2.2 a-d, f: Noising and denoising")
+    for run in runs[:1]:
+        curve, T = run.test_curve, run.config.timesteps
+        if curve and curve["t"][-1] == T - 1:  # else t = T was not evaluated
+            left = 1 / (1 + math.exp(min(-curve["log_snr"][-1], 700)))
+            section.answer = f"After {T} steps of Eq. 2 a fraction of {left:.1g} of the image's variance is left. "
+        steps = run.config.sample_steps or T
+        section.answer += f"The reverse process goes back from noise to an image, here in {steps} steps."
+    section.show("forward.gif", [run for run in runs if DATASETS[run.config.dataset].may_be_shown][:1])
+    return show_strips(section, runs)
+
+
+def show_strips(section: Section, runs: Sequence[Run]) -> Section:
+    section.show("forward_strip.png", of_data("forward_strip.png", runs))
+    section.show("reverse_strip.png", runs)
+    section.show("x_zero_strip.png", runs)
+    return section
+
+
+def quality(runs: Sequence[Run]) -> Section:
+    """2.2 e: losses, bits per dimension, metrics of samples."""
+    section, tested = Section("quality", "2.2 e: How good is it?"), [run for run in runs if run.metrics]
+    section.answer = next(filter(None, map(quality_answer, runs)), "")
+    section.parts.append(Part(METRICS_EXPLAINED, [describe_metrics(run) for run in tested]))
+    normal = [(run.name, verdict(vars(run.config), run.metrics, run.log)) for run in tested if run.test_curve]
+    section.parts += [Part(f"Is {name} normal? {' '.join(said)}") for name, said in normal]
+    for run in runs:
+        section.miss(f"metrics of {run.name}", run.test_command, not run.metrics)
+        section.miss(f"metrics of samples of {run.name}", run.test_command, bool(run.metrics) and not run.own_row)
+    for run in [run for run in tested if run.by_scale]:
+        samples = run.metrics["samples"]
+        text = f"{run.name}: {samples['count']} samples at each scale, by features of: {samples['features']}"
+        section.parts.append(Part(text, samples_table(samples)))
+    section.show("loss_over_t.png", tested)
+    section.show("bits_per_dim.png", tested)
+    section.show("nearest.png", of_data("nearest.png", [run for run in tested if run.by_scale]))
+    return section
+
+
+def describe_metrics(run: Run) -> dict:
+    """Losses, bits per dimension and nearness to training images of a run, as a row."""
+    pixels = run.metrics.get("samples", {}).get("memorisation", {}).get("pixels", {})
+    row = {"run": run.name, **{f"{name} loss": run.mean_loss(name) for name in ("test", "train", "optimal")}}
+    row.update({"bits/dim": run.bits_per_dim, "samples to nearest": pixels.get("median", {}).get("samples")})
+    return {
+        **row,
+        "test to nearest": pixels.get("median", {}).get("test_images"),
+        "nearer": pixels.get("fraction_nearer"),
+    }
 
 
 def quality_answer(run: Run) -> str:
-    """2.2 e in a sentence."""
-    samples = run.report["samples"]
-    own = next(row for row in samples["by_scale"] if row["guidance_scale"] == samples["own_scale"])
-    accuracy = f"; {own['class_accuracy']:.0%} of the samples show their class" if "class_accuracy" in own else ""
-    return (
-        f"On {run.name} the l2 loss of test images is {np.mean(run.report['losses']['test']['l2']):.3g} in the mean "
-        f"over t, and the samples have a Fréchet distance of {own['frechet_distance']:.3g} to the training images, "
-        f"where test images have {samples['test_images']['frechet_distance']:.3g}{accuracy}."
-    )
+    """2.2 e, 2.5 in a sentence."""
+    said, row, real = [], run.own_row, run.metrics.get("samples", {}).get("test_images", {})
+    test, train = run.mean_loss("test"), run.mean_loss("train")
+    if test is not None:
+        beside = "" if train is None else f", that of training images at the same timesteps {train:.3g}"
+        said.append(f"the mean l2 loss of test images is {test:.3g}{beside}")
+    distance = row.get("frechet_distance_at_test_count", row.get("frechet_distance"))
+    if distance is not None:
+        beside = f", as many test images {real['frechet_distance']:.3g}" if "frechet_distance" in real else ""
+        said.append(f"its samples have a Fréchet distance of {distance:.3g} to the training images{beside}")
+    if "class_accuracy" in row:
+        said.append(f"{row['class_accuracy']:.0%} of the samples show their class")
+    return f"{run.name} ({run.config.image_size} pixels): {'; '.join(said)}." if said else ""
 
 
-def samples_sentences(samples: dict) -> list[str]:
-    """What the samples were compared by, and whether they are copies."""
-    pixels = samples["memorisation"]["pixels"]
-    copies = "look for copies in the picture" if pixels["share_nearer"] > 0.2 else "no sign of copying"
-    return [
-        f"At each w {samples['count']} samples of the {samples['weights']} weights are compared with training images "
-        f"(features: {samples['features']}).",
-        f"The nearest training image is {pixels['median']['samples']:.1f} grey levels from a sample and "
-        f"{pixels['median']['test_images']:.1f} from a test image (medians), and {pixels['share_nearer']:.0%} of the "
-        f"samples are nearer than 95% of test images: {copies}.",
-    ]
-
-
-def guidance_part(run: Run) -> Part:
-    """2.4: samples by class and what the guidance scale does."""
-    part = Part(run.name)
-    part.show(run.folder / "class_grid.png", run.command())
-    if run.can_guide:
-        part.show(run.folder / "guidance_grid.png", run.command())
-        part.show(run.folder / "guidance_curve.png", run.command(tested=True), again=run.test_again)
-    return part
+def guidance(runs: Sequence[Run]) -> Section:
+    """2.4: what the class and the guidance scale do."""
+    section, guided = Section("guidance", "2.4 Classifier-free guidance"), [run for run in runs if run.config.can_guide]
+    section.answer = next(filter(None, map(guidance_answer, guided)), "")
+    section.miss("a run with classes", QUICK, not guided)
+    for run in guided:
+        lacks = bool(run.by_scale) and -1 not in run.by_scale
+        command = f"{run.test_command} --eval_scales -1 0 1 3"
+        section.miss(f"samples of {run.name} without the class (w = -1)", command, lacks)
+    section.show("guidance.gif", guided[:1])
+    section.show("guidance_grid.png", guided)
+    section.show("guidance_curve.png", guided)
+    return section
 
 
 def guidance_answer(run: Run) -> str:
     """2.4 in a sentence."""
-    rows = {row["guidance_scale"]: row for row in run.report["samples"]["by_scale"]}
-    best, none, most = max(rows.values(), key=lambda row: row["class_accuracy"]), rows[-1.0], rows[max(rows)]
-    changes = "falls" if most["recall"] < best["recall"] else "does not fall"
-    return (
-        f"On {run.name}, {best['class_accuracy']:.0%} of the samples show their class at w = "
-        f"{best['guidance_scale']:g}, {none['class_accuracy']:.0%} without the class (w = -1); recall, which measures "
-        f"variety, {changes} from {best['recall']:.2f} there to {most['recall']:.2f} at w = {max(rows):g}."
-    )
+    said, names = [], ("class_accuracy", "recall")
+    accuracy, recall = ({w: row[name] for w, row in run.by_scale.items() if name in row} for name in names)
+    if accuracy:
+        best = max(accuracy, key=accuracy.get)
+        beside = f", {accuracy[-1]:.0%} at w = -1, where the class has no say" if -1 in accuracy else ""
+        said.append(f"{accuracy[best]:.0%} of the samples show their class at w = {best:g}{beside}")
+    if len(recall) > 1:
+        each = ", ".join(f"{recall[w]:.2f} at w = {w:g}" for w in sorted(recall))
+        said.append(f"recall, which measures variety, is {each}")
+    return f"{run.name}: {'; '.join(said)}." if said else ""
 
 
-def butterflies_part(run: Run) -> Part:
-    """2.5: what the butterflies look like."""
-    part = Part(run.name, [f"At {run.config['image_size']} pixels; the sections above have its figures."])
-    part.show(run.folder / ("class_grid.png" if run.config["class_free_guidance"] else "samples.png"), run.command())
-    return part
+def other_pictures(others: Sequence[Run], shown: Sequence[Run]) -> Section:
+    """2.5: butterflies and any folder of images; their samples open the page. shown: runs whose process 2.2 shows."""
+    section = Section("pictures", "2.5 Butterflies and other pictures")
+    section.answer = " ".join(filter(None, map(quality_answer, others)))
+    section.miss("a run on other pictures", "python ex2_main.py --preset butterflies", not others)
+    return show_strips(section, [run for run in others if run not in shown])
 
 
-def butterflies_answer(run: Run) -> str:
-    """2.5 in a sentence."""
-    images = int(run.log[-1]["step"]) * run.config["batch_size"]
-    given = "conditional on the species" if run.config["class_free_guidance"] else "unconditional"
-    return (
-        f"A model {given} at {run.config['image_size']}x{run.config['image_size']} pixels has a mean l2 loss of "
-        f"{np.mean(run.report['losses']['test']['l2']):.3g} on test images after a training on {images:,} images; its "
-        "samples are below."
-    )
-
-
-def study_part(study: Study) -> Part:
-    """2.2 training, 2.3, 2.4: which of the compared settings won, by how much and where."""
-    part = Part(f"{study.folder.name}: {', '.join(study.varied)} compared")
-    for row in summarise_seeds(study.rows, study.varied):  # table.md has the other columns
-        part.table.append({name: cell for name, cell in row.items() if "loss" not in name and name != "seconds"})
-    part.sentences += [study_answer(study), *loss_sentences(study)]
-    if {"schedule", "timesteps"} & set(study.varied):
-        part.sentences.append(NOT_COMPARABLE)
-    command = (read_commands(study.folder) or [""])[-1]
+def add_studies(section: Section, studies: Sequence[Study], missing: str, vary: str) -> Section:
+    """Adds to a section what studies say to it."""
+    section.miss(missing, f"{COMPARE} {vary}", not studies)
+    section.answer = " ".join(filter(None, (section.answer, *map(study_answer, studies))))
+    for study in studies:
+        rows = [describe_setting(study, run) for run in study.runs.values() if run]
+        text = f"{study.name}: means over the seeds, each run at its own w"
+        section.parts.append(Part(text, summarise_seeds(rows, study.varied)))
     for name in ("samples.png", "curves.png"):
-        part.show(study.folder / name, command, caption=CAPTIONS[f"study/{name}"])
-    return part
+        section.show(name, studies, CAPTIONS[f"study/{name}"])
+    return section
+
+
+def describe_setting(study: Study, run: Run) -> dict:
+    """The metrics of a run of a study, at its own guidance scale and at equal noise levels, as a row."""
+    own, curve = run.own_row, run.test_curve
+    row = {**{name: getattr(run.config, name) for name in study.varied}, "seed": run.config.seed}
+    row.update({"w": own.get("guidance_scale"), "bits/dim": run.bits_per_dim})
+    row["Fréchet distance"] = own.get("frechet_distance")
+    row.update({name.replace("_", " "): own.get(name) for name in ("precision", "recall", "class_accuracy")})
+    for log_snr in (-2, 2):
+        known = curve and curve["log_snr"][-1] <= log_snr <= curve["log_snr"][0]
+        row[f"l2 at log-SNR {log_snr}"] = loss_at(curve, log_snr) if known else None
+    return row
 
 
 def study_answer(study: Study) -> str:
-    """Which settings have the smallest Fréchet distance; bits per dimension where no samples were judged."""
-    criterion = "Fréchet distance" if any(row.get("Fréchet distance") for row in study.rows) else "bits/dim"
-    scales = {row.get("w") for row in study.rows}
-    own = str(config_of({"config": study.runs[0].config}, {}).sampling["guidance_scale"]) if len(scales) > 1 else None
+    """Which setting has the smallest Fréchet distance; bits per dimension where no samples were evaluated."""
+    rows = {name: describe_setting(study, run) if run else {} for name, run in study.runs.items()}
+    criterion = next(
+        (name for name in ("Fréchet distance", "bits/dim") if any(row.get(name) for row in rows.values())), ""
+    )
     values: dict[str, dict] = {}
-    for row in study.rows:
-        if row.get(criterion) and own in (None, row.get("w")):
-            setting = ", ".join(f"{name} {row[name]}" for name in study.varied)
-            values.setdefault(setting, {})[row.get("seed")] = float(row[criterion])
-    return contest(values, criterion)
+    for row in [row for row in rows.values() if row.get(criterion) is not None]:
+        setting = ", ".join(f"{name} {row[name]}" for name in study.varied)
+        values.setdefault(setting, {})[row["seed"]] = row[criterion]
+    left_out = [name for name, row in rows.items() if row.get(criterion) is None]
+    without = f" Left out, as it failed or was not evaluated: {'; '.join(left_out)}." if left_out else ""
+    return compare_settings(values, criterion) + without
 
 
-def loss_sentences(study: Study) -> list[str]:
-    """Which settings have the smallest test loss at noise levels that all runs know."""
-    curves = [(run, run.report["losses"]["test"]) for run in study.runs]
-    low = max(min(curve["log_snr"]) for _, curve in curves)
-    high = min(max(curve["log_snr"]) for _, curve in curves)
-    said = []
-    for log_snr in (-2, 2):
-        values: dict[str, dict] = {}
-        for run, curve in curves if low <= log_snr <= high else ():
-            setting = ", ".join(f"{name} {run.config[name]}" for name in study.varied)
-            values.setdefault(setting, {})[run.config["seed"]] = loss_at(curve, log_snr)
-        said.append(contest(values, f"test l2 loss at log-SNR {log_snr}"))
-    return [sentence for sentence in said if sentence]
-
-
-def contest(values: dict[str, dict], what: str) -> str:
-    """Which setting has the smallest mean, and which other settings differ from it by more than chance.
+def compare_settings(values: dict[str, dict], what: str) -> str:
+    """Which setting has the smallest mean of a metric, and how much more the others have: chance, or clearly.
 
     Args:
-        values: setting -> {seed: figure}. Differences are taken seed by seed, as runs of one seed start from the same
+        values: setting -> {seed: metric}. Differences are taken seed by seed, as runs of one seed start from the same
             weights and noise; seeds that not all settings have are left out.
+        what: the metric.
     """
-    if len(values) < 2:
-        return ""
-    seeds = [seed for seed in next(iter(values.values())) if all(seed in of_seed for of_seed in values.values())]
+    seeds = sorted(set.intersection(*map(set, values.values()))) if len(values) > 1 else []
     if not seeds:
-        return ""
+        return f"{what}: no two settings to compare with the same seed." if values else ""
     values = {name: [of_seed[seed] for seed in seeds] for name, of_seed in values.items()}
     best, *rest = sorted(values, key=lambda name: statistics.mean(values[name]))
-    what = f"{what[0].upper()}{what[1:]}"
-    if len(seeds) == 1:
-        others = ", ".join(f"{values[name][0]:.4g} for {name}" for name in rest)
-        if values[rest[0]][0] < CLEAR * values[best][0]:
-            others += ", so that the first two don't differ clearly"
-        return f"{what}: smallest for {best} ({values[best][0]:.4g}), {others}; each figure is of a single run."
-    gaps = {name: [value - least for value, least in zip(values[name], values[best])] for name in rest}
-    larger = [name for name in rest if statistics.mean(gaps[name]) > half_width(gaps[name])]
-    said = f"{what}: smallest for {best} ({mean_and_interval(values[best])}, mean of {len(seeds)} seeds, 95% interval)"
-    for names, how in (larger, "larger"), ([name for name in rest if name not in larger], "not clearly larger"):
-        differences = [f"{name} (by {mean_and_interval(gaps[name])})" for name in names]
-        said += f"; {how} for {' and '.join(differences)}" if names else ""
-    return f"{said}."
+    said = []
+    for name in rest:
+        gaps = [value - least for value, least in zip(values[name], values[best])]
+        margin = half_width(gaps) if len(seeds) > 1 else (CLEAR - 1) * values[best][0]
+        chance = "" if statistics.mean(gaps) > margin else ", which may be chance"
+        said.append(f"{format_cell(mean_and_interval(gaps))} more for {name}{chance}")
+    over = f"mean of {len(seeds)} seeds, 95% interval" if len(seeds) > 1 else "a single run"
+    return f"{what}: smallest for {best} ({format_cell(mean_and_interval(values[best]))}, {over}); {'; '.join(said)}."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 # Student's t, the 97.5% quantile for n seeds: n - 1 degrees of freedom.
 T_QUANTILES = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
@@ -14,43 +14,37 @@ NOT_COMPARABLE = (
 )
 
 
-def summarise_seeds(rows: list[dict], varied: Sequence[str]) -> list[dict]:
+def summarise_seeds(rows: Sequence[Mapping], varied: Sequence[str]) -> list[dict]:
     """One row per combination and guidance scale: means over the seeds, with 95% intervals ("mean ± half its width").
 
-    rows: of table.csv, as numbers or as text.  varied: the settings that were varied.
+    Args:
+        rows: settings and metrics of a run, at one guidance scale "w"; a run that failed has no "bits/dim".
+        varied: the settings that were varied.
     """
-    several = len({row.get("seed") for row in rows}) > 1
-    groups: dict[tuple, list[dict]] = {}
-    for row in sorted(rows, key=lambda row: row.get("bits/dim") in (None, "")):  # failed runs last
-        key = tuple(row.get(name) for name in varied)
-        failed = row.get("bits/dim") in (None, "")
-        if not failed or key not in [other[:-1] for other in groups]:
-            groups.setdefault((*key, row.get("w")), []).append(row)
-    order = list(dict.fromkeys(tuple(row.get(name) for name in varied) for row in rows))
-    return [summarise(groups[key], varied, several) for key in sorted(groups, key=lambda key: order.index(key[:-1]))]
-
-
-def summarise(group: list[dict], varied: Sequence[str], several: bool) -> dict:
-    """The row of `summarise_seeds` for runs that differ in their seed alone; "runs" tells how many, of `several`."""
-    summary = {}
-    for name in group[0]:
-        if name in varied or name == "w":
-            summary[name] = group[0][name]
-        elif name == "seed":
-            count = sum(row.get("bits/dim") not in (None, "") for row in group)
-            summary.update({"runs": count} if several else {})
-        else:
-            summary[name] = mean_and_interval([float(row[name]) for row in group if row[name] not in (None, "")])
+    done = {tuple(row[name] for name in varied) for row in rows if row["bits/dim"] is not None}
+    groups: dict[tuple, list[Mapping]] = {}
+    for row in rows:
+        setting = tuple(row[name] for name in varied)
+        if row["bits/dim"] is not None or setting not in done:
+            groups.setdefault((setting, row.get("w")), []).append(row)
+    summary = []
+    for (setting, w), group in groups.items():
+        summary.append(dict(zip(varied, setting)))
+        if len({row.get("seed") for row in rows}) > 1:
+            summary[-1]["runs"] = sum(row["bits/dim"] is not None for row in group)
+        for name in [name for name in group[0] if name not in (*varied, "seed")]:
+            values = [row[name] for row in group if row[name] not in (None, "")]
+            summary[-1][name] = w if name == "w" else mean_and_interval(values)
     return summary
 
 
-def mean_and_interval(values: list[float]) -> float | str | None:
+def mean_and_interval(values: Sequence[float]) -> float | str | None:
     """The mean; from two values on as text, with `half_width`."""
     if len(values) < 2:
         return values[0] if values else None
     return f"{statistics.mean(values):.3g} ± {half_width(values):.2g}"
 
 
-def half_width(values: list[float]) -> float:
+def half_width(values: Sequence[float]) -> float:
     """Half the width of the 95% interval of the mean of two values or more, by Student's t."""
-    return T_QUANTILES[len(values)] * statistics.stdev(values) / len(values) ** 0.5
+    return T_QUANTILES.get(len(values), T_QUANTILES[10]) * statistics.stdev(values) / len(values) ** 0.5
