@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import imageio.v3 as imageio
@@ -16,7 +17,7 @@ import torch
 from PIL import Image
 
 import ex2_viz as viz
-from ex2.report import curves
+from ex2.report import metrics
 from ex2_diffusion import SCHEDULES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -113,6 +114,23 @@ def test_schedule_plot_draws_the_betas_it_is_given(tmp_path, monkeypatch):
             np.testing.assert_allclose(ax.lines[k].get_ydata(), values.numpy())
 
 
+def test_every_curve_is_drawn_however_many_there_are(tmp_path, monkeypatch):
+    """The eighth one vanished, as there were seven styles."""
+    drawn = []
+    real = metrics.curve_axes
+    monkeypatch.setattr(metrics, "curve_axes", lambda *args: keep_axes(real(*args), drawn))
+    curve = {"t": [0, 9], "l1": [0.5, 0.1], "l2": [0.4, 0.1], "x_zero_l2": [0.1, 0.5]}
+    metrics.plot_loss_over_t({f"run {i}": curve for i in range(12)}, tmp_path / "b.png")
+    assert [len(ax.lines) for ax in drawn] == [12] * 3
+
+
+@contextmanager
+def keep_axes(made, drawn):
+    with made as axes:
+        drawn += list(axes)
+        yield axes
+
+
 def test_curves_are_drawn(tmp_path):
     row = dict.fromkeys(("step", "epoch", "seconds", "lr", "grad_norm", "train_loss", "epoch_loss", "val_loss"), "")
     rows = [{**row, "step": str(i), "lr": "0.1", "grad_norm": "1", "train_loss": "0.5"} for i in range(3)]
@@ -120,10 +138,10 @@ def test_curves_are_drawn(tmp_path):
     viz.plot_training(rows, tmp_path / "a.png")
     curve = {"t": [0, 5, 9], "log_snr": [5, 0, -5], "l1": [0.5, 0.2, 0.1], "l2": [0.4, 0.2, 0.1]}
     curve["x_zero_l2"] = [0.1, 0.2, 0.5]
-    curves.plot_loss_over_t({"val": curve, "test": curve}, tmp_path / "b.png")
-    curves.plot_comparison({"x": rows, "y": rows}, {"x": curve, "y": curve}, {"x": "a", "y": "a"}, tmp_path / "c.png")
+    metrics.plot_loss_over_t({"val": curve, "test": curve}, tmp_path / "b.png")
+    metrics.plot_comparison({"x": rows, "y": rows}, {"x": curve, "y": curve}, {"x": "a", "y": "a"}, tmp_path / "c.png")
     terms = {"decoder": 1.5, "terms": [0.5, 0.1]}
-    curves.plot_bits_per_dim({"t": [1, 3], "beta": terms, "beta_tilde": terms}, 10, tmp_path / "d.png")
+    metrics.plot_bits_per_dim({"t": [1, 3], "beta": terms, "beta_tilde": terms}, 10, tmp_path / "d.png")
     for name in ("a.png", "b.png", "c.png", "d.png"):
         assert np.asarray(Image.open(tmp_path / name)).std() > 5
 
@@ -218,7 +236,7 @@ def test_a_picture_is_whole_or_not_there(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ex2_checkpoint.os.fsync", full)
+    monkeypatch.setattr("ex2.machine.files.os.fsync", full)
     for save, images in ((viz.save_grid, torch.ones(4, 3, 8, 8)), (viz.save_gif, torch.ones(2, 3, 8, 8))):
         with pytest.raises(OSError):
             save(images, tmp_path / "g.png")

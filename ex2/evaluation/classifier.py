@@ -33,13 +33,14 @@ BATCH_SIZE = 128
 
 
 class SmallClassifier(nn.Module):
-    """A convolutional classifier of half a million parameters, whose last hidden layer describes an image.
+    """A convolutional classifier of half a million parameters, whose last hidden layer gives the features of an image.
 
-    Of images of 64 pixels and more each block of pixels becomes one position, so that 32 to 63 are left in a row.
+    From 64 pixels on, space-to-depth to 32 to 63.
 
     Args:
-        num_classes: of the data set. Of one class there is nothing to learn, so it tells quarter turns instead
-            (Gidaris et al. 2018, https://arxiv.org/abs/1803.07728).
+        num_classes: of the data set. Single-class data: predict rotations instead (Gidaris et al. 2018,
+            https://arxiv.org/abs/1803.07728).
+        image_size: pixels.
     """
 
     width = 128
@@ -175,7 +176,7 @@ def randomly_shifted(images: Tensor) -> Tensor:
 
 
 def accuracy(classifier: SmallClassifier, dataset, device, num_workers: int = 0) -> float:
-    """Share of the images for which the classifier is right in its task."""
+    """Fraction of the images for which the classifier is right in its task."""
     right = []
     for batch in make_loader(own_shard(dataset), BATCH_SIZE, device, num_workers=num_workers):
         images, labels = classifier.task(*batch)
@@ -189,11 +190,19 @@ def own_shard(dataset):
     return dataset.subset(torch.arange(mine.start, mine.stop)) if world_size() > 1 else dataset
 
 
+def rounded_features(extractor, images: Tensor) -> Tensor:
+    """(N, width) features of uint8 images (N, 3, H, W), on the CPU.
+
+    They are rounded to half precision, as those of the training images are kept: so a copy is 0 apart.
+    """
+    return torch.cat([extractor.features(part).cpu() for part in images.split(BATCH_SIZE)]).half().float()
+
+
 def features_of(extractor, dataset, device, num_workers: int = 0) -> Tensor:
     """(N, width) features of every image, on the CPU."""
     loader = make_loader(own_shard(dataset), BATCH_SIZE, device, num_workers=num_workers)
     batches = tqdm(loader, "features", leave=False, disable=None)
-    rows = [extractor.features(reverse_transform(images.to(device))).cpu() for images, _ in batches]
+    rows = [rounded_features(extractor, reverse_transform(images.to(device))) for images, _ in batches]
     return all_gather_rows(rows, "features of a data set")
 
 
@@ -230,13 +239,13 @@ class ReferenceSet:
 def classifier_reference(splits: DataSplits, folder: Path, device, *, flip: bool, num_workers: int = 0) -> ReferenceSet:
     """The training images as the data set's `SmallClassifier` sees them. It is trained now if `folder` has none.
 
-    Its description ends in a digest of its weights: only figures by the same features can be compared.
+    Its description ends in a digest of its weights: only metrics by the same features can be compared.
     """
     images, fingerprint = training_images(splits)
     num_classes = len(splits.class_names)
 
     def compute() -> dict:
-        print(f"training the classifier that samples are judged by, on {len(images)} images")
+        print(f"training the classifier whose features samples are evaluated by, on {len(images)} images")
         how = {"flip": flip, "epochs": CLASSIFIER_EPOCHS, "num_workers": num_workers}
         make = partial(train_classifier, images, num_classes, device, **how)
         model = SmallClassifier(num_classes, images[0][0].shape[-1])

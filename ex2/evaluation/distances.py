@@ -8,35 +8,31 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from ex2_train import NOISE_SEED
+
+EXACT = "donot_use_mm_for_euclid_dist"  # the distance of two equal rows is 0; torch's faster way rounds it up
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """Fréchet distance of the Gaussians fitted to two sets of features, (N, D) and (M, D); Heusel et al. 2017, Eq. 6.
 
-    |mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)). https://arxiv.org/abs/1706.08500. It is called FID on
-    Inception's features only.
+    |mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), as torchmetrics computes it. https://arxiv.org/abs/1706.08500.
+    It is called FID on Inception's features only.
 
     Raises ValueError: no more samples than features, so that a covariance is singular.
     """
     width, fewest = a.shape[1], min(len(a), len(b))
     if fewest <= width:
         raise ValueError(f"{fewest} samples are too few for {width} features: take more, or a covariance is singular")
-    means = [x.double().mean(0) for x in (a, b)]
-    covariances = [torch.cov(x.double().T).reshape(width, width) for x in (a, b)]
-    # tr (C_a C_b)^(1/2) is the sum of the singular values of C_a^(1/2) C_b^(1/2), which stays real and symmetric.
-    root_a, root_b = (matrix_root(c) for c in covariances)
-    overlap = torch.linalg.matrix_norm(root_a @ root_b, "nuc")
-    distance = (means[0] - means[1]).square().sum() + covariances[0].trace() + covariances[1].trace() - 2 * overlap
-    return max(0.0, distance.item())
-
-
-def matrix_root(matrix: Tensor) -> Tensor:
-    """The positive root of a positive semi-definite matrix (D, D)."""
-    values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    features = torch.nn.Identity()
+    features.num_features = width
+    metric = FrechetInceptionDistance(features)
+    metric.update(a.double(), real=True)
+    metric.update(b.double(), real=False)
+    return max(0.0, metric.compute().item())
 
 
 def kernel_distance(real: Tensor, generated: Tensor) -> tuple[float, float]:
@@ -57,7 +53,7 @@ def kernel_distance(real: Tensor, generated: Tensor) -> tuple[float, float]:
 
 
 def precision_recall(real: Tensor, generated: Tensor, neighbours: int = 3) -> tuple[float, float]:
-    """Share of generated images within the real ones' manifold (quality), and the reverse (diversity).
+    """Fraction of generated images within the real ones' manifold (quality), and the reverse (diversity).
 
     Kynkäänniemi et al. 2019, https://arxiv.org/abs/1904.06991: the manifold is the union of balls around the features
     (N, D), each as wide as the distance to its `neighbours`-th neighbour. Give sets of equal size.
@@ -66,12 +62,11 @@ def precision_recall(real: Tensor, generated: Tensor, neighbours: int = 3) -> tu
 
 
 def fraction_inside(points: Tensor, manifold: Tensor, neighbours: int) -> float:
-    """Share of `points` (N, D) within the balls around `manifold` (M, D)."""
-    distances = (torch.cdist(part, manifold) for part in manifold.split(1000))
-    radii = torch.cat(
-        [part.kthvalue(neighbours + 1, dim=1).values for part in distances]
-    )  # (M,); + 1 for the point itself
-    inside = [(torch.cdist(part, manifold) <= radii).any(dim=1) for part in points.split(1000)]
+    """Fraction of `points` (N, D) within the balls around `manifold` (M, D)."""
+    distances = (torch.cdist(part, manifold, compute_mode=EXACT) for part in manifold.split(1000))
+    # The nearest one is the point itself.
+    radii = torch.cat([part.kthvalue(neighbours + 1, dim=1).values for part in distances])  # (M,)
+    inside = [(torch.cdist(part, manifold, compute_mode=EXACT) <= radii).any(dim=1) for part in points.split(1000)]
     return torch.cat(inside).double().mean().item()
 
 
@@ -79,7 +74,8 @@ def nearest(queries: Tensor, gallery: Iterable[Tensor]) -> tuple[Tensor, Tensor]
     """(distance, index) of the nearest row of `gallery`, given in batches (B, D), for each of `queries` (Q, D)."""
     best, index, first = torch.full((len(queries),), math.inf), torch.zeros(len(queries), dtype=torch.long), 0
     for rows in gallery:
-        distance, where = torch.cdist(queries, rows).min(dim=1)
+        where = torch.cdist(queries, rows).argmin(dim=1)
+        distance = (queries - rows[where]).norm(dim=1)  # what cdist says of copies is not 0
         closer = distance < best
         best, index = torch.where(closer, distance, best), torch.where(closer, first + where, index)
         first += len(rows)

@@ -14,8 +14,8 @@ from ex2.data.images import DataSplits, ImageSet, reverse_transform
 from ex2.data.loader import make_loader
 from ex2.data.sets import DATASETS
 from ex2.evaluation.losses import losses_of_training
-from ex2.evaluation.oracle import TemplateClassifier
 from ex2.evaluation.samples import evaluate_samples, inference_model, shared_samples
+from ex2.evaluation.templates import TemplateClassifier
 from ex2.evaluation.vlb import bits_per_dim
 from ex2.machine.inference import InferenceModel
 from ex2.settings.config import Config

@@ -14,14 +14,18 @@ from ex2.settings.config import Config
 from ex2_diffusion import Diffusion, extract
 from ex2_train import loss_over_timesteps
 
+OPTIMAL_IMAGES = 64  # training images whose loss is compared with the best possible one
+
 
 class IdealDenoiser:
     """The best possible noise predictor on its own images: eps from the posterior mean of x_zero.
 
-    By Bayes and Eq. 5 each image x_i weighs exp(-|x_t - sqrt(alphas_bar) x_i|^2 / (2 (1 - alphas_bar))). Of test images
-    it knows nothing: there a trained model is far better.
+    By Bayes and Eq. 5 each image x_i weighs exp(-|x_t - sqrt(alphas_bar) x_i|^2 / (2 (1 - alphas_bar))). It only knows
+    the training set, so a trained model beats it on test images.
 
-    images: (N, 3, H, W) uint8.  labels: (N,), for a predictor that is told the class; None: it isn't.
+    Args:
+        images: (N, 3, H, W) uint8.
+        labels: (N,), for a predictor that is given the class; None: it isn't.
     """
 
     def __init__(self, diffusor: Diffusion, images: Tensor, labels: Tensor | None = None):
@@ -46,13 +50,10 @@ class IdealDenoiser:
         return ((points - signal * x_zero) / (1 - alphas_bar).sqrt()).view_as(x_t).float()
 
 
-OPTIMAL_IMAGES = 64  # training images whose loss is compared with the best possible one
+def losses_of_training(model, train: ImageSet, diffusor: Diffusion, config: Config, timesteps: Sequence[int]) -> dict:
+    """Losses of some training images: "train", the model's, and "optimal", the ideal denoiser's.
 
-
-def losses_of_training(model, train: ImageSet, diffusor: Diffusion, config: Config, times: Sequence[int]) -> dict:
-    """Losses of some training images: "train", the model's, and "floor", the optimal one's.
-
-    On average over all training images no model is below the floor.
+    On average over all training images no model is below the optimal loss.
     """
     count = 1 if config.dry_run else min(config.eval_images, OPTIMAL_IMAGES)
     loader = make_loader(train.subset(torch.arange(min(count, len(train)))), OPTIMAL_IMAGES, diffusor.device)
@@ -61,6 +62,6 @@ def losses_of_training(model, train: ImageSet, diffusor: Diffusion, config: Conf
         images, labels = torch.cat((images, images.flip(-1))), labels.repeat(2)
     optimal = IdealDenoiser(diffusor, images, labels if config.class_free_guidance else None)
     return {
-        "train": loss_over_timesteps(model, loader, diffusor, times),
-        "floor": loss_over_timesteps(optimal, loader, diffusor, times),
+        "train": loss_over_timesteps(model, loader, diffusor, timesteps),
+        "optimal": loss_over_timesteps(optimal, loader, diffusor, timesteps),
     }

@@ -15,6 +15,7 @@ from tqdm import tqdm
 import ex2_viz as viz
 from ex2.data.images import DataSplits, reverse_transform, to_model_range
 from ex2.data.loader import make_loader
+from ex2.data.sets import DATASETS
 from ex2.errors import InputError
 from ex2.evaluation.classifier import (
     BATCH_SIZE,
@@ -23,9 +24,10 @@ from ex2.evaluation.classifier import (
     SmallClassifier,
     classifier_reference,
     inception_reference,
+    rounded_features,
 )
 from ex2.evaluation.distances import frechet_distance, kernel_distance, nearest, precision_recall
-from ex2.evaluation.oracle import TemplateClassifier
+from ex2.evaluation.templates import TemplateClassifier
 from ex2.machine.inference import InferenceModel
 from ex2.machine.job import computes_in_bfloat16
 from ex2.machine.processes import all_gather_rows, is_main, shard
@@ -33,33 +35,32 @@ from ex2.settings.config import Config
 from ex2_diffusion import SPACING, ImageNoise, sample_in_batches
 from ex2_train import NOISE_SEED
 
-
-def shared_samples(diffusor, model, count: int, batch_size: int, seed: int, *, classes=None, **sampling) -> Tensor:
-    """`count` images (N, C, H, W) on the CPU, each process sampling its share; arguments as in `sample_in_batches`."""
-    mine = shard(count)
-    own = {"classes": None if classes is None else classes[mine.start : mine.stop], "first": mine.start}
-    batches = sample_in_batches(diffusor, model, len(mine), batch_size, seed, **own, **sampling)
-    return all_gather_rows(list(batches), "samples")
-
-
 MANIFOLD_LIMIT = 10_000  # images of each side for precision and recall: their cost grows with the square
 DRY_RUN_SAMPLES = 16
 FEWEST_COMPARED = 8  # images, for neighbours and kernels
 MEMORISATION_SAMPLES, MEMORISATION_SHOWN = 256, 16  # samples whose nearest training image is looked for, and shown
 
 
+def shared_samples(diffusor, model, count: int, batch_size: int, seed: int, *, classes=None, **sampling) -> Tensor:
+    """`count` images (N, C, H, W) on the CPU, each process sampling its part; arguments as in `sample_in_batches`."""
+    mine = shard(count)
+    own = {"classes": None if classes is None else classes[mine.start : mine.stop], "first": mine.start}
+    batches = sample_in_batches(diffusor, model, len(mine), batch_size, seed, **own, **sampling)
+    return all_gather_rows(list(batches), "samples")
+
+
 @dataclass(frozen=True)
 class Evaluator:
-    """What images are judged by: features to compare them with the training images, and a classifier or None."""
+    """What evaluates images: features to compare them with the training images, and a classifier or None."""
 
     reference: ReferenceSet
     classify: Callable[[Tensor], Tensor] | None  # labels (N,) of uint8 images (N, 3, H, W)
-    num_workers: int = 0  # that read image files
+    num_workers: int = 0  # DataLoader workers
 
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """What a `Evaluator` keeps of a set of images: features (N, width), the first pixels, the share of right labels."""
+    """What an `Evaluator` keeps of a set of images: features (N, width), the first pixels, the class accuracy."""
 
     features: Tensor
     pixels: Tensor
@@ -79,11 +80,13 @@ def features_dir(run_dir: Path) -> Path:
 def build_evaluator(
     splits: DataSplits, device, config: Config, folder: Path, count: int, inception_weights=None
 ) -> Evaluator:
-    """The judge of samples. The oracle tells the classes of shapes, the small classifier those of other data.
+    """The evaluator of samples. Templates tell the classes of shapes, the small classifier those of other data.
 
     Args:
+        splits: the data set.
         folder: keeps the small classifier and the features of the training images for the next call.
-        count: how many samples shall be judged.  inception_weights: their file, else the small classifier is taken.
+        count: how many samples will be evaluated.
+        inception_weights: file of Inception's weights; None takes the features of the small classifier.
 
     Raises InputError: too few samples or training images for the width of the features, or no usable Inception.
     """
@@ -92,15 +95,15 @@ def build_evaluator(
         splits = dataclasses.replace(splits, train=splits.train.subset(torch.arange(min(256, len(splits.train)))))
     else:
         check_enough((Inception if inception_weights else SmallClassifier).width, count, splits)
-    by_oracle, workers = config.dataset == "shapes", config.num_workers
+    by_templates, workers = DATASETS[config.dataset].has_templates, config.num_workers
     has_classes = config.class_free_guidance and len(splits.class_names) > 1
     reference = classifier = classify = None
     if inception_weights:
         reference = inception_reference(splits, inception_weights, folder, device, num_workers=workers)
-    if reference is None or (has_classes and not by_oracle):
+    if reference is None or (has_classes and not by_templates):
         classifier = classifier_reference(splits, folder, device, flip=config.flip, num_workers=workers)
     if has_classes:
-        classify = TemplateClassifier(config.image_size).classify if by_oracle else classifier.extractor.classify
+        classify = TemplateClassifier(config.image_size).classify if by_templates else classifier.extractor.classify
     return Evaluator(reference or classifier, classify, workers)
 
 
@@ -108,13 +111,13 @@ def check_enough(width: int, count: int, splits: DataSplits) -> None:
     """Raises an InputError where a covariance of `width` features would be singular."""
     too_few, training_images = f"too few for features of width {width}", len(splits.train) + len(splits.val)
     if count <= width:
-        raise InputError(f"--eval_samples {count} are {too_few}: give more, better {8 * width}, or 0 to judge none")
+        raise InputError(f"--eval_samples {count} are {too_few}: give more, better {8 * width}, or 0 to evaluate none")
     if training_images <= width:
         raise InputError(f"{training_images} training images are {too_few}: give --eval_samples 0")
 
 
 def evaluation_settings(evaluator: Evaluator, config: Config, count: int) -> dict:
-    """What the figures of `count` samples depend on beside the model: how they are drawn and compared."""
+    """What the metrics of `count` samples depend on beside the model: how they are drawn and compared."""
     drawn = {"seed": config.seed + 1, "own_scale": config.sampling["guidance_scale"], "sampler": config.sampler}
     drawn.update(eta=config.eta, guidance_interval=list(config.guidance_interval), spacing=SPACING)
     drawn.update(steps=config.sampling["steps"] or config.timesteps)
@@ -126,11 +129,12 @@ def evaluate_samples(
 ) -> dict:
     """Samples at each guidance scale against the training images, with test images and noise beside them. 2.4 c.
 
-    All scales start from the same noise. Draws the nearest training images. Each process samples its share; all have
+    All scales start from the same noise. Draws the nearest training images. Each process samples its part; all have
     the same report.
 
     Args:
-        model: in eval mode.  count: samples per scale; of each batch only the features are kept, so any number fits.
+        model: in eval mode.
+        count: samples per scale; of each batch only the features are kept, so any number fits.
         scales: of Eq. 11, beside the run's own; ignored where the model can't be guided.
         weights: which the model has, for the report.
     """
@@ -139,11 +143,12 @@ def evaluate_samples(
     labels = evaluator.reference.images.labels  # in random order, so the first ones have the proportions of all
     labels = labels[torch.arange(count) % len(labels)]
     real = extract_features(evaluator, real_batches(splits.test, count, evaluator.num_workers), diffusor.device)
+    noise = extract_features(evaluator, noise_batches(count, real.pixels[0].shape), diffusor.device)
     by_scale, own = [], None
     for scale in sorted({*scales, own_scale}) if config.can_guide else [own_scale]:
         samples = extract_features(evaluator, sampled_batches(model, diffusor, config, labels, scale), diffusor.device)
         row = {"guidance_scale": scale, **compare(evaluator.reference, samples)}
-        if len(real.features) < count:  # the distance falls with the number of images: no floor
+        if len(real.features) < count:  # the distance falls with the number of images
             row["frechet_distance_at_test_count"] = distance_or_none(evaluator.reference, samples, len(real.features))
         by_scale.append(row)
         own = samples if scale == own_scale else own
@@ -153,23 +158,20 @@ def evaluate_samples(
         **evaluation_settings(evaluator, config, count),
         "by_scale": by_scale,
         "test_images": compare(evaluator.reference, real),
-        "noise": compare(
-            evaluator.reference,
-            extract_features(evaluator, noise_batches(count, real.pixels[0].shape), diffusor.device),
-        ),
+        "noise": compare(evaluator.reference, noise),
         "memorisation": check_memorisation(evaluator, own, real, diffusor.device, config.run_dir / "nearest.png"),
     }
 
 
 def extract_features(evaluator: Evaluator, batches: Iterable[tuple[Tensor, Tensor | None]], device) -> ImageFeatures:
-    """Describes batches of (uint8 images (B, 3, H, W), labels (B,) or None); holds one batch at a time.
+    """Features of batches of (uint8 images (B, 3, H, W), labels (B,) or None); holds one batch at a time.
 
-    The batches are this process's share (`shard`) of the images, the result is of all.
+    The batches are this process's part (`shard`) of the images, the result is of all.
     """
     features, pixels, right, kept = [], [], [], 0
     for images, labels in batches:
         images = images.to(device)
-        features += [evaluator.reference.extractor.features(part).cpu() for part in images.split(BATCH_SIZE)]
+        features.append(rounded_features(evaluator.reference.extractor, images))
         if kept < MEMORISATION_SAMPLES:
             pixels.append(images[: MEMORISATION_SAMPLES - kept].cpu())
             kept += len(pixels[-1])
@@ -184,7 +186,7 @@ def extract_features(evaluator: Evaluator, batches: Iterable[tuple[Tensor, Tenso
 
 
 def real_batches(dataset, count: int, num_workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-    """This process's share of the first `count` images of a data set, as the judge takes them."""
+    """This process's part of the first `count` images of a data set, as the evaluator takes them."""
     mine = shard(min(count, len(dataset)))
     dataset = dataset.subset(torch.arange(mine.start, mine.stop))
     for images, labels in make_loader(dataset, BATCH_SIZE, "cpu", num_workers=num_workers):
@@ -192,7 +194,7 @@ def real_batches(dataset, count: int, num_workers: int = 0) -> Iterator[tuple[Te
 
 
 def noise_batches(count: int, shape: Sequence[int]) -> Iterator[tuple[Tensor, None]]:
-    """This process's share of Gaussian noise, clamped to the range of images: what a sampler starts from."""
+    """This process's part of Gaussian noise, clamped to the range of images: what a sampler starts from."""
     mine = shard(count)
     for first in range(mine.start, mine.stop, BATCH_SIZE):
         size = min(BATCH_SIZE, mine.stop - first)
@@ -201,28 +203,28 @@ def noise_batches(count: int, shape: Sequence[int]) -> Iterator[tuple[Tensor, No
 
 
 def sampled_batches(model, diffusor, config: Config, labels: Tensor, scale: float) -> Iterator[tuple[Tensor, Tensor]]:
-    """One sample per label of this process's share, at guidance scale `scale`; as many of a model without classes."""
+    """One sample per label of this process's part, at guidance scale `scale`; as many of a model without classes."""
     mine = shard(len(labels))
     labels = labels[mine.start : mine.stop]
     settings = {**config.sampling, "guidance_scale": scale, "batch_size": config.sample_batch, "seed": config.seed + 1}
     classes = labels if config.class_free_guidance else None
     batches = sample_in_batches(diffusor, model, len(labels), classes=classes, first=mine.start, **settings)
-    with tqdm(total=len(labels), desc=f"judging, w = {scale:g}", leave=False, disable=None) as progress:
+    with tqdm(total=len(labels), desc=f"sampling, w = {scale:g}", leave=False, disable=None) as progress:
         for images, wanted in zip(batches, labels.split(config.sample_batch)):
             yield reverse_transform(images), wanted
             progress.update(len(images))
 
 
 def compare(reference: ReferenceSet, images: ImageFeatures) -> dict:
-    """Figures of a set of images against the training images; None where there are too few images for one."""
+    """Metrics of a set of images against the training images; None where there are too few images for one."""
     features = images.features
     side = min(len(features), len(reference.features), MANIFOLD_LIMIT)
     few = side < FEWEST_COMPARED
     kid, deviation = (None, None) if few else kernel_distance(reference.features, features)
     precision, recall = (None, None) if few else precision_recall(reference.features[:side], features[:side])
-    figures = {"count": len(features), "frechet_distance": distance_or_none(reference, images, len(features))}
-    figures.update(kid=kid, kid_deviation=deviation, precision=precision, recall=recall, precision_recall_count=side)
-    return figures if images.class_accuracy is None else {**figures, "class_accuracy": images.class_accuracy}
+    metrics = {"count": len(features), "frechet_distance": distance_or_none(reference, images, len(features))}
+    metrics.update(kid=kid, kid_deviation=deviation, precision=precision, recall=recall, precision_recall_count=side)
+    return metrics if images.class_accuracy is None else {**metrics, "class_accuracy": images.class_accuracy}
 
 
 def distance_or_none(reference: ReferenceSet, images: ImageFeatures, count: int) -> float | None:
@@ -239,18 +241,16 @@ def check_memorisation(evaluator: Evaluator, samples: ImageFeatures, real: Image
     But flat and blurred pictures are near to everything: the picture decides.
 
     Returns: how many images of each were looked at, and, by pixels (root mean square, in grey levels) and by features,
-    the median distances and the share of samples nearer than 95% of the test images: 5% where nothing is copied.
+    the median distances and the fraction of samples nearer than 95% of the test images: 5% where nothing is copied.
     """
     counts = {"samples": len(samples.pixels), "test_images": len(real.pixels)}
     queries = torch.cat((samples.pixels, real.pixels))
     queries = torch.cat((queries, queries.flip(-1)))  # a mirrored copy is a copy, too
     training = evaluator.reference.images
-    gallery = make_loader(
-        training, BATCH_SIZE, "cpu", num_workers=evaluator.num_workers
-    )  # all of them, in every process
+    # All of them, in every process.
+    gallery = make_loader(training, BATCH_SIZE, "cpu", num_workers=evaluator.num_workers)
     gallery = tqdm(gallery, "nearest training images", -(-len(training) // BATCH_SIZE), leave=False, disable=None)
-    describe_part = evaluator.reference.extractor.features
-    features = torch.cat([describe_part(part.to(device)).cpu() for part in queries.split(BATCH_SIZE)])
+    features = rounded_features(evaluator.reference.extractor, queries.to(device))
     pixels = (reverse_transform(images).flatten(1).float() for images, _ in gallery)
     found = {
         "pixels": nearest(queries.flatten(1).float(), pixels),
@@ -266,7 +266,7 @@ def check_memorisation(evaluator: Evaluator, samples: ImageFeatures, real: Image
         rows.append(torch.stack([training[i][0] for i in index[: len(rows[0])].tolist()]))
         report[name] = {
             "median": {"samples": of_samples.median().item(), "test_images": of_test.median().item()},
-            "share_nearer": (of_samples < of_test.quantile(0.05)).double().mean().item(),
+            "fraction_nearer": (of_samples < of_test.quantile(0.05)).double().mean().item(),
         }
     if is_main():
         labels = ["sample", "nearest training\nimage by pixels", "by features"]

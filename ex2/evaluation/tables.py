@@ -27,27 +27,27 @@ def as_markdown(rows: Sequence[Mapping]) -> str:
 
 
 def print_losses(report: dict) -> None:
-    """The losses as a table, a row per time; below it bits per dimension, and the class accuracy if there is one."""
+    """The losses as a table, a row per timestep; below it bits per dimension, and the class accuracy, if any."""
     losses = report["losses"]
     columns = [("val", "l1"), ("val", "l2"), ("test", "l1"), ("test", "l2")]
-    columns += [(name, "l2") for name in ("test_unconditional", "train", "floor") if name in losses]
+    columns += [(name, "l2") for name in ("test_unconditional", "train", "optimal") if name in losses]
     rows = [{"t": t + 1} for t in losses["val"]["t"]]
     for name, loss in columns:
         for row, value in zip(rows, losses[name][loss]):
             row[f"{name.replace('_', ' ')} {loss}"] = value
     print(f"loss of the predicted noise\n{as_markdown(rows)}", end="")
-    bound = report["bits_per_dim"]
+    vlb = report["bits_per_dim"]
     for name in VARIANCES:
-        error = bound[name]["standard_error"]
+        error = vlb[name]["standard_error"]
         spread = "" if error is None else f" +- {error:.3f}"
-        print(f"bits/dim of {bound['images']} test images, sigma^2 = {name}: {bound[name]['total']:.3f}{spread}")
+        print(f"bits/dim of {vlb['images']} test images, sigma^2 = {name}: {vlb[name]['total']:.3f}{spread}")
     if "class_accuracy" in report:
-        figures = report["class_accuracy"]
-        print(f"{figures['accuracy']:.1%} of {figures['samples']} samples show their class")
+        found = report["class_accuracy"]
+        print(f"{found['accuracy']:.1%} of {found['samples']} samples show their class")
 
 
 def samples_table(samples: dict) -> list[dict]:
-    """The figures of test images, of samples at each scale and of noise, as rows."""
+    """The metrics of test images, of samples at each scale and of noise, as rows."""
     name = "FID" if samples["features"] == INCEPTION else "Fréchet distance"
     columns = {name: "frechet_distance", "KID": "kid", "precision": "precision", "recall": "recall"}
     columns["class accuracy"] = "class_accuracy"
@@ -58,7 +58,7 @@ def samples_table(samples: dict) -> list[dict]:
 
 
 def print_samples(samples: dict) -> None:
-    """The figures of samples as a table, a row per guidance scale, between test images and noise."""
+    """The metrics of samples as a table, a row per guidance scale, between test images and noise."""
     made_with = f"{samples['weights']} weights, {samples['sampler']}, {samples['steps']} steps"
     print(f"{samples['count']} samples per scale ({made_with}) against {samples['reference']}")
     print(f"features: {samples['features']}\n{as_markdown(samples_table(samples))}", end="")
@@ -66,5 +66,5 @@ def print_samples(samples: dict) -> None:
     print(
         f"nearest training image, in grey levels: {pixels['median']['samples']:.1f} from samples and "
         f"{pixels['median']['test_images']:.1f} from test images (medians);\n"
-        f"{pixels['share_nearer']:.0%} of samples are nearer than 95% of test images (see nearest.png)"
+        f"{pixels['fraction_nearer']:.0%} of samples are nearer than 95% of test images (see nearest.png)"
     )

@@ -80,7 +80,7 @@ def decoder_terms(
 
 
 def timestep_strata(timesteps: int, count: int) -> list[range]:
-    """1 .. timesteps - 1 cut into at most `count` ranges; they widen with t, because the bound's terms fall with it."""
+    """1 .. timesteps - 1 cut into at most `count` ranges; they widen with t, because the terms of the VLB fall with it."""
     if count >= timesteps - 1:
         return [range(t, t + 1) for t in range(1, timesteps)]
     edges = np.unique(np.geomspace(1, timesteps, count + 1).round().astype(int)).tolist()
@@ -89,7 +89,7 @@ def timestep_strata(timesteps: int, count: int) -> list[range]:
 
 @torch.no_grad()
 def bits_per_dim(model, loader: Iterable, diffusor: Diffusion, draws: int, max_images: int | None = None) -> dict:
-    """Bits per dimension of 8-bit images by the variational bound, L_T + L_{T-1} + ... + L_0: an upper bound.
+    """Bits per dimension of 8-bit images by the VLB, L_T + L_{T-1} + ... + L_0: an upper bound.
 
     Monte Carlo over images and timesteps: 1 .. T-1 is cut into strata (`timestep_strata`), and each image draws one
     timestep from each, with its own noise. The sum of stratum size times term is unbiased; its spread over the images
@@ -125,11 +125,11 @@ def bits_per_dim(model, loader: Iterable, diffusor: Diffusion, draws: int, max_i
         priors.append(prior_term(diffusor, images))
 
     sizes = torch.tensor([1.0, *map(len, strata)], dtype=torch.float64)
-    prior = all_gather_rows(priors, "prior term of the bound") / math.log(2)  # (N,)
+    prior = all_gather_rows(priors, "prior term of the VLB") / math.log(2)  # (N,)
     report = {"images": len(prior), "calls": 1 + len(strata), "t": [stratum.start for stratum in strata]}
     report["prior"] = prior.mean().item()
     for name in VARIANCES:
-        bits = all_gather_rows(terms[name], "terms of the bound") / math.log(2)  # (N, 1 + strata)
+        bits = all_gather_rows(terms[name], "terms of the VLB") / math.log(2)  # (N, 1 + strata)
         totals = prior + bits @ sizes
         report[name] = {
             "total": totals.mean().item(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,20 +48,20 @@ def write_metrics(report: dict, config: Config, log: list[dict] | None = None) -
 
 
 def plot_loss_over_t(curves: Mapping[str, Mapping], path: str | Path) -> None:
-    """2.2 e: loss of the noise and of the x_0 estimate over the time; name -> what `loss_over_timesteps` gives.
+    """2.2 e: loss of the noise and of the x_0 estimate over the timesteps; name -> what `loss_over_timesteps` gives.
 
-    "floor" is dashed: no model is below it on training images. "our run" is dotted, a run to compare with.
+    "optimal" is dashed: no model is below it on training images. "our run" is dotted, a run to compare with.
     """
     with curve_axes(path, 3) as axes:
         titles = ("l1 loss of the predicted noise", "l2 loss of the predicted noise", r"l2 error of the $x_0$ estimate")
         for ax, loss, title in zip(axes, ("l1", "l2", "x_zero_l2"), titles):
-            for (name, curve), style in zip(curves.items(), ("o-", "s--", "^:", "v-.", "d-", "", "")):
-                style = {"floor": "k--", "our run": "k:"}.get(name, style)
+            for (name, curve), style in zip(curves.items(), itertools.cycle(("o-", "s--", "^:", "v-.", "d-"))):
+                style = {"optimal": "k--", "our run": "k:"}.get(name, style)
                 if loss in curve:
                     ax.plot([t + 1 for t in curve["t"]], curve[loss], style, label=name.replace("_", ", "), alpha=0.8)
             ax.set(title=title, xlabel="t", yscale="log")
-            lowest = min(value for name, curve in curves.items() if name != "floor" for value in curve.get(loss, (1,)))
-            ax.set_ylim(bottom=0.5 * max(lowest, 1e-6))  # the floor can be 0
+            lowest = min(min(curve.get(loss, [1])) for name, curve in curves.items() if name != "optimal")
+            ax.set_ylim(bottom=0.5 * max(lowest, 1e-6))  # the optimal loss can be 0
             ax.legend(fontsize=7)
 
 
@@ -86,16 +87,16 @@ def plot_comparison(logs: Mapping, losses: Mapping, groups: Mapping[str, str], p
             ax.legend(fontsize=7)
 
 
-def plot_bits_per_dim(bound: Mapping, timesteps: int, path: str | Path) -> None:
-    """2.2 e: the terms of the variational bound over the time, and their running sum; `bound` of `bits_per_dim`."""
+def plot_bits_per_dim(vlb: Mapping, timesteps: int, path: str | Path) -> None:
+    """2.2 e: the terms of the VLB over the timesteps, and their running sum; `vlb` of `bits_per_dim`."""
     with curve_axes(path, 2) as axes:
-        starts = [1, *(t + 1 for t in bound["t"])]  # of the decoder, then of the strata; as in the paper
+        starts = [1, *(t + 1 for t in vlb["t"])]  # of the decoder, then of the strata; as in the paper
         sizes = np.diff([*starts, timesteps + 1])
         for name, label in (("beta", r"$\sigma_t^2 = \beta_t$"), ("beta_tilde", r"$\sigma_t^2 = \tilde\beta_t$")):
-            terms = np.array([bound[name]["decoder"], *bound[name]["terms"]])
+            terms = np.array([vlb[name]["decoder"], *vlb[name]["terms"]])
             axes[0].step([*starts, timesteps + 1], [*terms, terms[-1]], where="post", label=label)
             axes[1].plot([*starts, timesteps + 1], [0, *np.cumsum(sizes * terms)], "o-", label=label, markersize=3)
-        axes[0].set(title=r"$L_{t-1}$ of the bound, bits per dimension", yscale="log")
+        axes[0].set(title=r"$L_{t-1}$ of the VLB, bits per dimension", yscale="log")
         axes[1].set(title="their sum up to t")
         for ax in axes:
             ax.set(xlabel="t", xscale="log")
@@ -108,8 +109,8 @@ def plot_guidance(report: Mapping, path: str | Path) -> None:
         rows, test = report["by_scale"], report["test_images"]
         for name, panel in (("class_accuracy", 0), ("precision", 1), ("recall", 1), ("frechet_distance", 2)):
             if name in rows[0]:
-                read_column = [row["guidance_scale"] for row in rows], [row[name] for row in rows]
-                line = axes[panel].plot(*read_column, "o-", label=name.replace("_", " "))
+                scales, values = [row["guidance_scale"] for row in rows], [row[name] for row in rows]
+                line = axes[panel].plot(scales, values, "o-", label=name.replace("_", " "))
                 if test[name] is not None:
                     axes[panel].axhline(test[name], color=line[0].get_color(), linestyle="--", alpha=0.6)
         axes[0].set(title="samples that show their class", ylim=(0, 1.05))

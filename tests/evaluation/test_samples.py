@@ -112,10 +112,10 @@ def test_memorised_images_are_found(splits, tmp_path, mirrored):
     assert report["images"] == {"samples": 4, "test_images": 30}
     for space in ("pixels", "features"):
         assert report[space]["median"]["samples"] < 0.01 < report[space]["median"]["test_images"]
-        assert report[space]["share_nearer"] == 1
+        assert report[space]["fraction_nearer"] == 1
     assert imageio.imread(tmp_path / "nearest.png").shape[1] > 4 * 64
     fresh = evaluation_samples.check_memorisation(evaluator, real, real, "cpu", tmp_path / "nearest.png")
-    assert fresh["pixels"]["share_nearer"] == pytest.approx(0.05, abs=0.03)
+    assert fresh["pixels"]["fraction_nearer"] == pytest.approx(0.05, abs=0.03)
 
 
 class Scribe:

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from torchmetrics.image.fid import FrechetInceptionDistance
 
 from ex2.data.images import ImageSet, to_model_range
 from ex2.data.loader import make_loader
@@ -94,7 +93,7 @@ def test_losses_without_class_use_the_null_label(short, unconditional, seen):
     assert labels == seen
 
 
-# ------------------------------------------------------------------ the floor of the loss
+# ------------------------------------------------------------------ the optimal of the loss
 
 
 def test_the_optimal_denoiser_of_two_images_is_a_tanh(short):
@@ -119,11 +118,11 @@ def test_an_only_image_is_known_at_every_time(short):
     )
 
 
-def test_no_predictor_is_below_the_floor_and_a_class_lowers_it(short):
+def test_no_predictor_is_below_the_optimal_and_a_class_lowers_it(short):
     pixels, labels = random_pixels(1500) // 16 + 120, torch.arange(1500) % 2
     pixels[labels == 1] += 8
     loader, times = make_loader(ImageSet(pixels, labels), 1500, "cpu"), [0, 20, 30, 39]
-    floor = loss_over_timesteps(IdealDenoiser(short, pixels), loader, short, times)["l2"]
+    optimal = loss_over_timesteps(IdealDenoiser(short, pixels), loader, short, times)["l2"]
     with_class = loss_over_timesteps(IdealDenoiser(short, pixels, labels), loader, short, times)["l2"]
 
     def gaussian(x, t):  # the best linear predictor
@@ -132,8 +131,8 @@ def test_no_predictor_is_below_the_floor_and_a_class_lowers_it(short):
         return (1 - abar).sqrt() * (x - abar.sqrt() * mean) / (abar * variance + 1 - abar)
 
     linear = loss_over_timesteps(gaussian, loader, short, times)["l2"]
-    assert all(a < b for a, b in zip(floor[1:3], linear[1:3])) and floor[3] <= linear[3] * 1.01
-    assert all(a <= b * 1.001 for a, b in zip(with_class, floor)) and with_class[2] < 0.99 * floor[2]
+    assert all(a < b for a, b in zip(optimal[1:3], linear[1:3])) and optimal[3] <= linear[3] * 1.01
+    assert all(a <= b * 1.001 for a, b in zip(with_class, optimal)) and with_class[2] < 0.99 * optimal[2]
 
 
 # ------------------------------------------------------------------ the variational bound
@@ -305,15 +304,30 @@ def test_frechet_distance_of_diagonal_gaussians_in_closed_form():
     assert frechet_distance(b, a) == pytest.approx(9.16, rel=1e-9)
 
 
-def test_frechet_distance_agrees_with_torchmetrics():
-    class Features(torch.nn.Identity):
-        num_features = 16
+@pytest.mark.parametrize("kind", ["normal", "far from zero", "with features that are nearly always 0"])
+def test_frechet_distance_is_that_of_symmetric_roots(kind):
+    """tr (C_a C_b)^(1/2) by the singular values of C_a^(1/2) C_b^(1/2), as scipy's sqrtm gives it; in float64."""
+    a, b = normal(300, 24), 1.2 * normal(200, 24, seed=1) + 0.1
+    a, b = {"normal": (a, b), "far from zero": (a + 50, b + 50)}.get(
+        kind, ((a - 2.5).clamp(min=0), (b - 2.5).clamp(min=0))
+    )
+    roots = []
+    for covariance in (torch.cov(a.T), torch.cov(b.T)):
+        values, vectors = torch.linalg.eigh(covariance)
+        roots.append((vectors * values.clamp(min=0).sqrt()) @ vectors.T)
+    overlap = torch.linalg.matrix_norm(roots[0] @ roots[1], "nuc")
+    gap = (a.mean(0) - b.mean(0)).square().sum()
+    expected = (gap + torch.cov(a.T).trace() + torch.cov(b.T).trace() - 2 * overlap).item()
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
 
-    a, b = normal(200, 16) @ normal(16, 16, seed=3), 0.5 + 2 * normal(150, 16, seed=4)
-    metric = FrechetInceptionDistance(Features()).set_dtype(torch.float64)
-    metric.update(a, real=True)
-    metric.update(b, real=False)
-    assert frechet_distance(a, b) == pytest.approx(metric.compute().item(), rel=1e-6)
+
+def test_copies_are_0_apart_and_inside_each_others_manifold():
+    """Rounding of matrix products put 200 copies of one image outside their own, and up to half a grey level away."""
+    one = (normal(1, 128) * 3).float()
+    assert precision_recall(one.expand(200, -1), one.expand(200, -1)) == (1, 1)
+    images = torch.randint(0, 256, (300, 3 * 32 * 32), generator=torch.Generator().manual_seed(0)).float()
+    distance, index = nearest(images[:40], images.split(64))
+    assert torch.equal(index, torch.arange(40)) and not distance.any()
 
 
 @pytest.mark.parametrize("count", [2, 19, 20])

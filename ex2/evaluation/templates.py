@@ -14,10 +14,12 @@ from ex2_train import NOISE_SEED
 class TemplateClassifier:
     """Tells the class of a picture of the `shapes` set by the rendered template that it resembles most.
 
-    Knows the renderer and no trained network, so it can judge the samples of one. Colours are taken out first: each
+    Knows the renderer and no trained network, so it can evaluate the samples of one. Colours are taken out first: each
     picture becomes one channel, its pixels' projection on the line between ground and paint.
 
-    image_size: pixels.  templates: renders per class.
+    Args:
+        image_size: pixels.
+        templates: renders per class.
     """
 
     def __init__(self, image_size: int, templates: int = 800):
@@ -46,5 +48,5 @@ class TemplateClassifier:
         return self.labels[torch.cat(parts).argmax(dim=1)]
 
     def accuracy(self, images: Tensor, labels: Tensor) -> float:
-        """Share of the images (N, 3, H, W) uint8 that show what their label (N,) says."""
+        """Fraction of the images (N, 3, H, W) uint8 that show what their label (N,) says."""
         return (self.classify(images) == labels.cpu()).float().mean().item()
