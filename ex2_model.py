@@ -203,7 +203,10 @@ class Residual(nn.Module):
 
 
 def attention(dim: int, kind: type[nn.Module]) -> nn.Module:
-    """Attention beside a shortcut. What it adds starts at zero (Dhariwal and Nichol 2021): training takes less time."""
+    """Residual pre-norm attention, zero-initialised: the block starts as the identity and trains faster.
+
+    Dhariwal and Nichol 2021, https://arxiv.org/abs/2105.05233.
+    """
     return Residual(PreNorm(dim, kind(dim)))
 
 
@@ -234,14 +237,16 @@ class Unet(nn.Module):
     """Predicts the noise eps in x_t from x_t, the time, and optionally the class; Ho et al. 2020, appendix B.
 
     Args:
-        dim: base width; level i has dim * dim_mults[i] channels.  channels: of the image.
-        init_dim: width after the first convolution; None is dim.  out_dim: output channels; None is `channels`.
+        dim: base width; level i has dim * dim_mults[i] channels.
+        init_dim: width after the first convolution; None is dim.
+        out_dim: output channels; None is `channels`.
         dim_mults: one entry per level; every level but the last halves the image.
+        channels: of the image.
         resnet_block_groups: groups of the group norms; a ValueError where they don't divide every width.
         class_free_guidance: make a class-conditional model (2.4 a) of `num_classes` classes, whose labels are replaced
             by the null class with probability `p_uncond` (None is 0.1) per sample, in training mode only.
         null_token: what stands for "no class": "learned" (a trainable vector) or "zero".
-        dropout: share of activations that are dropped between the two convolutions of a block, in training mode only.
+        dropout: fraction of activations dropped between the two convolutions of a block, in training mode only.
 
     Attributes:
         null_class: the label that means "no class", one past the last class; None for an unconditional model.
@@ -338,7 +343,7 @@ class Unet(nn.Module):
         return F.embedding(classes, torch.cat((self.class_emb.weight, self.null_token[None])))
 
     def forward(self, x: Tensor, time: Tensor, classes: Tensor | None = None) -> Tensor:
-        """eps (B, out_dim, H, W) for noisy images x (B, channels, H, W) at times (B,).
+        """eps (B, out_dim, H, W) for noisy images x (B, channels, H, W) at timesteps (B,).
 
         `classes` (B,) are labels 0 .. num_classes - 1, or `null_class`; None is the null class for all. A ValueError
         for H or W no multiple of 2^(levels - 1), and for labels of an unconditional model.

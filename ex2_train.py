@@ -303,7 +303,7 @@ def test(model, testloader, diffusor, device, args) -> dict:
 def evaluation_batches(loader: Iterable, device, max_images: int | None) -> Iterator[tuple[Tensor, Tensor, ImageNoise]]:
     """Batches of the first `max_images` images of a loader: (images, labels, their noise).
 
-    Image i has the same noise in every run, at any batch size and on any device. Each process has its share of a batch.
+    Image i has the same noise in every run, at any batch size and on any device. Each process has its part of a batch.
     """
     seen = 0
     for images, labels in tqdm(loader, "evaluating", leave=False, disable=None):

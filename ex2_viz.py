@@ -184,7 +184,7 @@ def plot_schedules(schedules: Mapping[str, Tensor], path: str | Path) -> None:
 
 
 def plot_time_embedding(embedding: Tensor, path: str | Path) -> None:
-    """2.1: the positional encoding (T, dim) that tells the network the time; each row is a sine or cosine over t."""
+    """2.1: the positional encoding (T, dim) of the timesteps; each row is a sine or cosine over t."""
     with drawing(path, (8, 3.2), colours=256, dpi=80) as figure:
         figure.set_layout_engine("tight")
         axes = figure.add_subplot()

@@ -80,7 +80,7 @@ def decoder_terms(
 
 
 def timestep_strata(timesteps: int, count: int) -> list[range]:
-    """1 .. timesteps - 1 cut into at most `count` ranges; they widen with t, because the terms of the VLB fall with it."""
+    """1 .. timesteps - 1 cut into at most `count` ranges; they widen with t, as the terms of the VLB fall with it."""
     if count >= timesteps - 1:
         return [range(t, t + 1) for t in range(1, timesteps)]
     edges = np.unique(np.geomspace(1, timesteps, count + 1).round().astype(int)).tolist()

@@ -14,14 +14,14 @@ from typing import Callable
 import torch
 from torch import Tensor
 
-WARMUP_CALLS = 3  # eager calls with equal shapes before the recording: in them libraries choose their algorithms
-MAX_GRAPHS = 8  # recordings of one function, each for other shapes; calls of yet other shapes are eager
+WARMUP_CALLS = 3  # eager calls with equal shapes before the capture: in them libraries choose their algorithms
+MAX_GRAPHS = 8  # CUDA graphs of one function, each for other shapes; calls of yet other shapes are eager
 TOLERANCE = 0.1  # of a change, between a replay and the eager call: far above rounding in bfloat16, far below a fault
 
 
 @dataclass
 class CapturedGraph:
-    """What was recorded for inputs of certain shapes: `replay` reads `inputs` and writes `outputs`, in place."""
+    """The CUDA graph for inputs of certain shapes: `replay` reads `inputs` and writes `outputs`, in place."""
 
     inputs: list[Tensor]
     replay: Callable[[], None]
@@ -33,7 +33,7 @@ def capture(function: Callable[..., tuple], inputs: list[Tensor], stream, pool) 
     """What `function(*inputs)` does, as a CUDA graph, without doing it yet.
 
     Numbers that the function takes from Python are fixed, so what changes from call to call has to be in a tensor.
-    Random numbers follow torch's generator. Recordings of one `pool` share its memory: they are replayed one by one.
+    Random numbers follow torch's generator. Graphs of one `pool` share its memory: they are replayed one by one.
     """
     graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
@@ -48,11 +48,11 @@ def capture(function: Callable[..., tuple], inputs: list[Tensor], stream, pool) 
 
 
 def end_capture(generator: torch.Generator) -> None:
-    """After a failed recording torch's generator still believes it is recorded, and refuses to draw. This ends it."""
+    """After a failed capture torch's generator still believes it is captured, and refuses to draw. This ends it."""
     if hasattr(generator, "graphsafe_set_state"):
         generator.graphsafe_set_state(generator.clone_state())
         return
-    graph = torch.cuda.CUDAGraph()  # before torch 2.5 a recording that works ends it
+    graph = torch.cuda.CUDAGraph()  # before torch 2.5 a capture that works ends it
     with torch.cuda.stream(torch.cuda.Stream()):
         graph.capture_begin()
         torch.zeros((), device=generator.device)
@@ -60,7 +60,7 @@ def end_capture(generator: torch.Generator) -> None:
 
 
 def free_memory() -> None:
-    """Returns unused memory to the GPU. After a failed recording, torch before 2.13 can't; then nothing happens."""
+    """Returns unused memory to the GPU. After a failed capture, torch before 2.13 can't; then nothing happens."""
     with suppress(RuntimeError):
         torch.cuda.empty_cache()
 
@@ -85,14 +85,14 @@ class GraphReplay:
 
     @property
     def checked(self) -> bool:
-        """Whether there are recordings, and each computes what the eager call does."""
+        """Whether there are CUDA graphs, and each computes what the eager call does."""
         return bool(self.graphs) and all(captured.checked for captured in self.graphs.values())
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         try:
             return self.call(inputs)
         except torch.cuda.OutOfMemoryError:
-            if not self.graphs:  # it doesn't fit without a recording either
+            if not self.graphs:  # it doesn't fit without a graph either
                 raise
         self.give_up("too little memory for both")  # after the block, which kept the failed call's tensors alive
         free_memory()
@@ -117,7 +117,7 @@ class GraphReplay:
         return tuple(x.clone() for x in captured.outputs)
 
     def warm_up(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """An eager call on a stream of its own, as CUDA asks for before a recording."""
+        """An eager call on a stream of its own, as CUDA asks for before a capture."""
         if not torch.cuda.is_available():  # what stands in for a GPU in tests
             return self.function(*inputs)
         if self.stream is None:
@@ -130,11 +130,11 @@ class GraphReplay:
         return outputs
 
     def start(self, shapes: tuple, inputs: tuple[Tensor, ...], device: torch.device) -> None:
-        """Records the function; from the next call with these shapes on it is replayed."""
+        """Captures the function; from the next call with these shapes on it is replayed."""
         try:
             static = [x.to(device, copy=True) for x in inputs]
             self.graphs[shapes] = capture(self.function, static, self.stream, self.pool)
-        except RuntimeError as error:  # an operation that can't be recorded, or too little memory for it
+        except RuntimeError as error:  # an operation that can't be captured, or too little memory for it
             self.give_up(str(error).splitlines()[0])
 
     def check(self, captured: CapturedGraph, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

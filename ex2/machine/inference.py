@@ -11,8 +11,7 @@ from ex2.machine.cuda_graphs import GraphReplay, free_memory
 
 
 class InferenceModel:
-    """A noise predictor for evaluation and sampling, with the same predictions as `model`. On a GPU it replays calls,
-    and splits batches that don't fit the memory.
+    """The noise predictor `model` in inference. On a GPU it replays CUDA graphs, and splits batches that don't fit.
 
     amp: compute in bfloat16, as the training did; for samples, whose losses nobody compares.
     """

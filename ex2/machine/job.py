@@ -108,7 +108,9 @@ def check_space(folder: Path, needed: int) -> None:
 def pick_device(cuda: bool | None, num_threads: int | None = None) -> torch.device:
     """The visible GPU with the most free memory, or the CPU if there is none. Each of several processes has its own.
 
-    cuda: insist on the GPU (True) or stay off it (False).  num_threads: of the CPU; None leaves it to torch.
+    Args:
+        cuda: require (True) or disable (False) the GPU; None uses one if there is one.
+        num_threads: of the CPU; None leaves it to torch.
 
     Raises InputError: the GPU is asked for and there is none.
     """

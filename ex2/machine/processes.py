@@ -24,7 +24,7 @@ from ex2.errors import ProcessesError
 T = TypeVar("T")
 _timeout = datetime.timedelta(minutes=30)  # how long a process waits for the others
 END_TIMEOUT = datetime.timedelta(days=1)
-_cpu_group = None  # gloo, for figures and files, also where the gradients go by nccl
+_cpu_group = None  # gloo, for metrics and files, also where the gradients go by nccl
 
 
 def world_size() -> int:
@@ -73,9 +73,11 @@ class NoTerminal(io.TextIOBase):
 def connect_processes(cuda: bool | None, timeout_minutes: float) -> Iterator[None]:
     """Connects the processes that torchrun started, if it did. All but the first print nothing but errors.
 
-    cuda: False stays off the GPUs.  timeout_minutes: how long to wait for a process before it counts as lost.
+    Args:
+        cuda: False disables the GPUs.
+        timeout_minutes: how long to wait for a process before it counts as lost.
 
-    Raises ProcessesError: they can't meet.
+    Raises ProcessesError: they don't find each other.
     """
     if not started_by_torchrun() or int(os.environ["WORLD_SIZE"]) == 1:
         yield
@@ -94,7 +96,7 @@ def connect_processes(cuda: bool | None, timeout_minutes: float) -> Iterator[Non
         _cpu_group = dist.new_group(backend="gloo", timeout=_timeout)
     except (RuntimeError, ValueError, OSError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise ProcessesError(f"the processes can't meet at {where}: {str(error).splitlines()[0]}") from error
+        raise ProcessesError(f"the processes don't find each other at {where}: {str(error).splitlines()[0]}") from error
     try:
         with open(os.devnull, "w") as nowhere:
             out, err = (sys.stdout, sys.stderr) if is_main() else (nowhere, NoTerminal(sys.stderr))
@@ -124,7 +126,7 @@ def is_lost_connection(error: RuntimeError) -> bool:
 
 
 def shard(count: int, part: tuple[int, int] | None = None) -> range:
-    """Which of `count` things in a row are this process's; the shares differ by one at most.
+    """Which of `count` things in a row are this process's; the shards differ by one at most.
 
     part: (rank, world size), if not those of this process.
     """

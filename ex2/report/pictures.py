@@ -28,8 +28,8 @@ def draw_process(model, splits: DataSplits, diffusor: Diffusion, config: Config)
     """2.1, 2.2 f, 2.3: time embedding, schedules, and the forward and reverse process as strips and animations."""
     out = config.run_dir
     viz.plot_schedules(possible_schedules(config.timesteps), out / "schedules.png")
-    times = torch.arange(config.timesteps, device=diffusor.device)
-    viz.plot_time_embedding(model.time_mlp[0](times), out / "time_embedding.png")
+    timesteps = torch.arange(config.timesteps, device=diffusor.device)
+    viz.plot_time_embedding(model.time_mlp[0](timesteps), out / "time_embedding.png")
 
     count = min(4 if config.image_size < LARGE else 2, len(splits.test))
     loader = make_loader(splits.test, count, diffusor.device)
@@ -91,9 +91,9 @@ def sample_and_save_images(
 ) -> torch.Tensor:
     """Samples images and saves each as a file in `images/`. Returns (n_images, C, H, W) on the CPU.
 
-    That folder holds nothing else, as tools that judge folders expect. The first images stand in `grid.png` beside it.
+    That folder holds nothing else, as tools that evaluate folders expect. The first images are in `grid.png` beside it.
 
-    Each process samples its share; the first one saves.
+    Each process samples its part; the first one saves.
 
     Args:
         classes: a label per image, for a conditional model.  class_names: their names, for file names and the grid.

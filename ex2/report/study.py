@@ -31,7 +31,7 @@ from ex2.training.log import RunLog
 from ex2.training.run import fit, open_run
 from ex2_diffusion import sample_in_batches
 
-LOSS_FRACTIONS = (0.1, 0.5, 0.9)  # of T: the times whose test loss stands in the table
+LOSS_FRACTIONS = (0.1, 0.5, 0.9)  # of T: the timesteps whose test loss stands in the table
 COLUMNS_SHOWN = 10
 
 
@@ -112,7 +112,7 @@ def write_study(out: Path, varied: dict[str, list], runs: dict[str, Config]) -> 
 
 
 def is_evaluated(config: Config, evaluator, count: int, scales: Sequence[float] = ()) -> bool:
-    """Whether an earlier call already computed the figures that are asked for now."""
+    """Whether an earlier call already computed the metrics that are asked for now."""
     metrics = config.run_dir / "test_metrics.json"
     saved = max((path.stat().st_mtime for path in config.run_dir.glob(f"{CHECKPOINT_NAME}*")), default=0)
     if not metrics.is_file() or metrics.stat().st_mtime < saved:
@@ -132,7 +132,7 @@ def is_evaluated(config: Config, evaluator, count: int, scales: Sequence[float] 
 
 
 def write_comparison(runs: dict[str, Config], varied: dict[str, list], failed: dict, out: Path, device) -> None:
-    """table.csv, table.md, curves.png and samples.png of judged runs; those that failed have an empty row.
+    """table.csv, table.md, curves.png and samples.png of evaluated runs; those that failed have an empty row.
 
     table.csv has a row per run and guidance scale, table.md the means over the seeds.
     """
@@ -142,8 +142,8 @@ def write_comparison(runs: dict[str, Config], varied: dict[str, list], failed: d
     rows = []
     for name, config in runs.items():
         settings = {setting: getattr(config, setting) for setting in (*varied, "seed")}
-        figures = metrics_of(config, reports[name], logs[name]) if name in done else [{}]
-        rows += [{**settings, **row} for row in figures]
+        metrics = metrics_of(config, reports[name], logs[name]) if name in done else [{}]
+        rows += [{**settings, **row} for row in metrics]
     head = max(rows, key=len)
     rows = [{name: row.get(name) for name in head} for row in rows]
     table = io.StringIO(newline="")
@@ -164,15 +164,15 @@ def write_comparison(runs: dict[str, Config], varied: dict[str, list], failed: d
 
 
 def metrics_of(config: Config, report: dict, log: list[dict]) -> list[dict]:
-    """One run's figures, a row per guidance scale it was judged at.
+    """One run's metrics, a row per guidance scale it was evaluated at.
 
-    The losses are l2 on the test set, at the tested times nearest to `LOSS_FRACTIONS` of T.
+    The losses are l2 on the test set, at the tested timesteps nearest to `LOSS_FRACTIONS` of T.
     """
-    losses, figures = report["losses"]["test"], {}
-    for share in LOSS_FRACTIONS:
-        k = min(range(len(losses["t"])), key=lambda k: abs(losses["t"][k] + 1 - share * config.timesteps))
-        figures[f"loss near {share:g} T"] = losses["l2"][k]
-    figures["bits/dim"] = min(report["bits_per_dim"][name]["total"] for name in ("beta", "beta_tilde"))
+    losses, metrics = report["losses"]["test"], {}
+    for fraction in LOSS_FRACTIONS:
+        k = min(range(len(losses["t"])), key=lambda k: abs(losses["t"][k] + 1 - fraction * config.timesteps))
+        metrics[f"loss near {fraction:g} T"] = losses["l2"][k]
+    metrics["bits/dim"] = min(report["bits_per_dim"][name]["total"] for name in ("beta", "beta_tilde"))
     rows = []
     for evaluated in report["samples"]["by_scale"] if "samples" in report else ():
         row = {"w": evaluated["guidance_scale"], "Fréchet distance": evaluated["frechet_distance"]}
@@ -180,7 +180,7 @@ def metrics_of(config: Config, report: dict, log: list[dict]) -> list[dict]:
         row["class accuracy"] = evaluated.get("class_accuracy") if config.class_free_guidance else None
         rows.append(row)
     seconds = {"seconds": round(float(log[-1]["seconds"])) if log else None}
-    return [{**figures, **row, **seconds} for row in rows or [{}]]
+    return [{**metrics, **row, **seconds} for row in rows or [{}]]
 
 
 def draw_side_by_side(runs: dict[str, Config], path: Path, device) -> None:

@@ -62,7 +62,7 @@ def check_buildable(config: Config) -> None:
 
 
 def restore_model(checkpoint: dict, config: Config, device, weights: str = "ema") -> Unet:
-    """The trained U-Net in eval mode on `device`, with its averaged ("ema") or last ("raw") weights.
+    """The trained U-Net in eval mode on `device`, with its EMA ("ema") or last ("raw") weights.
 
     Raises InputError: the checkpoint lacks them, or they are of a U-Net of other sizes.
     """

@@ -34,8 +34,8 @@ class RunLog:
         """Whether a row belongs to finished work. The last row of an epoch comes after its validation."""
         return int(row["epoch"]) < epochs_done or (int(row["step"]) <= step and row["val_loss"] == "")
 
-    def write(self, **figures) -> None:
-        row = {"seconds": f"{time.perf_counter() - self.started:.1f}", **figures}
+    def write(self, **cells) -> None:
+        row = {"seconds": f"{time.perf_counter() - self.started:.1f}", **cells}
         with open(self.path, "a", newline="") as file:
             csv.DictWriter(file, LOG_COLUMNS).writerow(row)
 

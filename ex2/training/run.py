@@ -48,7 +48,7 @@ MINUTES_WORTH_COMPILING = 10  # of training left. On an H200 compiling took 112 
 
 
 def fit(run: Training) -> Unet:
-    """Trains to the end; returns the model with its averaged (EMA) weights.
+    """Trains to the end; returns the model with its EMA weights.
 
     Raises:
         Interrupted: a signal came; what was trained is saved.
@@ -114,9 +114,12 @@ class Training:
     Several processes hold it all, and change it alike; the first one alone writes.
 
     Attributes:
-        model: the U-Net, whose weights are saved.  network: what is called: the U-Net, or DDP around it.
-        step: optimiser steps that are done.  epochs_done: epochs that are over, their validation included.
-        seconds: of training as of the last step, in all calls of the program.  meter: losses of the epoch going on.
+        model: the U-Net, whose weights are saved.
+        network: what is called: the U-Net, or DDP around it.
+        step: optimiser steps that are done.
+        epochs_done: epochs that are over, their validation included.
+        seconds: of training as of the last step, in all calls of the program.
+        meter: losses of the epoch going on.
     """
 
     def __init__(self, model: Unet, config: Config, diffusor: Diffusion, loader, class_names, val_loader=()):
@@ -160,7 +163,7 @@ class Training:
         """Saves for the first time, connects the processes, and starts the clock."""
         if self.config.save_model and is_main():
             weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
-            # Three checkpoints while one is being replaced, each of weights, average and two moments; and pictures.
+            # Three checkpoints while one is being replaced, each of weights, EMA and two moments; and pictures.
             check_space(self.config.run_dir, 3 * 4 * weights + 20_000_000)
         self.save()  # a disk that is full shows now, and not after an epoch
         self.started = time.monotonic() - self.seconds
@@ -225,7 +228,7 @@ class Training:
         return result
 
     def prepare_step(self) -> Rows | None:
-        """Sets what changes from step to step: random numbers, learning rate, what the average forgets.
+        """Sets what changes from step to step: random numbers, learning rate, EMA weight.
 
         The random numbers depend on the seed and the step alone, so a resumed run draws what an uninterrupted one does.
         Returns this process's rows of the batch; None where there is one process.
@@ -345,7 +348,7 @@ class Training:
         All settings are those of now, from the first step on; only weights, moments and counts are taken.
 
         Raises:
-            InputError: it was trained with other settings or on other classes, or `resume` insists and there is none.
+            InputError: it has other settings or other classes, or `resume` requires a checkpoint and there is none.
         """
         config = self.config
         saved = broadcast_from_main(self.find_checkpoint, "the checkpoint")
@@ -383,7 +386,7 @@ class Training:
         return load_checkpoint(config.run_dir) if there and not anew and not config.dry_run else None
 
     def load_weights(self, saved: dict) -> None:
-        """Loads weights, average and moments of a checkpoint; an `InputError` if they are of another size."""
+        """Loads weights, EMA and moments of a checkpoint; an `InputError` if they are of another size."""
         try:
             self.model.load_state_dict(saved["model"])
             self.ema.model.load_state_dict(saved["ema"])
@@ -397,7 +400,7 @@ class Training:
 
 
 def uses_cuda_graphs(config: Config, device: torch.device) -> bool:
-    """Whether the training step is recorded and replayed: on one GPU, where there is more than a single step."""
+    """Whether the training step is captured and replayed: on one GPU, where there is more than a single step."""
     return device.type == "cuda" and world_size() == 1 and not config.dry_run
 
 

@@ -319,7 +319,7 @@ def test_processes_that_cannot_meet_say_so(taken, command, tmp_path):
         code, _, err = finish(process, timeout=60)
     assert code == 1
     assert [line for line in err.splitlines() if line.startswith("error: ")] == [err.splitlines()[-1]], err
-    assert f"can't meet at 127.0.0.1:{port}" in err
+    assert f"don't find each other at 127.0.0.1:{port}" in err
     assert "Traceback" not in err
 
 
