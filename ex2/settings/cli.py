@@ -73,13 +73,13 @@ def add_flags(parser: argparse.ArgumentParser, groups: tuple[str, ...], leave_ou
 def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of every command that starts from a checkpoint."""
     parser.add_argument("--checkpoint", type=path, required=True, help="a run's folder, or its ckpt.pt")
-    parser.add_argument("--weights", choices=WEIGHTS, default="ema", help="averaged, or as last trained (default: ema)")
+    parser.add_argument("--weights", choices=WEIGHTS, default="ema", help="EMA, or as last trained (default: ema)")
 
 
 def add_samples_flags(parser: argparse.ArgumentParser, default_scales: str) -> None:
-    """The flags of every command that judges samples."""
-    parser.add_argument("--eval_samples", type=int, default=1000, help="samples to judge (default: 1000; 0: none)")
-    help = f"guidance scales to judge them at (default: {default_scales})"
+    """The flags of every command that evaluates samples."""
+    parser.add_argument("--eval_samples", type=int, default=1000, help="samples to evaluate (default: 1000; 0: none)")
+    help = f"guidance scales to evaluate them at (default: {default_scales})"
     parser.add_argument("--eval_scales", type=float, nargs="+", default=[], help=help)
 
 
@@ -107,7 +107,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add_checkpoint_flags(test)
     add_samples_flags(test, "those of the pictures")
     test.add_argument("--inception_weights", type=path, metavar="FILE", help="torch-fidelity's weights, for FID")
-    test.add_argument("--out", type=path, help="folder for the figures (default: the run's folder)")
+    test.add_argument("--out", type=path, help="folder for the metrics (default: the run's folder)")
     # Another seed would split the data anew, and training images would land in the validation set.
     add_flags(test, ("run", "access to the data", "evaluation", "sampling"), (*RUN_FLAGS_OF_TRAIN, "seed"))
 
@@ -120,7 +120,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     help = "w of Eq. 11; several are drawn from the same noise (default: 1 for class-conditional models)"
     sample.add_argument("--guidance_scale", dest="scales", type=float, nargs="+", help=help)
 
-    compare = commands.add_parser("compare", help="train and judge a run for every combination of settings")
+    compare = commands.add_parser("compare", help="train and evaluate a run for every combination of settings")
     compare.add_argument("--preset", **preset)
     help = "a setting and its values, for example schedule=linear,cosine; several --vary make all combinations"
     compare.add_argument("--vary", action="append", required=True, metavar="SETTING=VALUE,...", help=help)
@@ -183,11 +183,11 @@ def choose_classes(wanted: list[str] | None, names: list[str], config: Config) -
 
 
 def check_scales(args) -> list[float]:
-    """The guidance scales at which samples are judged, as far as they were given."""
+    """The guidance scales at which samples are evaluated, as far as they were given."""
     if args.eval_samples < 0:
         raise InputError(f"--eval_samples must be at least 0, got {args.eval_samples}")
     if args.eval_samples == 0 and args.eval_scales:
-        raise InputError("--eval_scales are for judged samples: drop --eval_samples 0")
+        raise InputError("--eval_scales are for evaluated samples: drop --eval_samples 0")
     for scale in args.eval_scales:
         if not -1000 <= scale <= 1000:
             raise InputError(f"--eval_scales must lie within -1000 .. 1000, got {scale:g}")
@@ -195,10 +195,10 @@ def check_scales(args) -> list[float]:
 
 
 def choose_scales(args, config: Config) -> list[float]:
-    """The guidance scales at which `test` judges samples; checks its other flags for them too."""
+    """The guidance scales at which `test` evaluates samples; checks its other flags for them too."""
     scales = check_scales(args)
     if args.eval_samples == 0 and args.inception_weights:
-        raise InputError("--inception_weights are for judged samples: drop --eval_samples 0")
+        raise InputError("--inception_weights are for evaluated samples: drop --eval_samples 0")
     if config.can_guide:
         return scales or list(GUIDANCE_SCALES)
     if scales:
