@@ -1,7 +1,13 @@
 """A right solution of the exercise in few lines, and deliberate slips, each a replacement in it."""
 
-from ex2.grading.facts import FACTS, verdict
-from ex2.grading.submission import Solution, importing_from
+import sys
+from contextlib import contextmanager
+
+import torch
+
+from ex2.grading.run import judge
+from ex2.grading.submission import PREFIXES, OnCpu, Submission
+from ex2.grading.worker import Remote
 
 DIFFUSION = """
 import torch
@@ -187,11 +193,19 @@ SLIPS = {
             "torch.sqrt(extract(self.betas, t)) * torch.randn_like",
             "torch.sqrt(extract(self.posterior, t)) * torch.randn_like",
         ),
-        *("reverse_noise", "sigma^2 is the posterior variance, Eq. 8 asks for beta_t", "sample_spread"),
+        *("reverse_noise", "sigma^2 is the posterior variance", "sample_spread"),
     ),
     "variance-no-root": (
         *(D, "torch.sqrt(extract(self.betas, t)) * torch.randn_like", "extract(self.betas, t) * torch.randn_like"),
         *("reverse_noise", "root of beta_t left out", "sample_spread"),
+    ),
+    "variance-posterior-no-root": (
+        *(
+            D,
+            "torch.sqrt(extract(self.betas, t)) * torch.randn_like",
+            "extract(self.posterior, t) * torch.randn_like",
+        ),
+        *("reverse_noise", "the posterior variance without its root", "sample_spread"),
     ),
     "variance-uniform": (
         *(D, "torch.randn_like(x)\n\n", "torch.rand_like(x)\n\n", "reverse_noise", "uniform noise", "sample_spread"),
@@ -205,7 +219,7 @@ SLIPS = {
     ),
     "never-0": (
         *(D, "reversed(range(self.timesteps))", "reversed(range(1, self.timesteps))"),
-        *("sample_times", "t = 0 is never visited", ""),
+        *("sample_times", "t = 0 is never visited", "guidance_in_sample"),
     ),
     "wrong-way-round": (
         *(D, "reversed(range(self.timesteps))", "range(self.timesteps)"),
@@ -233,6 +247,10 @@ SLIPS = {
         *(D, "F.mse_loss(eps, noise)", "F.mse_loss(eps, x_t)", "loss_target", "the target is x_t"),
         "loss_values loss_draws",
     ),
+    "loss-x-0": (
+        *(D, "F.mse_loss(eps, noise)", "F.mse_loss(eps, x_zero)", "loss_target", "the target is x_0"),
+        "loss_values loss_draws",
+    ),
     "loss-noise-twice": (
         *(D, "x_t = self.q_sample(x_zero, t, noise)", "x_t = self.q_sample(x_zero, t)"),
         *("loss_draws", "noise is drawn twice", ""),
@@ -249,6 +267,30 @@ SLIPS = {
         ),
     ),
     "cosine-square": (*(D, "torch.pi / 2) ** 2", "torch.pi / 2)", "cosine_schedule", "the cosine is not squared", ""),),
+    "cosine-0.02": (*(D, "0, 0.999).float()", "0, 0.02).float()", "cosine_schedule", "cut off at 0.02", ""),),
+    "cosine-lower-clip": (
+        *(D, "0, 0.999).float()", "1e-4, 0.999).float()", "cosine_schedule", "cut off at 0.0001 below, which", ""),
+    ),
+    "cosine-inverted": (
+        *(D, "1 - alphas_bar[1:] / alphas_bar[:-1], 0,", "1 - alphas_bar[:-1] / alphas_bar[1:], 0,"),
+        *("cosine_schedule", "the ratio of alpha-bar is inverted", ""),
+    ),
+    "cosine-inverted-clipped": (
+        *(D, "1 - alphas_bar[1:] / alphas_bar[:-1], 0,", "1 - alphas_bar[:-1] / alphas_bar[1:], 1e-4,"),
+        *("cosine_schedule", "the ratio of alpha-bar is inverted", ""),
+    ),
+    "cosine-appended": (
+        *(D, "return torch.clip(1 - alphas_bar[1:] / alphas_bar[:-1], 0, 0.999).float()"),
+        """x = torch.linspace(0, 1, timesteps)
+    alphas_bar = torch.cos((x + s) / (1 + s) * torch.pi / 2) ** 2
+    betas = torch.clip(1 - alphas_bar[1:] / alphas_bar[:-1], 0, 0.999)
+    return torch.cat((betas, betas[-1:]))""",
+        *("cosine_schedule", "the last beta is appended", ""),
+    ),
+    "cosine-one-less": (
+        *(D, "torch.linspace(0, 1, timesteps + 1, d", "torch.linspace(0, 1, timesteps, d"),
+        *("cosine_schedule", "T points have T - 1 ratios", ""),
+    ),
     "sigmoid-range": (
         *(D, "torch.linspace(-s_limit, s_limit, timesteps)", "torch.linspace(0, 1, timesteps)"),
         *("sigmoid_schedule", "the sigmoid schedule's range", ""),
@@ -296,7 +338,8 @@ SLIPS = {
         *("loss_classes", "labels are lost on the way", ""),
     ),
     "guidance-none": (
-        *(D, "eps = (1 + w) * eps_c - w * eps_0", "eps = eps_c", "guidance_equation", "guidance has no effect", ""),
+        *(D, "eps = (1 + w) * eps_c - w * eps_0", "eps = eps_c", "guidance_equation", "guidance has no effect"),
+        "guidance_in_sample",
     ),
     "guidance-exchanged": (
         *(D, "(1 + w) * eps_c - w * eps_0", "w * eps_c - (1 + w) * eps_0"),
@@ -316,9 +359,30 @@ SLIPS = {
             "",
         ),
     ),
+    "guidance-fixed": (
+        *(D, "(1 + w) * eps_c - w * eps_0", "3 * eps_c - 2 * eps_0"),
+        *("guidance_equation", "the guidance scale is fixed, at w = 2", "guidance_in_sample"),
+    ),
+    "guidance-fixed-in-sample": (
+        *(D, "i, classes, w)", "i, classes, 0.5)"),
+        *("guidance_in_sample", "the guidance scale is fixed, at w = 0.5", ""),
+    ),
+    "guidance-p-uncond": (
+        *(D, "i, classes, w)", "i, classes, model.p_uncond)"),
+        *("guidance_in_sample", "the guidance scale is fed with p_uncond", ""),
+    ),
     "guidance-two-calls": (
         *(D, "model(torch.cat((x, x)), torch.cat((t, t)), both).chunk(2)", "model(x, t, classes), model(x, t)"),
         *("guidance_calls", "the model is called twice where one batch of double size does", ""),
+    ),
+    "fid-of-few": (
+        *(P, "def run(args):"),
+        """def fid(diffusor, model, images, count=64):
+    return frechet_distance(images, diffusor.sample(model, 32, batch_size=count))
+
+
+def run(args):""",
+        *("fid_images", "FID on 64 images", ""),
     ),
     "images-dark": (*(P, "(image + 1) / 2", "image", "saved_range", "images saved dark", ""),),
     "test-in-training": (*(P, "    model.eval()\n", "", "test_loop", "model.eval() is missing", ""),),
@@ -332,8 +396,38 @@ def write(folder, files):
     return folder
 
 
-def evaluated(folder):
-    """fact -> verdict, in this process: a hundred times as fast as in one of its own."""
-    with importing_from(folder):
-        solution = Solution(folder)
-        return {name: verdict(solution, name) for name in FACTS}
+class Local(Remote):
+    """A submission in this process: a hundred times as fast as in one of its own."""
+
+    def __init__(self, folder):
+        self.submission = Submission(folder)
+        super().__init__()
+
+    def ask(self, line):
+        return self.submission.answer(line)
+
+
+@contextmanager
+def isolated(folder):
+    """Imports modules of the exercise from `folder`, and forgets them afterwards. Ours of the same names are hidden."""
+
+    def taken_out():
+        return {name: sys.modules.pop(name) for name in list(sys.modules) if name.startswith(PREFIXES)}
+
+    sys.path.insert(0, str(folder))
+    hidden, threads = taken_out(), torch.get_num_threads()
+    torch.set_num_threads(1)  # the images are small
+    try:
+        with OnCpu():
+            yield
+    finally:
+        sys.path.remove(str(folder))
+        torch.set_num_threads(threads)
+        taken_out()
+        sys.modules.update(hidden)
+
+
+def evaluated(folder, *facts):
+    """fact -> verdict, of all facts or of some."""
+    with isolated(folder):
+        return {said["fact"]: said for said in judge(Local(folder), facts or None)}

@@ -8,7 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from itertools import islice
 from pathlib import Path
 
@@ -98,11 +98,8 @@ def check_submission(folder: Path, limit: float) -> list[dict]:
     problem = find_problem(folder)
     if problem:
         return judge(Absent(problem))
-    worker = Worker(folder, limit)
-    try:
-        return judge(Remote(worker.ask))
-    finally:
-        worker.end()
+    with closing(Worker(folder, limit)) as worker:
+        return judge(worker)
 
 
 class Absent:
@@ -117,10 +114,10 @@ class Absent:
         raise Missing(self.problem)
 
 
-def judge(submission: Remote | Absent) -> list[dict]:
-    """The verdict on every fact, in the order of the sheet."""
+def judge(submission: Remote | Absent, facts: Sequence[str] | None = None) -> list[dict]:
+    """The verdict on every fact, or on some, in the order of the sheet."""
     verdicts = []
-    for name in sorted(FACTS, key=lambda name: FACTS[name].task):
+    for name in sorted(facts or FACTS, key=lambda name: FACTS[name].task):
         said = verdict(submission, name)
         said.update({key: printable(said[key]) for key in ("found", "looks_like")})
         verdicts.append({**said, "where": submission.place, "adapted": sorted(submission.adapted)})

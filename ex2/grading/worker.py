@@ -16,7 +16,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -31,12 +30,13 @@ MAX_LOST = 3  # processes of one submission that hang or end: the rest of its fa
 MAX_ANSWER, MAX_TEXT = 2**23, 300  # bytes, characters
 KEPT = "PATH LANG LC_ALL LD_LIBRARY_PATH PYTHONPATH SYSTEMROOT".split()  # of the user's variables
 RUNNING: set[int] = set()  # processes of submissions
+LOCK = threading.Lock()  # of RUNNING
 STOPPED = threading.Event()  # by Ctrl-C
 # Where the function of a call stands.
 PLACES = {
     "q_sample": "diffusion.Diffusion.q_sample",
     "p_sample": "diffusion.Diffusion.p_sample",
-    "guide": "diffusion.Diffusion.p_sample",
+    "guide": "diffusion.Diffusion.{}",
     "sample": "diffusion.Diffusion.sample",
     "loss": "diffusion.Diffusion.p_losses",
     "schedule": "diffusion.{}_beta_schedule",
@@ -49,42 +49,42 @@ PLACES = {
 class Remote:
     """A submission in another process: its methods are those of `ex2.grading.submission.Submission`.
 
-    Args:
-        ask: line -> line, what answers a request; it raises `Failed`.
-
     Attributes:
         outline: what is plain in its source.
         adapted: what had to be done to call the functions of the last fact.
         place: file and line of the function that was called last.
     """
 
-    def __init__(self, ask: Callable[[str], str | bytes]):
-        self.ask, self.requests, self.broken = ask, 0, {}
-        self.adapted, self.place = set(), ""
-        self.outline = {
-            "lines": {},
-            "test_is_empty": False,
-            "eval_elsewhere": False,
-            "settings": None,
-            "fid_images": None,
-        }
+    def __init__(self):
+        self.adapted, self.place, self.requests, self.fresh, self.broken = set(), "", 0, True, {}
+        self.outline = {"lines": {}, "test_is_empty": False, "eval_elsewhere": False, "settings": None}
+        self.outline.update(fid_images=None, missing={})
         with suppress(Failed):  # a source that Python's parser does not survive: importing it will tell
             self.outline = self.call("outline")
-        for part in PARTS:  # what can't be imported is known once, and not tried for every fact
+        # What can't be imported is known once, and not tried for every fact.
+        self.broken = {part: Missing(printable(text)) for part, text in self.outline["missing"].items()}
+        for part in sorted({*PARTS} - {*self.broken}, key=PARTS.index):
             try:
-                self.call("begin")
+                self.begin()
                 self.call("load", part=part)
             except Failed as error:
                 self.broken[part] = Failed(f"import of {part}: {error}", error.verdict)
             except Missing as error:
                 self.broken[part] = error
 
+    def ask(self, line: str) -> str | bytes:
+        """The answer to a request; raises `Failed`: there is none."""
+        raise NotImplementedError
+
+    def lose(self) -> None:
+        """Gives the process up: what it says is no answer."""
+
     def __getattr__(self, name: str):
         return partial(self.call, name)
 
     def begin(self) -> None:
-        self.adapted, self.place = set(), ""
-        self.call("begin")
+        """Begins a fact, and its time."""
+        self.adapted, self.place, self.fresh = set(), "", True
 
     def call(self, name: str, *args, **given):
         """What a method of the submission returns; raises `Missing` or `Failed`."""
@@ -97,7 +97,9 @@ class Remote:
             raise self.broken[part]
         self.place = self.outline["lines"].get(place, self.place)
         self.requests += 1
-        answer = self.ask(json.dumps({"call": name, "given": given, "id": self.requests}, default=pack))
+        request = {"call": name, "given": given, "id": self.requests, "fresh": self.fresh}
+        self.fresh = False
+        answer = self.ask(json.dumps(request, default=pack))
         try:
             answer = json.loads(answer, object_hook=unpack)
             if answer["id"] != self.requests:
@@ -109,11 +111,12 @@ class Remote:
                 raise Failed(printable(answer["fails"]))
             return answer["value"]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            self.lose()
             raise Failed("its process said something else than an answer") from error
 
 
-class Worker:
-    """The process of a submission; a new one is begun where it was lost.
+class Worker(Remote):
+    """A submission and its process; a new one is begun where it was lost.
 
     Args:
         limit: CPU seconds for each fact.
@@ -122,18 +125,19 @@ class Worker:
     def __init__(self, folder: Path, limit: float):
         self.folder, self.limit, self.process, self.lost = folder, limit, None, 0
         self.last, self.begun = time.monotonic() + 2 * WALL * limit, 0.0
+        super().__init__()
+
+    def begin(self) -> None:
+        self.begun = time.monotonic()
+        super().begin()
 
     def ask(self, line: str) -> bytes:
-        """The answer to a request. Raises `Failed`: there is none."""
         if STOPPED.is_set() or self.lost >= MAX_LOST or time.monotonic() > self.last:
             raise Failed("not tried: what came before took all the time", "hangs")
         if self.process is None:
             self.start()
-        if '"begin"' in line[:20]:
-            self.begun = time.monotonic()
-        with suppress(OSError):  # it is no more: so there is no answer either
-            self.process.stdin.write(line.encode() + b"\n")
-            self.process.stdin.flush()
+        # A thread, as the submission need not read what it is asked.
+        threading.Thread(target=write_line, args=(self.process.stdin, line), daemon=True).start()
         until = min(self.begun + WALL * self.limit, self.last)
         return self.receive(until - time.monotonic(), f"{WALL * self.limit:g} s")
 
@@ -146,8 +150,9 @@ class Worker:
         command = [sys.executable, submission.__file__, str(self.folder), str(self.limit)]
         streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         own_session = {"start_new_session": os.name == "posix"}
-        self.process = subprocess.Popen(command, cwd=self.home.name, env=environment, **streams, **own_session)
-        RUNNING.add(self.process.pid)
+        with LOCK:
+            self.process = subprocess.Popen(command, cwd=self.home.name, env=environment, **streams, **own_session)
+            RUNNING.add(self.process.pid)
         self.answers: queue.Queue = queue.Queue(maxsize=1)
         threading.Thread(target=read_lines, args=(self.process.stdout, self.answers), daemon=True).start()
         self.receive(START_LIMIT, f"{START_LIMIT} s to start")
@@ -172,10 +177,10 @@ class Worker:
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(0.5)
         code = self.process.poll()
-        self.end()
+        self.close()
         return code
 
-    def end(self) -> None:
+    def close(self) -> None:
         """Kills the process and, where the system can tell, all that it started."""
         if self.process is None:
             return
@@ -187,10 +192,17 @@ class Worker:
         RUNNING.discard(self.process.pid)
         while kill_orphans():
             pass
-        self.process.stdin.close()
+        with suppress(OSError):
+            self.process.stdin.close()
         with suppress(OSError):
             self.home.cleanup()
         self.process = None
+
+
+def write_line(stream, line: str) -> None:
+    with suppress(OSError, ValueError):  # it is no more: so there is no answer either
+        stream.write(line.encode() + b"\n")
+        stream.flush()
 
 
 def read_lines(stream, lines: queue.Queue) -> None:
@@ -215,7 +227,7 @@ def kill_orphans() -> int:
     """Kills children of this process that submissions have left; how many."""
     killed = 0
     for path in Path("/proc").glob("[0-9]*/stat") if sys.platform == "linux" else ():
-        with suppress(OSError):
+        with LOCK, suppress(OSError):
             _, parent, _, session = path.read_bytes().rpartition(b")")[2].split()[:4]
             if int(parent) == os.getpid() and int(session) not in (os.getsid(0), *RUNNING):
                 os.kill(int(path.parent.name), signal.SIGKILL)

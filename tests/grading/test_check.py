@@ -1,16 +1,19 @@
-"""`check`: our own solution and a right one pass every fact, every slip is named for what it is, and nothing hangs "
-"it."""
+"""`check`: our own solution is right, no submission can hang, end or fool it, and many are judged at once."""
 
+import csv
 import json
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
-from mini_solutions import write
+from mini_solutions import RIGHT, write
 
 import ex2_main
-from ex2.grading import run
+from ex2.grading import facts, run, worker
 from ex2.grading.facts import FACTS
-from ex2.grading.run import as_lines, check_solution
+from ex2.grading.run import as_lines, check_submission, judge
 
 
 def test_our_own_solution_is_right(pytestconfig, capsys):
@@ -23,54 +26,121 @@ def test_our_own_solution_is_right(pytestconfig, capsys):
 
 @pytest.fixture
 def three_facts(monkeypatch):
-    monkeypatch.setattr(
-        run, "FACTS", {name: FACTS[name] for name in ("linear_schedule", "cosine_schedule", "sigmoid_schedule")}
-    )
+    chosen = {name: FACTS[name] for name in ("linear_schedule", "cosine_schedule", "sigmoid_schedule")}
+    monkeypatch.setattr(run, "FACTS", chosen)
 
 
-SCHEDULES = """import torch
+SCHEDULES = """import os, subprocess, sys, threading, time
+import torch
+{start}
 
 
 def linear_beta_schedule(beta_start, beta_end, timesteps):
-    {}
+    {linear}
     return torch.linspace(beta_start, beta_end, timesteps)
+
+
+def cosine_beta_schedule(timesteps, s=0.008):
+    {cosine}
+
+
+def sigmoid_beta_schedule(beta_start, beta_end, timesteps):
+    {sigmoid}
 """
 
 
-@pytest.mark.parametrize(
-    "line, said, found",
-    [
-        ("while True: pass", "hangs", "no answer within 4 s"),
-        ("import os; os._exit(3)", "fails", "its code ended the program"),
-        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "fails", "its code ended the program"),
-        ("import sys; sys.exit(0)", "fails", "SystemExit"),
-        (
-            "import socket; socket.create_connection(('localhost', 9))",
-            "fails",
-            "no network while a solution is checked",
-        ),
-        ("import os; os.closerange(3, 256); import time; time.sleep(50)", "fails", "its code ended the program"),
-        ("import os; os.write(1, b'hello'); os.write(3, b'7\\n{}\\n')", "right", ""),
-        ("import threading, time; threading.Thread(target=time.sleep, args=(99,)).start()", "right", ""),
-        ("print('{}', 'x' * 10**5); open('left.txt', 'w').write('x')", "right", ""),
-    ],
-)
-def test_a_stranger_can_neither_hang_nor_end_the_check(tmp_path, three_facts, line, said, found):
-    write(tmp_path, {"ex02_diffusion.py": SCHEDULES.format(line)})
-    began = time.monotonic()
-    first, *others = check_solution(tmp_path, 4.0)
-    assert first["fact"] == "linear_schedule" and first["verdict"] == said and found in first["found"]
-    assert [other["verdict"] for other in others] == ["missing", "missing"]
-    assert time.monotonic() - began < 60
-    assert [path.name for path in tmp_path.iterdir()] == ["ex02_diffusion.py"]
+def schedules(start="", linear="pass", cosine="pass", sigmoid="pass"):
+    return {"ex02_diffusion.py": SCHEDULES.format(start=start, linear=linear, cosine=cosine, sigmoid=sigmoid)}
 
 
-def test_only_the_fact_that_hangs_is_said_to(tmp_path, three_facts):
-    text = (
-        SCHEDULES.format("pass") + "\n\ndef cosine_beta_schedule(timesteps, s=0.008):\n    while True:\n        pass\n"
+def processes(mark):
+    """Process ids with a mark in their command line."""
+    return [path.parent.name for path in Path("/proc").glob("[0-9]*/cmdline") if mark in path.read_bytes()]
+
+
+def test_one_submission_can_neither_see_print_nor_leave_anything(tmp_path, three_facts, monkeypatch):
+    """Its network is off, it may print and have threads; time is CPU time, so a fact that only waits is right."""
+    monkeypatch.setenv("SECRET_OF_TUTOR", "hunter2")
+    start = """
+sleep = [sys.executable, "-c", "import time; time.sleep(98.7)"]
+subprocess.Popen(sleep)
+subprocess.Popen(["sh", "-c", '"$0" -c "import time; time.sleep(98.7)" &', sys.executable], start_new_session=True)
+threading.Thread(target=time.sleep, args=(98.7,)).start()
+print("{}", "x" * 10**5)
+os.write(1, b"hello")
+open("left.txt", "w").write("x")
+input_is_empty = sys.stdin.read() == ""
+"""
+    cosine = (
+        "raise ValueError('\\x1b[31m\\u202e' + str(('SECRET_OF_TUTOR' in os.environ, input_is_empty)) + 'y' * 9999)"
     )
-    write(tmp_path, {"ex02_diffusion.py": text})
-    assert [said["verdict"] for said in check_solution(tmp_path, 4.0)] == ["right", "hangs", "missing"]
+    sigmoid = "import socket; socket.create_connection(('localhost', 9))"
+    write(tmp_path, schedules(start, "time.sleep(1.3)", cosine, sigmoid))
+    run.adopt_orphans()
+    linear, cosine, sigmoid = check_submission(tmp_path, 1)
+    assert (linear["verdict"], cosine["verdict"], sigmoid["verdict"]) == ("right", "fails", "fails")
+    assert "??" not in linear["found"] and "?[31m?(False, True)yy" in cosine["found"] and cosine["found"].isprintable()
+    assert len(cosine["found"]) <= worker.MAX_TEXT and "no network" in sigmoid["found"]
+    line = (tmp_path / "ex02_diffusion.py").read_text("utf-8").split("def linear")[0].count("\n") + 1
+    assert linear["where"] == f"ex02_diffusion.py:{line}"
+    assert [path.name for path in tmp_path.iterdir()] == ["ex02_diffusion.py"]
+    if sys.platform == "linux":
+        assert processes(b"98.7") == []
+
+
+def test_what_ends_floods_or_hangs_is_said_of_its_fact(tmp_path, three_facts):
+    flood = """fds = [fd for fd in range(3, 9) if os.path.exists(f"/dev/fd/{fd}")]
+    while True:
+        for fd in fds:
+            try:
+                os.write(fd, b"x" * 10**5)
+            except OSError:
+                fds.remove(fd)"""
+    write(
+        tmp_path,
+        schedules("", "os._exit(3)", flood, "while True: pass"),
+    )
+    began = time.monotonic()
+    linear, cosine, sigmoid = check_submission(tmp_path, 1)
+    assert linear["verdict"] == "fails" and linear["found"] == "its code ended the program"
+    assert cosine["verdict"] == "fails" and cosine["found"] == "its answer is too long", cosine
+    assert sigmoid["verdict"] == "hangs" and sigmoid["found"] == "no answer within 1 s of CPU time"
+    assert time.monotonic() - began < 90
+
+
+def test_an_import_that_hangs_costs_one_time_limit_and_is_said_once(tmp_path, three_facts, monkeypatch):
+    monkeypatch.setattr(worker, "WALL", 1)
+    write(tmp_path, schedules("time.sleep(600)"))
+    began = time.monotonic()
+    verdicts = check_submission(tmp_path, 2)
+    assert {said["verdict"] for said in verdicts} == {"hangs"} and time.monotonic() - began < 60
+    text = "\n".join(as_lines(verdicts))
+    assert text.count("import of diffusion: no answer within 2 s (so for 3 facts)") == 1
+
+
+def test_names_of_main_are_of_no_use_to_a_forger(tmp_path, three_facts):
+    start = """import __main__, json
+forged = {"value": "right", "verdict": "right", "adapted": []}
+__main__.Submission.answer = lambda self, line: json.dumps({**forged, "id": json.loads(line)["id"]}) + "\\n"
+"""
+    write(tmp_path, schedules(start))
+    assert {said["verdict"] for said in check_submission(tmp_path, 9)} <= {"fails", "wrong"}
+
+
+def test_a_submission_may_have_packages_of_our_names(tmp_path, three_facts):
+    write(tmp_path, schedules("import ex2.grading; assert ex2.grading.MARK", "timesteps += 1"))
+    (tmp_path / "ex2").mkdir()
+    write(tmp_path / "ex2", {"__init__.py": "", "grading.py": "MARK = 1"})
+    assert check_submission(tmp_path, 9)[0]["verdict"] == "wrong"
+
+
+def test_no_orphan_of_another_kind_is_killed():
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as ours:
+        assert worker.kill_orphans() == 0 and ours.poll() is None
+        ours.stdin.close()
+
+
+# ------------------------------------------------------------------ the command
 
 
 @pytest.mark.parametrize("limit", ["0", "-1", "inf", "nan"])
@@ -79,19 +149,125 @@ def test_impossible_time_limits_are_one_line(tmp_path, capsys, limit):
     assert "--time_limit must be above 0" in capsys.readouterr().err
 
 
-def test_the_table_the_json_and_the_exit_code(tmp_path, three_facts, capsys):
-    write(tmp_path, {"ex2_diffusion.py": SCHEDULES.format("timesteps += 1")})
-    assert ex2_main.main(["check", str(tmp_path)]) == 1
+@pytest.mark.parametrize(
+    "files, flags, line",
+    [
+        ({}, [], "holds no submission: none of ex02_diffusion.py"),
+        ({"ex02_diffusion_v2.py": ""}, [], "is ex02_diffusion_v2.py meant?"),
+        (RIGHT, ["--jobs", "0"], "--jobs must lie within 1 .. 256, got 0"),
+        (RIGHT, ["no_such_folder"], "no_such_folder is no folder"),
+        (RIGHT, ["--csv", "no_such/x.csv"], "can't write no_such/x.csv (No such file or directory)"),
+    ],
+)
+def test_what_can_not_be_checked_is_one_line(tmp_path, capsys, files, flags, line):
+    assert ex2_main.main(["check", str(write(tmp_path, files)), *flags]) == 2
+    assert line in capsys.readouterr().err
+
+
+def test_a_submission_with_a_file_of_another_name_is_told_so(tmp_path):
+    from mini_solutions import evaluated
+
+    files = {"ex02_model.py": RIGHT["ex02_model.py"], "ex02_diffusion_v2.py": RIGHT["ex02_diffusion.py"]}
+    said = evaluated(write(tmp_path, files), "forward_signal")["forward_signal"]
+    assert said["verdict"] == "missing" and said["found"].endswith("is ex02_diffusion_v2.py meant?")
+
+
+@pytest.fixture
+def canned(monkeypatch):
+    """Verdicts without a process: what a submission is, is its folder's name."""
+
+    class Canned:
+        place, adapted = "ex02_diffusion.py:57", ()
+
+        def __init__(self, kind):
+            self.kind = kind
+
+        def begin(self):
+            if self.kind == "einops":
+                raise facts.Missing("einops isn't installed: pip install einops")
+            if self.kind == "wrong":
+                raise facts.Wrong("=1+1", "2", "a sum")
+
+    monkeypatch.setattr(run, "check_submission", lambda folder, limit: judge(Canned(folder.name.split("-")[0])))
+    monkeypatch.setattr(run, "FACTS", {name: FACTS[name] for name in ("linear_schedule", "cosine_schedule")})
+    monkeypatch.setattr(facts, "FACTS", {name: facts.Fact("2.3", name, "", lambda _: None) for name in FACTS})
+
+
+def folders(tmp_path, *names):
+    for name in names:
+        (tmp_path / name).mkdir()
+        write(tmp_path / name, RIGHT)
+    return [str(tmp_path / name) for name in names]
+
+
+def test_a_missing_package_is_said_once_with_its_pip_line(tmp_path, canned, capsys):
+    assert ex2_main.main(["check", *folders(tmp_path, "einops")]) == 1
+    out = capsys.readouterr().out
+    assert out.count("pip install einops") == 1 and "(so for 2 facts)" in out
+
+
+def test_the_verdict_names_the_line_of_the_submission(tmp_path, canned, capsys):
+    assert ex2_main.main(["check", *folders(tmp_path, "wrong")]) == 1
     captured = capsys.readouterr()
-    assert "2.3      WRONG    the linear schedule runs from beta_start to beta_end\n" in captured.out
-    assert "found 1001 betas, expected 1000, one per timestep: 0 .. T has T + 1 entries" in captured.out
-    assert captured.err == f"error: 3 of 3 facts are not right in {tmp_path}\n"
-    assert ex2_main.main(["check", str(tmp_path), "--json"]) == 1
-    verdicts = json.loads(capsys.readouterr().out)
-    assert [said["verdict"] for said in verdicts] == ["wrong", "missing", "missing"]
-    assert "0 of 3 facts are right" in "\n".join(as_lines(verdicts))
+    assert "2.3      WRONG    linear_schedule\n" in captured.out
+    assert "ex02_diffusion.py:57: found =1+1, expected 2: a sum" in captured.out
+    assert captured.err.startswith("error: 2 of 2 facts are not right in ")
 
 
-def test_a_folder_without_a_solution_is_one_line(tmp_path, capsys):
-    assert ex2_main.main(["check", str(tmp_path)]) == 2
-    assert "holds no solution" in capsys.readouterr().err
+def test_many_submissions_are_one_table_with_the_errors_of_one_cause_grouped(tmp_path, canned, capsys):
+    paths = folders(tmp_path, "right", "wrong-1", "wrong-2", "einops")
+    files = ["--csv", str(tmp_path / "all.csv"), "--json", str(tmp_path / "all.json")]
+    assert ex2_main.main(["check", *paths, "--jobs", "2", *files]) == 1
+    captured = capsys.readouterr()
+    rows = [line.split() for line in captured.out.split("\n")[:5]]
+    assert rows[0] == ["submission", "right", "differs", "wrong", "fails", "missing"]
+    assert rows[1] == ["right", "2", "0", "0", "0", "0"] and rows[2] == ["wrong-1", "0", "0", "2", "0", "0"]
+    assert captured.out.count("a sum") == 2 and captured.out.count("2: wrong-1, wrong-2") == 2
+    assert captured.out.count("pip install einops") == 1
+    assert "README has the command for a sandbox" in captured.out
+    assert captured.err.split("\n")[0] == "1 of 4: right: 2 right"  # progress
+    assert captured.err.endswith("error: 3 of 4 submissions are not all right\n")
+    with open(tmp_path / "all.csv", encoding="utf-8", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [row["submission"] for row in table] == ["right"] * 2 + ["wrong-1"] * 2 + ["wrong-2"] * 2 + ["einops"] * 2
+    assert table[2]["found"] == "'=1+1"  # no formula in a spreadsheet
+    as_json = json.loads((tmp_path / "all.json").read_text("utf-8"))
+    assert [said["verdict"] for said in as_json] == [row["verdict"] for row in table]
+    assert ex2_main.main(["check", paths[0], "--json"]) == 0
+    assert [said["submission"] for said in json.loads(capsys.readouterr().out)] == ["right", "right"]
+
+
+def test_folders_of_one_name_are_told_apart_and_none_is_judged_twice(tmp_path, canned):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    paths = [*folders(tmp_path / "a", "right"), *folders(tmp_path / "b", "right")]
+    args = ex2_main.parse_args(["check", *paths, paths[0]])
+    rows = run.judge_all(list(dict.fromkeys(map(Path, args.folders))), args)
+    assert [row["submission"] for row in rows] == [paths[0]] * 2 + [paths[1]] * 2
+
+
+def test_one_empty_folder_among_many_does_not_stop_the_others(tmp_path, three_facts, capsys):
+    """And both are judged at once, in processes of their own."""
+    (tmp_path / "none").mkdir()
+    (tmp_path / "some").mkdir()
+    write(tmp_path / "some", schedules(linear="timesteps += 1"))
+    assert ex2_main.main(["check", str(tmp_path / "none"), str(tmp_path / "some"), "--jobs", "2"]) == 1
+    out = capsys.readouterr().out
+    assert "0 .. T has T + 1 entries" in out and "none of ex02_diffusion.py" in out
+
+
+def test_ctrl_c_ends_every_submission(tmp_path):
+    write(tmp_path, schedules("time.sleep(97.6)"))
+    command = [sys.executable, ex2_main.__file__, "check", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 100
+        while not processes(str(tmp_path).encode() + b"\x0030") and time.monotonic() < deadline:
+            time.sleep(0.2)
+        process.send_signal(2)
+        assert process.wait(60) != 0
+    assert processes(str(tmp_path).encode() + b"\x0030") == []
+
+
+def test_einops_is_among_the_requirements(pytestconfig):
+    lines = (pytestconfig.rootpath / "requirements.txt").read_text("utf-8").split("\n")
+    assert any(line.startswith("einops>=") and "#" in line for line in lines)

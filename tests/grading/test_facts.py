@@ -1,13 +1,18 @@
 """Facts: a right solution passes them all, and every slip is named for what it is."""
 
+import ast
+import json
 import re
 from pathlib import Path
 
 import pytest
-from mini_solutions import RIGHT, SLIPS, D, M, P, evaluated, write
+import torch
+from mini_solutions import RIGHT, SLIPS, D, Local, M, P, evaluated, isolated, write
 
-from ex2.grading import facts, submission
+from ex2.grading import submission
 from ex2.grading.facts import FACTS
+from ex2.grading.run import judge
+from ex2.grading.submission import pack
 
 
 def test_a_right_solution_passes_every_fact(tmp_path):
@@ -18,25 +23,32 @@ def test_a_right_solution_passes_every_fact(tmp_path):
 
 @pytest.mark.parametrize("name", SLIPS)
 def test_a_slip_is_named_for_what_it_is(tmp_path, name):
+    """And with its file and line; no other fact of the same function is wrong that isn't said to be."""
     file, there, instead, fact, looks_like, others = SLIPS[name]
     assert RIGHT[file].count(there) == 1
-    verdicts = evaluated(write(tmp_path, {**RIGHT, file: RIGHT[file].replace(there, instead)}))
-    assert verdicts[fact]["verdict"] in ("wrong", "advice") and looks_like in verdicts[fact]["looks_like"], verdicts[
-        fact
-    ]
-    assert verdicts[fact]["found"] and verdicts[fact]["expected"]
-    wrong = {name for name, said in verdicts.items() if said["verdict"] != "right"}
-    assert wrong <= {fact, *others.split()}
+    near = [other for other in FACTS if other.split("_")[0] == fact.split("_")[0]]
+    files = {**RIGHT, file: RIGHT[file].replace(there, instead)}
+    verdicts = evaluated(write(tmp_path, files), *{fact, *near, *others.split()})
+    said = verdicts[fact]
+    assert said["verdict"] in ("wrong", "advice", "differs") and looks_like in said["looks_like"], said
+    assert said["found"] and said["expected"]
+    assert {name for name, said in verdicts.items() if said["verdict"] != "right"} <= {fact, *others.split()}
+    if not FACTS[fact].advice:
+        path, line = said["where"].split(":")
+        assert path == file and files[file].split("\n")[int(line) - 1].lstrip().startswith("def ")
+
+
+@pytest.mark.parametrize("name", ["variance-posterior", "cosine-lower-clip"])
+def test_what_the_sheet_allows_differs_and_is_not_wrong(tmp_path, name):
+    file, there, instead, fact, _, others = SLIPS[name]
+    text = RIGHT[file].replace(there, instead)
+    verdicts = evaluated(write(tmp_path, {**RIGHT, file: text}), fact, *others.split())
+    assert {said["verdict"] for said in verdicts.values()} == {"differs"}
 
 
 def test_there_are_slips_for_nearly_every_fact():
-    assert len(SLIPS) >= 25
-    assert set(FACTS) - {slip[3] for slip in SLIPS.values()} <= {
-        "unet_shape",
-        "linear_schedule",
-        "sample_result",
-        "sample_spread",
-    }
+    unseen = {"unet_shape", "linear_schedule", "sample_result", "sample_spread"}
+    assert set(FACTS) - {slip[3] for slip in SLIPS.values()} <= unseen
 
 
 @pytest.mark.parametrize(
@@ -95,13 +107,107 @@ def test_other_right_ways_are_right(tmp_path, file, changes):
     for before, after in changes.items():
         assert before in text
         text = text.replace(before, after, 1)
-    verdicts = evaluated(write(tmp_path, {**RIGHT, file: text}))
+    facts = {
+        D: "reverse_image loss_classes loss_target guidance_zero guidance_equation guidance_in_sample guidance_calls",
+        M: "unet_time class_matters class_in_eval class_dropped class_kept",
+        P: "test_loop saved_range end_of_the_process",
+    }
+    verdicts = evaluated(write(tmp_path, {**RIGHT, file: text}), *facts[file].split())
     assert [said for said in verdicts.values() if said["verdict"] != "right"] == []
 
 
-def test_facts_know_nothing_of_ours():
-    sources = Path(facts.__file__).read_text("utf-8") + Path(submission.__file__).read_text("utf-8")
-    assert set(re.findall(r"(?:from|import) (ex2_\w+)", sources)) == {"ex2_solution"}
+@pytest.mark.parametrize(
+    "part, there, instead, fact",
+    [
+        (D, "p_sample(self, model, x, t, t_index,", "p_sample(self, my_net, x, t, t_index,", "reverse_image"),
+        (D, "sample(self, model, image_size,", "sample(self, my_net, image_size,", "sample_times"),
+        (
+            D,
+            "def q_sample(self, x_zero, t, noise=None)",
+            "def q_sample(self, picture, step, noise=None)",
+            "forward_noise",
+        ),
+    ],
+)
+def test_an_argument_of_another_name_has_the_role_of_its_place(tmp_path, part, there, instead, fact):
+    """Not None, for which the submission was blamed."""
+    text = RIGHT[part].replace(there, instead)
+    if "my_net" in instead:
+        before, after = text.split(instead)
+        text = before + instead + re.sub(r"(?<=[ (,])model(?=[(,.])", "my_net", after.split("    def ")[0])
+        text += "    def " + "    def ".join(after.split("    def ")[1:])
+    else:
+        text = text.replace("* x_zero + torch.sqrt(1 - extract(self.alphas_bar, t))", "* picture + torch.sqrt(1 - c)")
+        text = text.replace(
+            "        return torch.sqrt(extract(self.alphas_bar, t)) * picture",
+            """\
+        x_zero, c = picture, extract(self.alphas_bar, step)
+        return torch.sqrt(c) * picture""",
+        ).replace("randn_like(x_zero)\n        x_z", "randn_like(picture)\n        x_z")
+    said = evaluated(write(tmp_path, {**RIGHT, part: text}), fact)[fact]
+    assert said["verdict"] == "right" and any("is taken for" in note for note in said["adapted"]), (said, text)
+
+
+def test_a_model_that_the_constructor_wants_is_given(tmp_path):
+    text = RIGHT[D].replace("img_size, device=", "img_size, denoiser, device=")
+    assert evaluated(write(tmp_path, {**RIGHT, D: text}), "reverse_image")["reverse_image"]["verdict"] == "right"
+
+
+def test_an_argument_that_nobody_knows_is_not_blamed_on_the_submission(tmp_path):
+    text = RIGHT[D].replace("p_sample(self, model, x, t, t_index,", "p_sample(self, model, x, t, t_index, eta,")
+    text = text.replace(
+        "        if classes is None:\n            eps = m",
+        "        x = x + 0 * eta\n        if classes is None:\n            eps = m",
+    )
+    said = evaluated(write(tmp_path, {**RIGHT, D: text}), "reverse_image")["reverse_image"]
+    assert said["verdict"] == "missing" and "what is eta?" in said["found"]
+
+
+class Forger(Local):
+    """Has a right answer's form, and says something else than the submission."""
+
+    def __init__(self, folder, value):
+        self.value = None
+        super().__init__(folder)
+        self.value = value
+
+    def ask(self, line):
+        answer = super().ask(line)
+        return answer if self.value is None else self.value.replace("ID", str(json.loads(line)["id"]))
+
+
+NAN = json.dumps(pack(torch.full((4, 3, 8, 8), float("nan"))))
+FORGED = f'{{"verdict": "right", "out": {NAN}, "loss": NaN, "images": {NAN}, "start": {NAN}, "calls": [], "scaled": 1}}'
+EMPTY = json.dumps(pack(torch.zeros(0)))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *(
+            f'{{"value": {value}, "id": ID, "adapted": []}}'
+            for value in ("null", "{}", "1e999", '"right"', "[]", NAN, EMPTY)
+        ),
+        f'{{"value": {FORGED}, "id": ID, "adapted": []}}',
+        '{"verdict": "right", "id": ID}',
+        '{"value": null, "id": 1, "adapted": []}',
+        '{"value": {"tensor": "AAAA", "dtype": "float32", "shape": [99999999999]}, "id": ID, "adapted": []}',
+        '{"value": {"tensor": "AAAA", "dtype": "object", "shape": [1]}, "id": ID, "adapted": []}',
+        "[" * 100_000,
+        "right",
+        "",
+    ],
+)
+def test_a_submission_can_not_forge_a_verdict(tmp_path, answer):
+    write(tmp_path, RIGHT)
+    with isolated(tmp_path):
+        verdicts = judge(Forger(tmp_path, answer))
+    forged = {said["fact"] for said in verdicts if said["verdict"] == "right"}
+    assert forged <= {"fid_images"}  # read off the source, before any of it runs
+
+
+def test_the_process_of_a_submission_imports_nothing_of_ours():
+    assert not re.findall(r"^\s*(?:from|import) ex2", Path(submission.__file__).read_text("utf-8"), re.MULTILINE)
 
 
 MAIN = """
@@ -131,7 +237,21 @@ def run(args):
         ("100", "my_scheduler = lambda x: linear_beta_schedule(beta_end=0.02, beta_start=1e-4, timesteps=x)", None),
     ],
 )
-def test_settings_are_read_off_a_main_file_where_they_are_plain(tmp_path, steps, schedule, found):
-    write(tmp_path, {"ex02_main.py": MAIN.format(steps=steps, schedule=schedule)})
-    settings = facts.settings_of_main(tmp_path)
-    assert (settings and (*settings[:2], list(settings[2].values()))) == found
+def test_settings_are_read_off_a_main_file_where_they_are_plain(steps, schedule, found):
+    settings = submission.settings_of_main(ast.parse(MAIN.format(steps=steps, schedule=schedule)))
+    assert settings == (found and dict(zip(("timesteps", "name", "ends"), found)))
+
+
+@pytest.mark.parametrize(
+    "line, count",
+    [
+        ("fid(diffusor.sample(model, 32, 64), images)", 64),
+        ("frechet_distance(diffusor.sample(model, 32, batch_size=args.eval_images), images)", 99),
+        ("fid(diffusor.sample(model, 32, COUNT), images)", 32),
+        ("fid([diffusor.sample(model, 32, 64) for _ in range(100)], images)", None),
+        ("confide(diffusor.sample(model, 32, 64), images)", None),
+    ],
+)
+def test_images_of_a_frechet_distance_are_counted_where_they_are_plain(line, count):
+    flag = 'parser.add_argument("--eval_images", type=int, default=99)'
+    assert submission.count_fid_images(ast.parse(f"COUNT = 32\n{flag}\n\n\ndef test():\n    {line}\n")) == count

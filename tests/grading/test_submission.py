@@ -1,4 +1,4 @@
-"""A stranger's solution is called by roles, whatever its arguments are called, and what had to be done is said."""
+"""A submission is called by roles, whatever its arguments are called, and what had to be done is said."""
 
 import pytest
 from mini_solutions import RIGHT, evaluated, write
@@ -8,7 +8,8 @@ from mini_solutions import RIGHT, evaluated, write
     "part, text, fact, found",
     [
         ("diffusion", "", "forward_signal", "ex02_diffusion.py has no Diffusion"),
-        ("diffusion", "import no_such_package", "cosine_schedule", "needs no_such_package, which isn't installed here"),
+        ("diffusion", "import cv2.no_such", "cosine_schedule", "cv2 isn't installed: pip install opencv-python"),
+        ("diffusion", "import no_such_package", "cosine_schedule", "isn't installed: pip install no_such_package"),
         ("diffusion", "def cosine_beta_schedule(timesteps, s=0.008):\n    pass", "cosine_schedule", "returns nothing"),
         (
             "main",
@@ -20,7 +21,7 @@ from mini_solutions import RIGHT, evaluated, write
     ],
 )
 def test_what_is_not_there_is_missing(tmp_path, part, text, fact, found):
-    said = evaluated(write(tmp_path, {**RIGHT, f"ex02_{part}.py": text}))[fact]
+    said = evaluated(write(tmp_path, {**RIGHT, f"ex02_{part}.py": text}), fact)[fact]
     assert said["verdict"] == "missing" and found in said["found"]
 
 
@@ -29,7 +30,7 @@ def test_code_that_raises_is_named_with_its_line(tmp_path):
         **RIGHT,
         "ex02_diffusion.py": RIGHT["ex02_diffusion.py"].replace("scaled = extract(", "scaled = 1 / 0 * extract("),
     }
-    said = evaluated(write(tmp_path, files))["reverse_image"]
+    said = evaluated(write(tmp_path, files), "reverse_image")["reverse_image"]
     line = files["ex02_diffusion.py"].split("1 / 0")[0].count("\n") + 1
     assert said["verdict"] == "fails" and f"ZeroDivisionError in ex02_diffusion.py, line {line}" in said["found"]
 
@@ -60,7 +61,8 @@ def test_other_signatures_are_adapted_to_and_said(tmp_path, before, after):
             "self.p_sample(model, x, torch.full((batch_size,), i, device=self.device), i, classes, w)",
             "self.p_sample(model, x, classes, torch.full((batch_size,), i), i, w)",
         )
-    verdicts = evaluated(write(tmp_path, {**RIGHT, "ex02_diffusion.py": text}))
-    wrong = {name: said for name, said in verdicts.items() if said["verdict"] != "right" and name != "saved_range"}
-    assert not wrong
-    assert len(verdicts["guidance_calls"]["adapted"]) > (0 if "device" in after else 1)
+    facts = "reverse_image sample_times sample_result guidance_equation guidance_in_sample guidance_calls".split()
+    verdicts = evaluated(write(tmp_path, {**RIGHT, "ex02_diffusion.py": text}), *facts)
+    assert [said for said in verdicts.values() if said["verdict"] != "right"] == []
+    adapted = {text for said in verdicts.values() for text in said["adapted"]}
+    assert after == "device):" or adapted > {"w of p_sample is taken for guidance_scale"} or "cfg" in str(adapted)
