@@ -11,6 +11,7 @@ import html
 import io
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 
@@ -112,11 +113,7 @@ def write_page(results_dir: Path) -> None:
     if not runs and not studies:
         raise InputError(f"no run in {results_dir}: train one first, for example python ex2_main.py --preset quick")
     content = sections(runs, studies)
-    templates = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(loader=templates, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(link=lambda path: link(results_dir, path), format_cell=format_cell)
-    environment.filters.update(frames=lambda path: list(as_data_uris(path)), widths=shown_widths)
-    page = environment.get_template("page.html").render(sections=content)
+    page = TEMPLATES.get_template("page.html").render(sections=content, link=partial(link, results_dir))
     write_atomically(results_dir / "index.html", page.encode("utf-8", "replace"))
     write_atomically(results_dir / "report.md", "\n".join(as_text(content, results_dir)).encode("utf-8", "replace"))
 
@@ -143,6 +140,12 @@ def as_data_uris(path: Path) -> Iterator[str]:
             forms[kind] = buffer.getvalue()
         kind = min(forms, key=lambda kind: len(forms[kind]))
         yield f"data:image/{kind};base64,{base64.b64encode(forms[kind]).decode()}"
+
+
+TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
+)
+TEMPLATES.filters.update(frames=lambda path: list(as_data_uris(path)), widths=shown_widths, format_cell=format_cell)
 
 
 def escape(text: str) -> str:
