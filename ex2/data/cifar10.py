@@ -17,8 +17,11 @@ from ex2.errors import InputError
 COURSE_CIFAR10 = Path("/proj/aimi-adl/CIFAR10/")
 
 
-def load_cifar10(data_dir: str | None, image_size: int) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
-    """CIFAR-10 from `data_dir`, $CIFAR10_ROOT, the course's folder or ./data; downloaded where none has it."""
+def load_cifar10(data_dir: str | None, image_size: int) -> tuple[ImageSet, None, ImageSet, tuple[str, ...]]:
+    """(train, None, test, class names) of CIFAR-10.
+
+    It comes from `data_dir`, $CIFAR10_ROOT, the course's folder or ./data, and is downloaded where none has it.
+    """
     root = find_cifar10(data_dir)
     print(f"CIFAR-10 from {root}")
     sets = []
@@ -28,7 +31,7 @@ def load_cifar10(data_dir: str | None, image_size: int) -> tuple[ImageSet, Image
         if image_size != 32:
             images = torch.cat([TF.resize(part, [image_size] * 2, antialias=True) for part in images.split(5000)])
         sets.append(ImageSet(images, torch.tensor(data.targets)))
-    return sets[0], sets[1], tuple(data.classes)
+    return sets[0], None, sets[1], tuple(data.classes)
 
 
 def find_cifar10(data_dir: str | None) -> Path:

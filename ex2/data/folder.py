@@ -2,60 +2,73 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import unicodedata
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import torch
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from ex2.data.images import ImageFiles, read_all, split_off
+from ex2.data.images import ImageFiles
+from ex2.data.sets import UNLABELLED
 from ex2.errors import InputError
 
-RESIDENT_LIMIT = 2 * 1024**3  # bytes of images that are kept on the device; larger folders are read while training
+PARTS = ("train", "val", "test")
 
 
-def load_folder(data_dir: str | None, image_size: int, seed: int, num_workers: int = 0, square: str = "crop"):
-    """Images in `train/<class>/*` and `test/<class>/*`; or in `<class>/*`, a seeded tenth of which is the test set.
+def load_folder(data_dir: str | None, image_size: int, square: str = "crop"):
+    """(train, val or None, test or None, class names) of a folder of image files.
 
-    A folder `train` with folders in it is the training set, else it is a class of that name. Images are held in memory
-    where they fit `RESIDENT_LIMIT`, else read while training.
+    It holds `train/<class>/*`, and beside it `val/<class>/*` and `test/<class>/*` or neither; or `<class>/*`. Images
+    without class folders are one class. A folder `train` beside other classes, with no folders in it, is a class.
+
+    Raises InputError: the folder is laid out in another way, or classes of its parts differ.
     """
     if data_dir is None:
         raise InputError("--dataset folder needs --data_dir: train/<class>/* and test/<class>/*, or <class>/*")
     root = Path(data_dir)
-    train_dir, test_dir = root / "train", root / "test"
-    split = train_dir.is_dir() and any(entry.is_dir() and entry.name[0] != "." for entry in train_dir.iterdir())
-    others = find_classes(root, ("train", "test")) if split else ()
-    if others:
-        print(f"{root}: {train_dir} holds class folders and is the training set; left out: {', '.join(others)}")
-    class_names = find_classes(train_dir if split else root)
-    if not class_names or (not split and set(class_names) <= {"train", "val", "test"}):
-        raise InputError(f"{root} holds no class folders: put the images into {root / '<class>'}")
-    train = find_images(train_dir if split else root, class_names, image_size, square)
-    if split and test_dir.is_dir():
-        if find_classes(test_dir) != class_names:
-            raise InputError(f"the classes in {test_dir} differ from those in {train_dir}: both need the same folders")
-        test = find_images(test_dir, class_names, image_size, square)
-        # Files come class by class; in random order the first few hundred stand for all of them.
-        test = test.subset(torch.randperm(len(test), generator=torch.Generator().manual_seed(seed)))
-    else:
-        train, test = split_off(train, seed + 1)
-    if 3 * image_size**2 * (len(train) + len(test)) <= RESIDENT_LIMIT:
-        train, test = read_all(train, num_workers), read_all(test, num_workers)
-    return train, test, class_names
+    folders = find_classes(root)
+    others = [name for name in folders if name not in PARTS]
+    parts = {"train": root}
+    if "train" in folders and (not others or has_folders(root / "train")):
+        parts = {name: root / name for name in PARTS if name in folders}
+        if others:
+            print(f"{root}: {root / 'train'} is the training set; left out: {', '.join(others)}")
+    elif folders and not others:
+        raise InputError(f"{root} holds {' and '.join(folders)}, and no train: put the images into {root / 'train'}")
+    sets, classes = dict.fromkeys(PARTS), None
+    for name, folder in parts.items():
+        found = (folders if folder == root else find_classes(folder)) or {UNLABELLED[0]: [folder]}
+        classes = classes or tuple(found)
+        if tuple(found) != classes:
+            raise InputError(f"the classes in {folder} differ from those in {parts['train']}: both need the same")
+        sets[name] = find_images(root, folder, found, image_size, square)
+    return *sets.values(), classes
 
 
-def find_classes(folder: Path, leave_out: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """The names of the folders in `folder`, sorted; says what else lies there. All have to be UTF-8."""
+def has_folders(folder: Path) -> bool:
+    """Whether other than hidden folders are in it."""
+    return any(entry.is_dir() and entry.name[0] != "." for entry in folder.iterdir())
+
+
+def find_classes(folder: Path) -> dict[str, list[Path]]:
+    """{class: its folders}, sorted; where there are some, says what lies beside them. All names have to be UTF-8.
+
+    A name has several forms in Unicode, and a Mac takes another one than Linux: here they are one class.
+    """
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder: --data_dir must hold train/<class>/*, or <class>/*")
-    entries = [entry for entry in folder.iterdir() if entry.name[0] != "." and entry.name not in leave_out]
-    names = sorted(entry.name for entry in entries if entry.is_dir())
-    for name in names:
-        if any("\ud800" <= letter <= "\udfff" for letter in name):  # what stands for bytes that are no UTF-8
-            raise InputError(f"{folder}: the name of the class folder {name!r} is no UTF-8: rename it")
-    report_skipped(folder, [entry for entry in entries if not entry.is_dir()], "are in no class folder")
-    return tuple(names)
+    entries = sorted(entry for entry in folder.iterdir() if entry.name[0] != ".")
+    classes = defaultdict(list)
+    for entry in entries:
+        if not entry.is_dir():
+            continue
+        if any("\ud800" <= letter <= "\udfff" for letter in entry.name):  # what stands for bytes that are no UTF-8
+            raise InputError(f"{folder}: the name of the class folder {entry.name!r} is no UTF-8: rename it")
+        classes[unicodedata.normalize("NFC", entry.name)].append(entry)
+    if classes:
+        report_skipped(folder, [entry for entry in entries if not entry.is_dir()], "are in no class folder")
+    return dict(sorted(classes.items()))
 
 
 def report_skipped(folder: Path, entries: list[Path], why: str) -> None:
@@ -70,17 +83,22 @@ def report_skipped(folder: Path, entries: list[Path], why: str) -> None:
     print(f"{folder}: skipped {len(entries)} entries that {why} ({found})")
 
 
-def find_images(folder: Path, class_names: tuple[str, ...], image_size: int, square: str = "crop") -> ImageFiles:
-    """The image files of every class, in sorted order; says how much else was skipped."""
+def find_images(root: Path, folder: Path, classes: dict[str, list[Path]], image_size: int, square: str) -> ImageFiles:
+    """The image files of every class in one part of the data folder; says how much else was skipped.
+
+    Their order is drawn by their names, so the first few hundred stand for all classes.
+    """
     paths, labels, skipped = [], [], []
-    for label, name in enumerate(class_names):
-        entries = sorted((folder / name).iterdir())
+    for label, folders in enumerate(classes.values()):
+        entries = sorted(entry for folder in folders for entry in folder.iterdir())
         found = [path for path in entries if path.suffix.lower() in IMG_EXTENSIONS and path.name[0] != "."]
         found = [path for path in found if path.is_file()]
         if not found:
-            raise InputError(f"{folder / name} holds no images ({', '.join(IMG_EXTENSIONS)}): fill or remove it")
+            raise InputError(f"{folders[0]} holds no images ({', '.join(IMG_EXTENSIONS)}): fill or remove it")
         skipped += sorted(set(entries) - set(found))
         paths += found
         labels += [label] * len(found)
     report_skipped(folder, skipped, "are no images")
-    return ImageFiles(tuple(paths), torch.tensor(labels), image_size, square)
+    files = ImageFiles(tuple(paths), torch.tensor(labels), image_size, square, root)
+    draws = files.draw(seed=-1)  # of no split
+    return files.subset(torch.tensor(sorted(range(len(files)), key=draws.__getitem__)))

@@ -1,27 +1,23 @@
-"""Sets of images, in memory or as files that are read when asked for (2.1)."""
+"""Sets of images, in memory or as files that are read when asked for; their splits and fingerprints (2.1)."""
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+import hashlib
+import os
+import unicodedata
+from collections import defaultdict
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
-import torchvision.transforms.functional as TF
-from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
+from torch.utils.data import Dataset
 
+from ex2.data.decode import read_image
 from ex2.errors import InputError
-from ex2.machine.job import ignore_signals
 
-EXIF_ORIENTATION = 0x0112
-EXIF_TURNS = dict(  # what undoes an orientation of 2, 3, ...
-    enumerate("FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split(), 2)
-)
-HELD_OUT = 0.1  # share of the training images that become the validation set
+HELD_OUT = 0.1  # fraction of the training images that becomes the validation set, and the test set where there is none
+BLOCK, BLOCKS = 4096, 16  # bytes, and how many of them a fingerprint reads of a large file
 
 
 def to_model_range(images: Tensor) -> Tensor:
@@ -62,6 +58,7 @@ class ImageFiles(Dataset):
     labels: Tensor
     image_size: int
     square: str = "crop"
+    root: Path = Path()  # the data folder
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -72,8 +69,17 @@ class ImageFiles(Dataset):
         return to_model_range(image.flip(-1) if mirror else image), self.labels[index]
 
     def subset(self, indices: Tensor) -> ImageFiles:
-        paths = tuple(self.paths[i] for i in indices.tolist())
-        return dataclasses.replace(self, paths=paths, labels=self.labels[indices])
+        return replace(self, paths=tuple(self.paths[i] for i in indices.tolist()), labels=self.labels[indices])
+
+    def names(self) -> list[bytes]:
+        """Each file's path from the data folder, the same on every system: with "/", in Unicode's composed form."""
+        relative = (os.path.relpath(path, self.root).replace(os.sep, "/") for path in self.paths)
+        return [os.fsencode(unicodedata.normalize("NFC", name)) for name in relative]
+
+    def draw(self, seed: int) -> list[float]:
+        """A random number in [0, 1) for each file, by the seed and its own name alone."""
+        digests = (hashlib.sha256(b"%d " % seed + name).digest() for name in self.names())
+        return [int.from_bytes(digest[:6], "big") / 2**48 for digest in digests]
 
 
 @dataclass(frozen=True)
@@ -86,59 +92,83 @@ class DataSplits:
     class_names: tuple[str, ...]
 
 
-def split_off(dataset, seed: int, share: float = HELD_OUT):
-    """(the rest, a random `share` of the images), by a seeded permutation.
+def split_off(dataset, seed: int):
+    """(the rest, a random tenth): of an `ImageSet` by a seeded permutation, of `ImageFiles` by `hold_out_by_name`.
 
     Raises InputError: one of the two would be empty.
     """
-    held_out = round(len(dataset) * share)
-    if held_out == 0 or held_out == len(dataset):
-        raise InputError(f"{len(dataset)} images are too few to hold {share:.0%} of them out: give at least 10")
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
-    return dataset.subset(order[held_out:]), dataset.subset(order[:held_out])
+    if isinstance(dataset, ImageFiles):
+        held_out = hold_out_by_name(dataset, seed)
+        rest, held = (~held_out).nonzero().flatten(), held_out.nonzero().flatten()
+    else:
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
+        held, rest = order.tensor_split([round(len(dataset) * HELD_OUT)])
+    if not len(rest) or not len(held):
+        raise InputError(f"{len(dataset)} images are too few to hold some of them out: give more of each class")
+    return dataset.subset(rest), dataset.subset(held)
 
 
-def read_image(path: Path, image_size: int, square: str = "crop") -> Tensor:
-    """(3, image_size, image_size) uint8 from an image file, by `prepare_image`; an InputError names a damaged one."""
-    try:
-        with Image.open(path) as image:
-            return TF.pil_to_tensor(prepare_image(image, image_size, square))
-    except Exception as error:  # Pillow raises many kinds for damaged files
-        raise InputError(f"{path} can't be read as an image ({error}): repair or delete it") from error
+def hold_out_by_name(files: ImageFiles, seed: int) -> Tensor:
+    """(N,) bool: whether a file is held out. Its own name decides, so adding or removing files moves no other.
+
+    Two exceptions: a class of two or more files holds out one at least, and every class keeps one.
+    """
+    draws, labels = files.draw(seed), files.labels.tolist()
+    classes = defaultdict(list)
+    for index in sorted(range(len(files)), key=draws.__getitem__):
+        classes[labels[index]].append(index)
+    held_out = torch.zeros(len(files), dtype=torch.bool)
+    for members in classes.values():
+        count = sum(draws[index] < HELD_OUT for index in members)
+        held_out[members[: min(max(count, 1), len(members) - 1)]] = True
+    return held_out
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """The image turned as its EXIF orientation says. Other damage in the metadata does not matter."""
-    image.load()  # what is wrong with the pixels shows here; of a TIFF Pillow turns them, and takes the tag away
-    try:
-        turn = EXIF_TURNS.get(image.getexif().get(EXIF_ORIENTATION))
-    except Exception:  # the metadata are damaged, and may be: the pixels decide
-        turn = None
-    return image if turn is None else image.transpose(Image.Transpose[turn])
+def join(*datasets):
+    """The images of several data sets of one kind, one after the other."""
+    labels = torch.cat([dataset.labels for dataset in datasets])
+    if isinstance(datasets[0], ImageSet):
+        return ImageSet(torch.cat([dataset.images for dataset in datasets]), labels)
+    return replace(datasets[0], paths=tuple(path for dataset in datasets for path in dataset.paths), labels=labels)
 
 
-def prepare_image(image: Image.Image, image_size: int, square: str = "crop") -> Image.Image:
-    """An RGB image of image_size x image_size: upright, on white, `square` of `SQUARES`; a ValueError for 32 bits."""
-    sixteen_bits = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
-    if image.mode in ("I", "F") and not sixteen_bits:
-        raise ValueError(f"its pixels are of mode {image.mode}, 32 bits of unknown range: save them with 8 or 16 bits")
-    image = upright(image)
-    if sixteen_bits:  # convert("RGB") would clip them
-        image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA") if image.mode != "La" else image.convert("LA").convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
-    if square == "pad":
-        scale = image_size / max(image.size)
-        inner = [max(1, round(side * scale)) for side in image.size]  # Pillow 11 alone would make a thin side 0 pixels
-        image = image.resize(inner, Image.Resampling.BICUBIC)
-        return ImageOps.pad(image, (image_size, image_size), color="white")
-    return TF.center_crop(TF.resize(image, image_size, antialias=True), image_size)
+def digest_images(dataset) -> list[bytes]:
+    """A SHA-256 for each image: of its label and all of its pixels, or of its file's name and `file_sample`."""
+    if isinstance(dataset, ImageSet):
+        contents = (image.numpy().tobytes() for image in dataset.images)
+    else:
+        how = f"{dataset.image_size} {dataset.square} ".encode()
+        contents = (how + name + file_sample(path) for name, path in zip(dataset.names(), dataset.paths))
+    return [hashlib.sha256(b"%d " % label + data).digest() for label, data in zip(dataset.labels.tolist(), contents)]
 
 
-def read_all(files: ImageFiles, num_workers: int) -> ImageSet:
-    """Every file, decoded into memory."""
-    loader = DataLoader(files, batch_size=64, num_workers=num_workers, worker_init_fn=ignore_signals)
-    batches = [reverse_transform(images) for images, _ in tqdm(loader, "reading images", leave=False, disable=None)]
-    return ImageSet(torch.cat(batches), files.labels)
+def file_sample(path: Path) -> bytes:
+    """The size of a file and its bytes; of more than 64 kB only 16 blocks from its start to its end."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        if size <= BLOCK * BLOCKS:
+            return b"%d " % size + file.read()
+        blocks = []
+        for number in range(BLOCKS):
+            file.seek((size - BLOCK) * number // (BLOCKS - 1))
+            blocks.append(file.read(BLOCK))
+    return b"%d " % size + b"".join(blocks)
+
+
+def fingerprint_of(splits: DataSplits) -> dict[str, str]:
+    """{part: its number of images and a hash of all of them, in any order}: what a run was trained on."""
+    parts = {name: getattr(splits, name) for name in ("train", "val", "test")}
+    return {name: f"{len(part)} images {hash_digests(digest_images(part))}" for name, part in parts.items()}
+
+
+def hash_digests(digests: list[bytes]) -> str:
+    """Twelve hexadecimal digits for the digests of images, in any order."""
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()[:12]
+
+
+def training_images(splits: DataSplits) -> tuple[ImageSet | ImageFiles, str]:
+    """(train and val together, a hash of them), in an order that does not depend on how the seed split them."""
+    whole = join(splits.train, splits.val)
+    digests = digest_images(whole)
+    order = sorted(range(len(digests)), key=digests.__getitem__)
+    return whole.subset(torch.tensor(order)), hash_digests(digests)

@@ -9,9 +9,56 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ex2.data.images import ImageFiles, ImageSet, to_model_range
-from ex2.machine.job import ignore_signals
+from ex2.data.images import ImageFiles, ImageSet, join, reverse_transform, to_model_range
+from ex2.errors import InputError, RunError
+from ex2.machine.job import ignore_signals, kill_workers
 from ex2.machine.processes import shard
+from ex2.machine.progress import track
+
+WORKER_TIMEOUT = 300  # seconds a DataLoader worker may take for a batch
+READ_BATCH = 64  # images that `read_all` takes at once
+
+
+def read_batches(files: ImageFiles, num_workers: int, **settings) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of a DataLoader, whose errors are one line each, with or without workers.
+
+    Args:
+        files: what is read.
+        num_workers: DataLoader workers that read it.
+        settings: of the DataLoader, as `batch_size` or `batch_sampler`.
+
+    Raises:
+        InputError: an image can't be read.
+        RunError: the memory is full, or a worker was killed or hangs.
+    """
+    settings["timeout"] = WORKER_TIMEOUT if num_workers else 0
+    # A generator of its own: making an iterator draws a number, and must not from the one that training uses.
+    settings["generator"] = torch.Generator()
+    try:
+        yield from DataLoader(files, num_workers=num_workers, worker_init_fn=ignore_signals, **settings)
+    except (InputError, RuntimeError) as error:
+        kind, line = type(error), str(error).strip().splitlines()[-1]  # a worker's traceback stands before the line
+        if kind in (InputError, RunError):
+            failure = kind(line.replace(f"{kind.__module__}.{kind.__name__}: ", ""))
+        elif "DataLoader" in str(error):
+            advice = "lower --num_workers, or free memory and shared memory (/dev/shm)"
+            failure = RunError(f"reading images failed ({line}): {advice}")
+        else:
+            raise
+        if num_workers:
+            kill_workers()  # else they wait for the end of this process, and it for theirs
+        raise failure from error
+
+
+def read_all(parts: list[ImageFiles], num_workers: int) -> list[ImageSet]:
+    """Every file of the parts, decoded into memory."""
+    files = join(*parts)
+    print(f"reading {len(files)} images from {files.root}")
+    batches = read_batches(files, num_workers, batch_size=READ_BATCH)
+    batches = track(batches, "reading images", -(-len(files) // READ_BATCH))
+    images = torch.cat([reverse_transform(images) for images, _ in batches])
+    sizes = [len(part) for part in parts]
+    return [ImageSet(*pair) for pair in zip(images.split(sizes), files.labels.split(sizes))]
 
 
 class EpochPlan:
@@ -20,7 +67,11 @@ class EpochPlan:
     As a batch sampler it yields lists of (index, whether that image is mirrored).
 
     Args:
+        count: images of the data set.
         batch_size: images of a batch, over all processes.
+        shuffle: whether each epoch has an order of its own.
+        flip: whether half of the images are mirrored, others in each epoch.
+        seed: of order and flips.
         part: (this process, number of processes); each has its own rows of every batch, or one row of it (whose loss
             won't count) where there are fewer images than processes.
     """
@@ -31,7 +82,7 @@ class EpochPlan:
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, batches_done: int = 0) -> None:
-        """Plans an epoch from `batches_done` on; earlier batches were seen before the run was cut off."""
+        """Plans an epoch of which `batches_done` batches were trained on before the run was cut off."""
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**32)
         self.order = torch.randperm(self.count, generator=generator) if self.shuffle else torch.arange(self.count)
         mirrored = (torch.rand(self.count, generator=generator) < 0.5) & self.flip
@@ -81,7 +132,7 @@ class Loader:
         self.plan, self.device = plan, torch.device(device)
 
     def set_epoch(self, epoch: int, batches_done: int = 0) -> None:
-        """The next iteration is that of an epoch, from batch number `batches_done` on."""
+        """The next iteration is that of an epoch, without its first `batches_done` batches."""
         self.plan.set_epoch(epoch, batches_done)
 
     def __len__(self) -> int:
@@ -101,13 +152,10 @@ class FilesLoader(Loader):
     """Batches from `ImageFiles`, read by a DataLoader, on the CPU."""
 
     def __init__(self, dataset: ImageFiles, plan: EpochPlan, num_workers: int = 0):
-        self.plan = plan
-        # A generator of its own: making an iterator draws a number, and must not from the one that training uses.
-        workers = {"num_workers": num_workers, "worker_init_fn": ignore_signals}
-        self.loader = DataLoader(dataset, batch_sampler=plan, generator=torch.Generator(), **workers)
+        self.files, self.plan, self.num_workers = dataset, plan, num_workers
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return iter(self.loader)
+        return read_batches(self.files, self.num_workers, batch_sampler=self.plan)
 
 
 def make_loader(

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 SQUARES = ("crop", "pad")  # what makes an image square: its centre, or white bars
 
+UNLABELLED = ("images",)  # class names of a folder of images without class folders
+
 
 @dataclass(frozen=True)
 class DataSet:

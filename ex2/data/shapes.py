@@ -18,6 +18,8 @@ def draw_shapes(labels: np.ndarray, image_size: int, rng: np.random.Generator) -
 
     Returns: (N, 3, image_size, image_size) uint8.
     """
+    from matplotlib.colors import hsv_to_rgb  # here, as importing it takes a tenth of a second
+
     count = len(labels)
     radius = rng.uniform(0.6, 0.9, (count, 1, 1))  # in half image sizes
     centre = rng.uniform(-1, 1, (count, 2, 1, 1)) * (0.95 - radius[:, None])
@@ -41,13 +43,6 @@ def draw_shapes(labels: np.ndarray, image_size: int, rng: np.random.Generator) -
         colours = cover * paint[chunk, :, None, None] + (1 - cover) * ground[chunk, :, None, None]
         images[chunk] = np.rint(colours * 255)
     return torch.from_numpy(images)
-
-
-def hsv_to_rgb(hsv: np.ndarray) -> np.ndarray:
-    """(N, 3) hue, saturation, value in [0, 1] to (N, 3) red, green, blue in [0, 1]; Smith 1978."""
-    hue, saturation, value = hsv.T
-    k = (np.array([[5], [3], [1]]) + hue * 6) % 6  # (3, N)
-    return (value - value * saturation * np.clip(np.minimum(k, 4 - k), 0, 1)).T
 
 
 def box(x: np.ndarray, y: np.ndarray, half_width: float, half_height: float) -> np.ndarray:
@@ -103,11 +98,11 @@ SHAPES_COUNT = {"train": 10_000, "test": 2_000}  # of which the usual 10% of tra
 SHAPES_SEED = 0
 
 
-def load_shapes(image_size: int) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
-    """The embedded data set: ten classes of coloured shapes, the same ones in every run; no file, no network."""
+def load_shapes(image_size: int) -> tuple[ImageSet, None, ImageSet, tuple[str, ...]]:
+    """(train, None, test, class names) of the embedded data set: coloured shapes, the same ones in every run."""
     sets = []
     for offset, count in enumerate(SHAPES_COUNT.values()):
         rng = np.random.default_rng((SHAPES_SEED, offset))
         labels = rng.permutation(np.arange(count) % len(SHAPES))
         sets.append(ImageSet(draw_shapes(labels, image_size, rng), torch.from_numpy(labels).long()))
-    return sets[0], sets[1], SHAPES
+    return sets[0], None, sets[1], SHAPES

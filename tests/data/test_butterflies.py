@@ -9,10 +9,9 @@ from PIL import Image, ImageDraw
 
 import ex2_main
 from ex2.data.butterflies import load_butterflies
-from ex2.data.images import prepare_image, read_image
+from ex2.data.decode import prepare_image, read_image
 from ex2.data.load import load_splits
 from ex2.errors import InputError
-from ex2.settings.config import Config
 
 SPECIES = ["Danaus plexippus", "Morpho menelaus", "Heliconius charitonius", None]
 
@@ -54,15 +53,14 @@ def test_unconditional_butterflies_are_square_and_of_one_class(parquet, tmp_path
 
 
 def test_a_column_gives_the_classes_and_rare_ones_are_put_together(parquet, tmp_path):
-    train, test, names = load_butterflies(str(parquet), 8, 0, "crop", str(tmp_path), "scientific_name")
+    train, _, _, names = load_butterflies(str(parquet), 8, "crop", str(tmp_path), "scientific_name")
     assert names == ("Danaus plexippus", "Heliconius charitonius", "Morpho menelaus", "other")
-    labels = torch.cat((train.labels, test.labels))
-    assert labels.bincount().tolist() == [15, 15, 15, 2]
+    assert train.labels.bincount().tolist() == [15, 15, 15, 2]
 
 
 def test_images_are_resized_once_and_again_for_another_size(parquet, tmp_path):
     def load(size):
-        images = load_butterflies(str(parquet), size, 0, "pad", str(tmp_path), None)[0].images
+        images = load_butterflies(str(parquet), size, "pad", str(tmp_path), None)[0].images
         return images, {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.arrow")}
 
     first, files = load(8)
@@ -78,9 +76,8 @@ def test_a_folder_of_images_does_as_well(parquet, tmp_path):
         folder = tmp_path / "images" / ("a", "b")[i % 2]
         folder.mkdir(parents=True, exist_ok=True)
         draw_butterfly(rng, (30, 20)).save(folder / f"{i}.jpg")
-    train, test, names = load_butterflies(str(tmp_path / "images"), 8, 0, "pad", str(tmp_path / "cache"), "label")
-    assert names == ("a", "b") and len(train) + len(test) == 24
-    assert torch.cat((train.labels, test.labels)).bincount().tolist() == [12, 12]
+    train, _, _, names = load_butterflies(str(tmp_path / "images"), 8, "pad", str(tmp_path / "cache"), "label")
+    assert names == ("a", "b") and train.labels.bincount().tolist() == [12, 12]
 
 
 def test_an_image_folder_with_a_test_part_loses_none_and_a_folder_of_parquet_files_is_read(parquet, tmp_path):
@@ -89,14 +86,8 @@ def test_an_image_folder_with_a_test_part_loses_none_and_a_folder_of_parquet_fil
         folder = tmp_path / "images" / ("train", "test")[i % 2] / "a"
         folder.mkdir(parents=True, exist_ok=True)
         draw_butterfly(rng, (30, 20)).save(folder / f"{i}.jpg")
-    train, test, _ = load_butterflies(str(tmp_path / "images"), 8, 0, "pad", str(tmp_path / "cache"), None)
-    assert len(train) + len(test) == 24
-    train, test, _ = load_butterflies(str(parquet.parent), 8, 0, "pad", str(tmp_path / "cache"), None)
-    assert len(train) + len(test) == 47
-
-
-def test_butterflies_are_128_pixels_by_default():
-    assert Config(dataset="butterflies").image_size == 128 and Config().image_size == 32
+    assert len(load_butterflies(str(tmp_path / "images"), 8, "pad", str(tmp_path / "cache"), None)[0]) == 24
+    assert len(load_butterflies(str(parquet.parent), 8, "pad", str(tmp_path / "cache"), None)[0]) == 47
 
 
 def test_butterflies_are_trained_conditional_on_their_species(parquet, tmp_path):
@@ -129,20 +120,20 @@ def test_butterflies_are_trained_conditional_on_their_species(parquet, tmp_path)
 def test_what_is_missing_is_said(parquet, tmp_path, change, message):
     arguments = {"data_dir": str(parquet), "label_column": None, **change}
     with pytest.raises(InputError, match=message):
-        load_butterflies(arguments["data_dir"], 8, 0, "pad", str(tmp_path), arguments["label_column"])
+        load_butterflies(arguments["data_dir"], 8, "pad", str(tmp_path), arguments["label_column"])
 
 
 def test_a_damaged_parquet_file_is_said(parquet, tmp_path):
     path = tmp_path / "half.parquet"
     path.write_bytes(parquet.read_bytes()[:500])
     with pytest.raises(InputError, match=f"can't load the butterflies from {path}"):
-        load_butterflies(str(path), 8, 0, "pad", str(tmp_path / "cache"), None)
+        load_butterflies(str(path), 8, "pad", str(tmp_path / "cache"), None)
 
 
 def test_without_the_library_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(InputError, match="pip install -r requirements-extras.txt"):
-        load_butterflies(None, 8, 0, "pad", None, None)
+        load_butterflies(None, 8, "pad", None, None)
 
 
 # ------------------------------------------------------------------ crop or pad
@@ -161,7 +152,7 @@ def test_padding_keeps_the_whole_image_and_cropping_fills_the_square(tmp_path):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("--dataset shapes --square pad", "the images of shapes are square already"),
+        ("--dataset shapes --square pad", "--square is for --dataset folder or butterflies, not for shapes"),
         ("--dataset folder --label_column name", "--label_column is for --dataset butterflies"),
         ("--cache_dir x", "--cache_dir is for --dataset butterflies"),
         ("--dataset butterflies --class_free_guidance", "needs --label_column"),

@@ -1,15 +1,22 @@
 """Batches: every image once, in an order that depends on seed and epoch alone and can start midway."""
 
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from tiny import images_with_numbers, make_tree
 
-from ex2.data import folder as data_folder
+from ex2.data import load, loader
 from ex2.data.images import ImageFiles, ImageSet, reverse_transform
 from ex2.data.load import load_splits
-from ex2.data.loader import make_loader
+from ex2.data.loader import make_loader, read_all
+from ex2.errors import InputError, RunError
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 50, 64])
@@ -48,13 +55,13 @@ def test_flips_half_of_the_training_images_and_no_others():
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_folder_that_does_not_fit_is_read_while_training(tmp_path, monkeypatch, num_workers):
     make_tree(tmp_path, {"a": 30, "b": 20})
-    monkeypatch.setattr(data_folder, "RESIDENT_LIMIT", 100)
+    monkeypatch.setattr(load, "RESIDENT_LIMIT", 100)
     splits = load_splits("folder", str(tmp_path), 8, seed=0)
-    assert isinstance(splits.train, ImageFiles)
+    assert isinstance(splits.train, ImageFiles) and 32 < len(splits.train) <= 48  # three batches
     loader = make_loader(splits.train, 16, "cpu", train=True, flip=True, num_workers=num_workers)
     loader.set_epoch(1)
     batches = list(loader)
-    assert sum(len(labels) for _, labels in batches) == len(loader.dataset) == 45 - round(4.5)
+    assert sum(len(labels) for _, labels in batches) == len(splits.train) and len(loader) == 3
     assert batches[0][0].shape == (16, 3, 8, 8) and batches[0][0].abs().max() <= 1
     first = [labels.tolist() for _, labels in batches]
     loader.set_epoch(1)
@@ -66,7 +73,7 @@ def test_folder_that_does_not_fit_is_read_while_training(tmp_path, monkeypatch, 
     assert list(loader) == []
 
 
-@pytest.mark.parametrize("first_batch", [0, 1, 3, 5, 6])
+@pytest.mark.parametrize("batches_done", [0, 1, 3, 5, 6])
 def test_an_epoch_can_start_midway(batches_done):
     images = torch.randint(0, 256, (45, 3, 4, 4), dtype=torch.uint8)
     loader = make_loader(ImageSet(images, torch.arange(45)), 8, "cpu", train=True, flip=True, seed=3)
@@ -86,7 +93,7 @@ def test_half_of_the_images_are_mirrored_anew_in_every_epoch(tmp_path, monkeypat
         folder.mkdir(exist_ok=True)
         Image.fromarray(np.random.default_rng(i).integers(0, 256, (8, 8, 3), np.uint8)).save(folder / f"{i}.png")
     if not resident:
-        monkeypatch.setattr(data_folder, "RESIDENT_LIMIT", 100)
+        monkeypatch.setattr(load, "RESIDENT_LIMIT", 100)
     splits = load_splits("folder", str(tmp_path), 8, seed=0)
     loader = make_loader(splits.train, 200, "cpu", train=True, flip=True)
     mirrored = []
@@ -113,3 +120,61 @@ def test_files_are_flipped_in_training_alone(tmp_path, flip, expected, train):
     batches = [images for images, _ in make_loader(files, 50, "cpu", train=train, flip=flip)]
     flipped = (torch.cat(batches)[:, 0, 0, 0] < 0).float().mean().item()
     assert flipped == pytest.approx(expected if train else 0, abs=0.1)
+
+
+class KillingFiles(ImageFiles):
+    """Reading its second batch kills the worker, as a system does that is short of memory."""
+
+    def __getitem__(self, index):
+        if self.labels[index[0] if isinstance(index, tuple) else index] >= 64:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.zeros(3, 8, 8), self.labels[0]
+
+
+class HangingFiles(ImageFiles):
+    """Reading takes longer than anybody waits."""
+
+    def __getitem__(self, index):
+        time.sleep(2)
+        return torch.zeros(3, 8, 8), self.labels[0]
+
+
+class MissingFiles(ImageFiles):
+    """Files that were deleted meanwhile."""
+
+
+def read_at_once(files, num_workers):
+    return read_all([files], num_workers)
+
+
+def read_in_batches(files, num_workers):
+    return list(make_loader(files, 64, "cpu", num_workers=num_workers))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+@pytest.mark.parametrize("read", [read_at_once, read_in_batches])
+@pytest.mark.parametrize(
+    "kind, error, message",
+    [
+        (
+            KillingFiles,
+            RunError,
+            r"reading images failed \(DataLoader worker .*\): lower --num_workers, or free memory",
+        ),
+        (
+            HangingFiles,
+            RunError,
+            r"reading images failed \(DataLoader timed out after 1 seconds\): lower --num_workers",
+        ),
+        (MissingFiles, InputError, r"^gone/0\.png can't be read as an image"),
+    ],
+)
+def test_what_ends_a_dataloader_worker_is_one_line(monkeypatch, kind, error, message, read):
+    if kind is HangingFiles:
+        monkeypatch.setattr(loader, "WORKER_TIMEOUT", 1)
+    files = kind(tuple(Path(f"gone/{number}.png") for number in range(128)), torch.arange(128), 8)
+    if kind is HangingFiles:
+        files = files.subset(torch.arange(1))
+    with pytest.raises(error, match=message) as caught:
+        read(files, 1)
+    assert "\n" not in str(caught.value)
