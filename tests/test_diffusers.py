@@ -1,0 +1,65 @@
+"""Our samplers beside those of Hugging Face's diffusers, where it is installed (2.2 b)."""
+
+import pytest
+import torch
+
+from ex2_diffusion import SCHEDULES, Diffusion, subsample_timesteps
+
+diffusers = pytest.importorskip("diffusers", reason="an extra to compare with")
+
+
+@pytest.fixture
+def diffusor():
+    return Diffusion(1000, SCHEDULES["linear"], 8, "cpu")
+
+
+def model(x, t):
+    """Some network: what it predicts is bounded, and depends on every pixel and on the time."""
+    return torch.tanh(x.roll(1, -1) - 0.3 * x) * (0.5 + t.reshape(-1, 1, 1, 1) / 2000)
+
+
+def scheduler_of(kind, diffusor, **settings):
+    return kind(trained_betas=diffusor.betas.numpy(), **settings)
+
+
+def test_ancestral_sampling_is_that_of_ddpm_scheduler(diffusor):
+    """Every step of T = 1000, with the same noise: sigma^2 = beta_t, the x_0 estimate clamped."""
+    scheduler = scheduler_of(diffusers.DDPMScheduler, diffusor, variance_type="fixed_large", clip_sample=True)
+    scheduler.set_timesteps(1000)
+    trajectory = diffusor.sample_trajectory(model, 8, 2, generator=torch.Generator().manual_seed(0))
+    noise, x = torch.Generator().manual_seed(0), None
+    for t, ours, _ in trajectory:
+        if x is None:
+            x = torch.randn(2, 3, 8, 8, generator=noise)
+        torch.testing.assert_close(ours, x, rtol=1e-3, atol=1e-3)
+        if t >= 0:
+            eps = model(x, torch.full((2,), t))
+            x = scheduler.step(eps, t, x, generator=noise).prev_sample
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_ddim_is_that_of_ddim_scheduler(diffusor, eta):
+    """On the same subsequence of timesteps, which diffusers takes as evenly spaced ones here."""
+    scheduler = scheduler_of(diffusers.DDIMScheduler, diffusor, clip_sample=True, set_alpha_to_one=True)
+    scheduler.set_timesteps(1000)
+    ours = diffusor.sample(model, 8, 2, sampler="ddim", eta=eta, generator=torch.Generator().manual_seed(1))
+    noise = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 3, 8, 8, generator=noise)
+    for t in scheduler.timesteps:
+        eps = model(x, t.expand(2))
+        last = {"eta": 0.0} if t == 0 else {"eta": eta, "generator": noise}
+        x = scheduler.step(eps, int(t), x, use_clipped_model_output=True, **last).prev_sample
+    torch.testing.assert_close(ours, x, rtol=1e-3, atol=1e-3)
+
+
+def test_dpm_solver_is_that_of_dpm_solver_scheduler(diffusor):
+    """DPM-Solver++(2M), midpoint, on our subsequence of timesteps; on all of them diffusers divides by 0."""
+    settings = {"algorithm_type": "dpmsolver++", "solver_type": "midpoint", "final_sigmas_type": "zero"}
+    scheduler = scheduler_of(diffusers.DPMSolverMultistepScheduler, diffusor, **settings)
+    scheduler.set_timesteps(timesteps=subsample_timesteps(1000, 20).flip(0).tolist())
+    start = {"clamp": False, "generator": torch.Generator().manual_seed(2)}
+    ours = diffusor.sample(model, 8, 2, sampler="dpmpp_2m", steps=20, **start)
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    for t in scheduler.timesteps:
+        x = scheduler.step(model(x, t.expand(2)), t, x).prev_sample
+    torch.testing.assert_close(ours, x, rtol=1e-3, atol=1e-3)
