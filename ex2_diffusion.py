@@ -11,13 +11,14 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Callable, Union
+from typing import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from ex2.noise import ImageNoise, NoiseSource, randn
 from ex2.samplers import SAMPLERS, Estimate, check_sampling, takes_eta
 
 SPACING = 1.5  # exponent of the visited timesteps; 1 is even, 2 quadratic
@@ -96,40 +97,6 @@ def check_images(x_zero: Tensor) -> None:
         raise ValueError(f"images must be floats in [-1, 1], got {x_zero.dtype}: scale 0..255 by x / 127.5 - 1")
     if x_zero.device.type == "cpu" and x_zero.numel() and (largest := x_zero.abs().amax().item()) > 1 + 1e-4:
         raise ValueError(f"images must lie in [-1, 1], got |x| up to {largest:.4g}: scale 0..255 by x / 127.5 - 1")
-
-
-class ImageNoise:
-    """The noise of images `first` .. `first + count - 1` of the run with this seed, drawn on the device.
-
-    The same for an image at any batch size: 16 in a row share a generator, and a batch takes its rows.
-    """
-
-    block = 16
-
-    def __init__(self, seed: int, first: int, count: int, device="cpu"):
-        blocks = range(first // self.block, -(-(first + count) // self.block))
-        # torch's CPU generator uses 32 bits of its seed; the factor keeps the images of neighbouring seeds apart.
-        seeds = [(seed * 1_000_003 + number) % 2**32 for number in blocks]
-        self.generators = [torch.Generator(device).manual_seed(number) for number in seeds]
-        self.rows = slice(first - blocks.start * self.block, first - blocks.start * self.block + count)
-
-    def draw(self, shape: Sequence[int], kind: Callable = torch.randn) -> Tensor:
-        """(count, ...) like `shape`, normal or, by `kind=torch.rand`, uniform; other numbers at every call."""
-        size = (self.block, *shape[1:])
-        noise = torch.cat([kind(size, generator=g, device=g.device) for g in self.generators])[self.rows]
-        if len(noise) != shape[0]:
-            raise ValueError(f"the noise of {len(noise)} images for a batch of {shape[0]}")
-        return noise
-
-
-NoiseSource = Union[torch.Generator, ImageNoise, None]
-
-
-def randn(shape: Sequence[int], device: torch.device, generator: NoiseSource = None) -> Tensor:
-    """Standard normal noise on `device`: from torch's global generator, another one, or that of certain images."""
-    if isinstance(generator, ImageNoise):
-        return generator.draw(shape).to(device)
-    return torch.randn(*shape, generator=generator, device=device if generator is None else generator.device).to(device)
 
 
 def guided_eps(model, x: Tensor, t: Tensor, classes: Tensor | None = None, guidance_scale: float = 0.0) -> Tensor:

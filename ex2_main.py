@@ -15,14 +15,12 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import itertools
 import sys
 from pathlib import Path
 
 from ex2.errors import InputError, exit_code_of
-from ex2.machine.files import append_command
 from ex2.settings.cli import check_scales, choose_classes, choose_scales, config_of_flags, parse_args, parse_vary
-from ex2.settings.config import Config, config_of
+from ex2.settings.config import Config
 
 HANDED_OUT = {"train": "ex2_train", "test": "ex2_train", "sample_and_save_images": "ex2.report.pictures"}
 MAX_SAMPLES = 100_000  # of one `sample`: they are held in memory until they are written
@@ -80,6 +78,7 @@ def run_train(args) -> None:
     from ex2.report.pictures import draw_process, draw_samples
     from ex2.settings.build import build_diffusion, load_data
     from ex2.training.run import fit, open_run
+    from ex2.training.start import note, prepare_training
 
     config, device = prepare_training(args)
     with lock_folder(config.run_dir):
@@ -100,6 +99,7 @@ def run_compare(args) -> None:
     """`compare`: trains and evaluates runs of every combination of varied settings. 2.2 to 2.4."""
     from ex2.machine.job import lock_folder
     from ex2.report.study import run_study
+    from ex2.training.start import note, prepare_training
 
     varied, scales = parse_vary(args.vary), check_scales(args)
     args.given.setdefault("run_name", f"compare-{'-'.join(varied)}")
@@ -116,6 +116,7 @@ def run_test(args) -> None:
     from ex2.report.metrics import write_metrics
     from ex2.settings.build import build_diffusion, load_data, restore_model
     from ex2.training.log import RunLog
+    from ex2.training.start import make_run_dir, note, open_checkpoint, run_dir_of
 
     checkpoint, config, device = open_checkpoint(args)
     scales, run_dir = choose_scales(args, config), run_dir_of(args.checkpoint)
@@ -142,6 +143,7 @@ def run_sample(args) -> None:
     from ex2.machine.processes import broadcast_from_main
     from ex2.report.pictures import sample_at_scales
     from ex2.settings.build import build_diffusion, restore_model
+    from ex2.training.start import make_run_dir, next_free, note, open_checkpoint
 
     checkpoint, config, device = open_checkpoint(args)
     if not 1 <= args.n_images <= MAX_SAMPLES:
@@ -181,69 +183,6 @@ def run_check(args) -> None:
     from ex2.grading.run import check_submissions
 
     check_submissions(args)
-
-
-def prepare_training(args):
-    """(config, device) for `train` and `compare`, with a run folder that can be written to."""
-    from ex2.machine.job import computes_in_bfloat16, pick_device
-    from ex2.settings.build import check_buildable
-
-    config = config_of_flags(args)
-    check_buildable(config)
-    device = pick_device(config.cuda, config.num_threads)
-    computes_in_bfloat16(config.amp, device)  # refuses what this GPU can't
-    make_run_dir(config.run_dir)
-    return config, device
-
-
-def open_checkpoint(args):
-    """(checkpoint, config, device) for `test` and `sample`, with the flags given now, and --out as run_dir."""
-    from ex2.machine.job import pick_device
-    from ex2.machine.processes import broadcast_from_main
-    from ex2.settings.build import check_buildable
-    from ex2.training.checkpoint import load_checkpoint
-
-    checkpoint = broadcast_from_main(lambda: load_checkpoint(args.checkpoint), "the checkpoint")
-    out = Path(args.out or run_dir_of(args.checkpoint)).resolve()
-    if not out.name:
-        raise InputError(f"--out: {out} is no folder for pictures")
-    now = {"cuda": None, "dry_run": False, "num_threads": None, **args.given}
-    now.update(results_dir=str(out.parent), run_name=out.name)
-    config = config_of(checkpoint, now)
-    check_buildable(config)
-    return checkpoint, config, pick_device(config.cuda, config.num_threads)
-
-
-def run_dir_of(checkpoint: str) -> Path:
-    """The folder of a run that was given as folder or as its checkpoint."""
-    return Path(checkpoint) if Path(checkpoint).is_dir() else Path(checkpoint).parent
-
-
-def next_free(folder: Path) -> Path:
-    """The first of folder/001, folder/002, ... that is not there yet, so that no call mixes with an earlier one's."""
-    return next(path for i in itertools.count(1) if not (path := folder / f"{i:03d}").exists())
-
-
-def note(folder: Path, args) -> None:
-    """Adds the command to `commands.txt` of a folder, once it has been accepted and before its work begins."""
-    from ex2.machine.processes import is_main
-
-    if is_main():
-        append_command(folder, args.called)
-
-
-def make_run_dir(path: Path) -> None:
-    """Creates the folder and sees that it can be written to; of several processes the first one does."""
-    from ex2.machine.processes import is_main
-
-    if not is_main():
-        return
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        (path / ".writable").write_bytes(b"")
-        (path / ".writable").unlink()
-    except OSError as error:
-        raise InputError(f"can't write to {path} ({error.strerror}): choose a folder you can write to") from error
 
 
 COMMANDS = {

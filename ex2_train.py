@@ -5,23 +5,21 @@ Start here to see how a diffusion model learns. `ex2/training/run.py` calls the 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
-from copy import deepcopy
 from functools import partial
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim import AdamW
 from tqdm import tqdm
 
-from ex2.errors import RunError
-from ex2.machine.processes import all_reduce, mean_over_processes, shard
-from ex2_diffusion import Diffusion, ImageNoise, check_images, eval_mode, evenly_spaced, randn
+from ex2.machine.processes import all_reduce, shard
+from ex2.meter import LossMeter, show_loss
+from ex2.noise import ImageNoise, randn
+from ex2.optimisation import EMA
+from ex2_diffusion import Diffusion, check_images, eval_mode, evenly_spaced
 
-EMA_RAMP = 0.1  # the EMA half-life never exceeds this fraction of the images seen (EDM's ramp-up)
 NOISE_SEED = 20_201_216  # of every evaluation, so that the metrics of different runs are comparable
 
 
@@ -135,155 +133,6 @@ def draw(images: Tensor, timesteps: int, rows: Rows | None = None) -> tuple[Tens
 def is_conditional(model) -> bool:
     """Whether a model, or the one that DDP holds, takes class labels."""
     return getattr(getattr(model, "module", model), "class_free_guidance", False)
-
-
-def build_optimizer(model, lr: float, beta1: float = 0.9) -> AdamW:
-    """AdamW, fused where torch has that for the device: one pass over all weights instead of hundreds of small ones.
-
-    Its learning rate is a tensor, which `set_learning_rate` changes.
-    """
-    device = next(model.parameters()).device
-    settings = {"lr": torch.tensor(lr, device=device), "betas": (beta1, 0.999), "capturable": device.type == "cuda"}
-    try:
-        optimizer = AdamW(model.parameters(), **settings, fused=True)
-    except RuntimeError:  # of a CPU before torch 2.4
-        optimizer = AdamW(model.parameters(), **settings)
-    optimizer._warned_capturable_if_run_uncaptured = True  # warm-up steps run uncaptured on purpose
-    return optimizer
-
-
-def set_learning_rate(optimizer, lr: float) -> None:
-    """Sets the learning rate of the next step, in an optimiser of `build_optimizer`."""
-    for group in optimizer.param_groups:
-        group["lr"].fill_(lr)
-
-
-def learning_rate(peak: float, step: int, total_steps: int, warmup_steps: int = 0, time_fraction: float = 0.0) -> float:
-    """The learning rate of step 0, 1, ...: linear warm-up to `peak`, then cosine decay to zero at the end.
-
-    Args:
-        peak: the highest one.
-        step: number of the step.
-        total_steps: of the whole training.
-        warmup_steps: of the rise; at most a tenth of all steps count.
-        time_fraction: of the time that the training may take; where it is further than the steps, it decides.
-    """
-    warmup = min(warmup_steps, total_steps // 10)
-    rise = min(1.0, (step + 1) / (warmup + 1))
-    done = max((step - warmup) / max(1, total_steps - warmup), time_fraction)
-    return peak * (rise * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, done)))))
-
-
-class EMA:  # swa_utils.AveragedModel reads a counter on the CPU at every update: no GPU could replay that
-    """The exponential moving average (EMA) of the weights, held by a copy of the model.
-
-    Its half-life is `ema_images`, or a tenth of the images seen so far. The tenth matters for short runs: with a
-    constant decay of 0.9999 the EMA of 750 steps would be 93% initial weights. It is the ramp-up of EDM (Karras et al.
-    2022, https://arxiv.org/abs/2206.00364), at twice its length.
-    """
-
-    def __init__(self, model, ema_images: float, batch_size: int):
-        self.model = deepcopy(model).requires_grad_(False)
-        self.weights = list(self.model.parameters())
-        self.ema_images, self.batch_size = ema_images, batch_size
-        self.weight = torch.ones((), device=self.weights[0].device)  # of the new weights in the average
-
-    def set_step(self, step: int) -> None:
-        """Sets the weight of the new weights for the update of optimiser step 0, 1, ..."""
-        half_life = min(self.ema_images, EMA_RAMP * (step + 1) * self.batch_size)
-        self.weight.fill_(1 - 0.5 ** (self.batch_size / half_life))
-
-    @torch.no_grad()
-    def update(self, weights: list[Tensor]) -> None:
-        """average += weight * (weights - average)."""
-        difference = torch._foreach_sub(weights, self.weights)
-        torch._foreach_mul_(difference, self.weight)
-        torch._foreach_add_(self.weights, difference)
-
-
-class LossMeter:
-    """Loss of one epoch as mean over images and processes; reads the device once per window, not once per step.
-
-    Args:
-        epoch: number of the epoch, for messages.
-        images_in: number of a batch -> its images over all processes; None: this process has them all.
-        log: called with the mean loss and the mean gradient norm of every window of steps.
-    """
-
-    def __init__(self, epoch: int, images_in: Callable[[int], int] | None = None, log: Callable | None = None):
-        self.epoch, self.images_in, self.log = epoch, images_in, log
-        self.window: list[tuple[Tensor, Tensor, int]] = []  # (loss, gradient norm, images) of steps not summed up yet
-        self.steps, self.images, self.total = 0, 0, 0.0  # summed up
-
-    @property
-    def all_steps(self) -> int:
-        """Steps of the epoch until now."""
-        return self.steps + len(self.window)
-
-    @property
-    def mean(self) -> float:
-        return self.total / self.images
-
-    def add(self, loss: Tensor, grad_norm: Tensor, images: int) -> None:
-        """Takes in a step on `images` images."""
-        if self.images_in is not None:
-            images = self.images_in(self.all_steps)
-        self.window.append((mean_over_processes(loss), grad_norm, images))
-
-    def read_window(self, lr: float) -> tuple[Tensor, Tensor, Tensor]:
-        """(losses, gradient norms, images) of the window, one entry per step; `lr` is for the message.
-
-        Raises RunError: a loss or a gradient is not finite.
-        """
-        losses, norms, counts = zip(*self.window)
-        losses, norms, counts = torch.stack(losses).cpu(), torch.stack(norms).cpu(), torch.tensor(counts)
-        finite = losses.isfinite() & norms.isfinite()
-        if not finite.all():
-            step = self.steps + int(finite.int().argmin()) + 1
-            where = f"step {step} of epoch {self.epoch + 1} (learning rate {lr:.2g})"
-            advice = "lower --lr or --grad_clip, or give --amp off, and choose a new --run_name"
-            what = f"the loss or its gradient is not finite in {where}: {advice}"
-            raise RunError(f"{what}; the last checkpoint is untouched")
-        return losses, norms, counts
-
-    def close_window(self, lr: float) -> float:
-        """Sums up the steps of the window, which starts anew; returns their mean loss over the images.
-
-        Raises RunError: a loss or a gradient of the window is not finite.
-        """
-        losses, norms, counts = self.read_window(lr)
-        window_total = (losses.double() * counts).sum().item()
-        self.total += window_total
-        self.images += int(counts.sum())
-        self.steps += len(counts)
-        self.window.clear()
-        loss = window_total / int(counts.sum())
-        if self.log is not None:
-            self.log(loss, norms.mean().item())
-        return loss
-
-    def state_dict(self, lr: float) -> dict:
-        """What a checkpoint keeps of the epoch that is going on.
-
-        Raises RunError: a loss or a gradient of the window is not finite.
-        """
-        if self.window:
-            self.read_window(lr)
-        window = [(float(loss), float(norm), images) for loss, norm, images in self.window]
-        return {"steps": self.steps, "images": self.images, "total": self.total, "window": window}
-
-    def load_state_dict(self, saved: dict) -> None:
-        """Restores what `state_dict` returned."""
-        self.steps, self.images, self.total = saved["steps"], saved["images"], saved["total"]
-        self.window = [(torch.tensor(loss), torch.tensor(norm), images) for loss, norm, images in saved["window"]]
-
-
-def show_loss(progress: tqdm, meter: LossMeter, optimizer) -> None:
-    """Shows the loss of the last window beside the bar. Without a terminal, as in a batch job, it prints a line."""
-    loss = meter.close_window(float(optimizer.param_groups[0]["lr"]))
-    progress.set_postfix(loss=f"{loss:.4f}")
-    if progress.disable:
-        print(f"epoch {meter.epoch + 1}, step {meter.steps}/{progress.total or meter.steps}: loss {loss:.4f}")
 
 
 def test(model, testloader, diffusor, device, args) -> dict:

@@ -30,10 +30,10 @@ import bench  # noqa: E402
 
 from ex2.machine.inference import InferenceModel  # noqa: E402
 from ex2.machine.job import computes_in_bfloat16, pick_device  # noqa: E402
+from ex2.noise import ImageNoise  # noqa: E402
 from ex2.settings.build import build_diffusion, build_model  # noqa: E402
 from ex2.settings.cli import PRESETS  # noqa: E402
 from ex2.settings.config import Config  # noqa: E402
-from ex2_diffusion import ImageNoise  # noqa: E402
 
 DEVICE = pick_device(None)
 AMP = computes_in_bfloat16("auto", DEVICE)

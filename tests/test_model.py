@@ -9,8 +9,8 @@ import torch
 
 import ex2_model
 from ex2.machine.compiling import compile_blocks
+from ex2.optimisation import build_optimizer
 from ex2_model import SinusoidalPositionEmbeddings, Unet, WeightStandardizedConv2d
-from ex2_train import build_optimizer
 
 SKELETON = json.loads((Path(__file__).parent / "skeleton_unet.json").read_text())
 

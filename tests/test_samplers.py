@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import ex2_diffusion
+from ex2.noise import ImageNoise
 from ex2.samplers import SAMPLERS, ddim_step
 from ex2_diffusion import (
     SCHEDULES,
     Diffusion,
-    ImageNoise,
     extract,
     guided_eps,
     sample_in_batches,

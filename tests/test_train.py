@@ -11,9 +11,11 @@ from tiny import random_set
 import ex2_main
 from ex2.data.loader import make_loader
 from ex2.errors import RunError
+from ex2.meter import LossMeter
+from ex2.optimisation import EMA, learning_rate
 from ex2_diffusion import evenly_spaced
 from ex2_model import Unet
-from ex2_train import EMA, LossMeter, learning_rate, loss_over_timesteps, train_step
+from ex2_train import loss_over_timesteps, train_step
 
 CPU = torch.device("cpu")
 SKELETON_ARGS = SimpleNamespace(log_interval=100, dry_run=False, batch_size=8, timesteps=50)

@@ -14,8 +14,9 @@ from ex2.data.images import DataSplits
 from ex2.data.loader import make_loader
 from ex2.evaluation.samples import shared_samples
 from ex2.machine.processes import is_main
+from ex2.noise import ImageNoise
 from ex2.settings.config import GUIDANCE_SCALES, Config
-from ex2_diffusion import SCHEDULES, Diffusion, ImageNoise, evenly_spaced, sample_in_batches, thin_trajectory
+from ex2_diffusion import SCHEDULES, Diffusion, evenly_spaced, sample_in_batches, thin_trajectory
 
 GUIDANCE_FRAMES = tuple(k / 2 for k in range(-2, 11))  # scales of the guidance animation; has those of the grid
 GIF_FRAMES = 41

@@ -25,23 +25,15 @@ from ex2.machine.cuda_graphs import GraphReplay
 from ex2.machine.files import write_atomically
 from ex2.machine.job import batch_that_fits, check_space, computes_in_bfloat16, hold_signals
 from ex2.machine.processes import all_reduce_max, broadcast_from_main, is_main, is_restart, rank, world_size
+from ex2.meter import LossMeter
+from ex2.optimisation import EMA, build_optimizer, learning_rate, set_learning_rate
 from ex2.settings.build import build_model
 from ex2.settings.config import TRAINING_GROUPS, Config, config_of
 from ex2.training.checkpoint import CHECKPOINT_NAME, PREVIOUS, load_checkpoint, save_checkpoint
 from ex2.training.log import RunLog
 from ex2_diffusion import Diffusion
 from ex2_model import Unet
-from ex2_train import (
-    EMA,
-    LossMeter,
-    Rows,
-    build_optimizer,
-    learning_rate,
-    set_learning_rate,
-    test,
-    train,
-    train_step,
-)
+from ex2_train import Rows, test, train, train_step
 
 ETA_STEPS = {"cpu": (2, 6), "cuda": (10, 30)}  # steps of a call between which their time is taken; a GPU replays then
 MINUTES_WORTH_COMPILING = 10  # of training left. On an H200 compiling took 112 s and made a step 1.65 times as fast

@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_flatten
 from ex2.errors import Interrupted
 from ex2.machine import cuda_graphs
 from ex2.machine.cuda_graphs import WARMUP_CALLS, GraphReplay
+from ex2.optimisation import build_optimizer
 from ex2.training import checkpoint, run
 from ex2.training.run import Training
-from ex2_train import build_optimizer
 
 CPU = torch.device("cpu")
 

@@ -10,9 +10,10 @@ from tiny import ROOT, random_set, tiny_config, train_epoch
 from ex2.data.loader import make_loader
 from ex2.machine.cuda_graphs import GraphReplay
 from ex2.machine.inference import InferenceModel
+from ex2.noise import ImageNoise
 from ex2.settings.build import build_model
 from ex2.training.run import Training
-from ex2_diffusion import SCHEDULES, Diffusion, ImageNoise
+from ex2_diffusion import SCHEDULES, Diffusion
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GPU = torch.device("cuda")

@@ -23,9 +23,10 @@ from ex2.errors import InputError, Interrupted, RunError
 from ex2.machine import job
 from ex2.machine.inference import InferenceModel
 from ex2.machine.job import batch_that_fits, check_space, hold_signals, lock_folder
+from ex2.meter import LossMeter
 from ex2.settings.build import build_diffusion
 from ex2.training import checkpoint, run
-from ex2_train import LossMeter, train_step
+from ex2_train import train_step
 
 RUN = [*TINY, "--epochs", "2", "--class_free_guidance", "--log_interval", "4"]
 STEPS = 18  # two epochs of nine

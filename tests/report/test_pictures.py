@@ -10,11 +10,11 @@ import torch
 import ex2_main
 from ex2.data import images as data_images
 from ex2.data import load, shapes
+from ex2.noise import ImageNoise
 from ex2.report import pictures
 from ex2.settings.build import build_diffusion, restore_model
 from ex2.settings.config import config_of
 from ex2.training import checkpoint
-from ex2_diffusion import ImageNoise
 
 pytestmark = pytest.mark.usefixtures("small_shapes")
 
