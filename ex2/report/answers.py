@@ -56,8 +56,8 @@ WHY_IT_STOPS = (
 )
 METRICS_EXPLAINED = (
     "Mean l2 losses of training and test images at the same timesteps (a guess of zero has 1); bits per dimension of "
-    "test images; medians of the distance to the nearest training image, in grey levels; the fraction of samples that "
-    "are nearer to one than 95% of test images: 5% where nothing is copied, from 20% on look for copies below."
+    "test images; the fraction of samples that are nearer to a training image than 95% of test images (0.05 where "
+    "nothing is copied, from 0.2 on look for copies below); medians of the distance to it, in grey levels."
 )
 
 
@@ -104,10 +104,8 @@ class Run:
 
     def mean_loss(self, name: str) -> float | None:
         """Mean l2 loss of "test", "train" or "optimal"; None unless it has the timesteps of "test"."""
-        curve = self.metrics.get("losses", {}).get(name)
-        return (
-            statistics.mean(curve["l2"]) if curve and self.test_curve and curve["t"] == self.test_curve["t"] else None
-        )
+        curve, test = self.metrics.get("losses", {}).get(name), self.test_curve
+        return statistics.mean(curve["l2"]) if curve and test and curve["t"] == test["t"] else None
 
 
 @dataclass(frozen=True)
@@ -117,10 +115,6 @@ class Study:
     folder: Path
     varied: Sequence[str]
     runs: dict[str, Run | None]
-
-    @property
-    def name(self) -> str:
-        return self.folder.name
 
 
 @dataclass
@@ -149,12 +143,13 @@ class Section:
 
     def show(self, name: str, subjects: Sequence[Run | Study], caption: str = "") -> None:
         """Adds the pictures of one kind under one caption, and names those that are not there."""
-        found = [(subject.name, subject.folder / name) for subject in subjects if read_frames(subject.folder / name)]
-        self.parts += [Part(caption or CAPTIONS[name], pictures=found)] if found else []
+        pictures = []
         for subject in subjects:
-            command = subject.test_command if name in OF_TEST else latest_command(subject.folder)
-            is_there = (subject.name, subject.folder / name) in found
-            self.miss(f"{name} of {subject.name}", command or "the command that made the rest of it", not is_there)
+            folder, is_there = subject.folder, bool(read_frames(subject.folder / name))
+            pictures += [(folder.name, folder / name)] if is_there else []
+            command = subject.test_command if name in OF_TEST else latest_command(folder)
+            self.miss(f"{name} of {folder.name}", command or "the command that made the rest of it", not is_there)
+        self.parts += [Part(caption or CAPTIONS[name], pictures=pictures)] if pictures else []
 
 
 def latest_command(folder: Path, test: bool = False) -> str:
@@ -199,7 +194,7 @@ def sections(runs: Sequence[Run], studies: Sequence[Study]) -> list[Section]:
     commands = Section("commands", "How this was made")
     for subject in (*runs, *studies):
         known = filter(None, (latest_command(subject.folder), latest_command(subject.folder, test=True)))
-        commands.parts.append(Part(subject.name, commands=list(known)))
+        commands.parts.append(Part(subject.folder.name, commands=list(known)))
     return [*content, other_pictures(others, main), commands]
 
 
@@ -230,10 +225,9 @@ def network(runs: Sequence[Run]) -> Section:
 def describe_run(run: Run) -> dict:
     """The settings of a run, as a row."""
     names = ("dataset", "image_size", "dim", "dim_mults", "timesteps", "schedule", "loss_type", "lr", "batch_size")
-    seconds = float(run.log[-1]["seconds"] or 0) if run.log else 0
     row = {"run": run.name, **{name.replace("_", " "): getattr(run.config, name) for name in names}}
     row.update({"parameters": run.metrics.get("parameters"), "images seen": images_seen(vars(run.config), run.log)})
-    return {**row, "minutes": round(seconds / 60, 1)}
+    return {**row, "minutes": round(float(run.log[-1]["seconds"] or 0) / 60, 1) if run.log else None}
 
 
 def process(runs: Sequence[Run]) -> Section:
@@ -281,12 +275,9 @@ def describe_metrics(run: Run) -> dict:
     """Losses, bits per dimension and nearness to training images of a run, as a row."""
     pixels = run.metrics.get("samples", {}).get("memorisation", {}).get("pixels", {})
     row = {"run": run.name, **{f"{name} loss": run.mean_loss(name) for name in ("test", "train", "optimal")}}
-    row.update({"bits/dim": run.bits_per_dim, "samples to nearest": pixels.get("median", {}).get("samples")})
-    return {
-        **row,
-        "test to nearest": pixels.get("median", {}).get("test_images"),
-        "nearer": pixels.get("fraction_nearer"),
-    }
+    row.update({"bits/dim": run.bits_per_dim, "nearer": pixels.get("fraction_nearer")})
+    median = pixels.get("median", {})
+    return {**row, "samples to nearest": median.get("samples"), "test images to nearest": median.get("test_images")}
 
 
 def quality_answer(run: Run) -> str:
@@ -348,7 +339,7 @@ def add_studies(section: Section, studies: Sequence[Study], missing: str, vary: 
     section.answer = " ".join(filter(None, (section.answer, *map(study_answer, studies))))
     for study in studies:
         rows = [describe_setting(study, run) for run in study.runs.values() if run]
-        text = f"{study.name}: means over the seeds, each run at its own w"
+        text = f"{study.folder.name}: means over the seeds, each run at its own w"
         section.parts.append(Part(text, summarise_seeds(rows, study.varied)))
     for name in ("samples.png", "curves.png"):
         section.show(name, studies, CAPTIONS[f"study/{name}"])
@@ -371,9 +362,8 @@ def describe_setting(study: Study, run: Run) -> dict:
 def study_answer(study: Study) -> str:
     """Which setting has the smallest Fréchet distance; bits per dimension where no samples were evaluated."""
     rows = {name: describe_setting(study, run) if run else {} for name, run in study.runs.items()}
-    criterion = next(
-        (name for name in ("Fréchet distance", "bits/dim") if any(row.get(name) for row in rows.values())), ""
-    )
+    has_samples = any(row.get("Fréchet distance") is not None for row in rows.values())
+    criterion = "Fréchet distance" if has_samples else "bits/dim"
     values: dict[str, dict] = {}
     for row in [row for row in rows.values() if row.get(criterion) is not None]:
         setting = ", ".join(f"{name} {row[name]}" for name in study.varied)
