@@ -52,6 +52,8 @@ def exit_code_of(error: BaseException) -> tuple[int | None, str]:
         return 1, line_of(f"{error}{'; free some space: the same command goes on from what is saved' if full else ''}")
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which may not be imported
         return 1, line_of("the GPU's memory is full: lower --batch_size or --dim")
+    if "DataLoader worker (pid" in str(error):  # torch's handler of signals raises wherever the program is
+        return 1, line_of(f"{str(error).strip()}: lower --num_workers, or free memory and shared memory (/dev/shm)")
     if isinstance(error, MemoryError) or "allocate memory" in str(error):
         return 1, line_of("the memory is full: lower --batch_size, --sample_batch or --dim")
     if is_compiler_error(error):
@@ -70,6 +72,18 @@ def process_prefix() -> str:
     """For messages: "" for the first or only process of torchrun, else its number."""
     number = os.environ.get("RANK", "0") if "LOCAL_RANK" in os.environ else "0"
     return "" if number == "0" else f"process {number}: "
+
+
+def job_number(name: str) -> int:
+    """The whole number in an environment variable of a job (torchrun, SLURM); 0 where it is empty or not there.
+
+    Raises InputError: it holds something else.
+    """
+    value = os.environ.get(name, "").strip() or "0"
+    try:
+        return int(value)
+    except ValueError:
+        raise InputError(f"the environment variable {name} is {value!r}, which is no whole number: unset it") from None
 
 
 def is_compiler_error(error: BaseException) -> bool:

@@ -8,6 +8,7 @@ import torch
 from PIL import Image, ImageDraw
 
 import ex2_main
+from ex2.data import butterflies
 from ex2.data.butterflies import load_butterflies
 from ex2.data.decode import prepare_image, read_image
 from ex2.data.load import load_splits
@@ -58,7 +59,7 @@ def test_a_column_gives_the_classes_and_rare_ones_are_put_together(parquet, tmp_
     assert train.labels.bincount().tolist() == [15, 15, 15, 2]
 
 
-def test_images_are_resized_once_and_again_for_another_size(parquet, tmp_path):
+def test_images_are_resized_once_and_again_for_another_size_or_version(parquet, tmp_path, monkeypatch):
     def load(size):
         images = load_butterflies(str(parquet), size, "pad", str(tmp_path), None)[0].images
         return images, {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.arrow")}
@@ -68,6 +69,8 @@ def test_images_are_resized_once_and_again_for_another_size(parquet, tmp_path):
     assert torch.equal(first, again) and same_files == files
     larger, more_files = load(12)
     assert larger.shape[-1] == 12 and len(more_files) == len(files) + 1
+    monkeypatch.setattr(butterflies, "PREPARE_VERSION", 0)
+    assert len(load(8)[1]) == len(files) + 2
 
 
 def test_a_folder_of_images_does_as_well(parquet, tmp_path):

@@ -128,15 +128,16 @@ def photograph(tmp_path_factory):
     return path
 
 
-def test_an_exif_that_cannot_be_written_back_turns_the_image_all_the_same(photograph, tmp_path):
-    """YResolution -1/0, for which Pillow raises struct.error when it turns an image."""
-    data = photograph.read_bytes()
-    order = ">" if struct.pack(">II", 72, 1) in data else "<"
-    at = data.index(struct.pack(order + "II", 72, 1))
-    (tmp_path / "x.jpg").write_bytes(data[:at] + struct.pack(order + "iI", -1, 0) + data[at + 8 :])
-    image = read_image(tmp_path / "x.jpg", 8, "pad")
-    assert torch.equal(image, read_image(photograph, 8, "pad"))
-    assert image[0, 1].float().mean() > 120 and image[2, 1, 4] < 80 and image[0, -2, 4] < 80  # red above blue
+def test_an_exif_that_cannot_be_written_back_turns_the_image_all_the_same(photograph, monkeypatch):
+    """As with a YResolution of -1/0, for which some versions of Pillow raise struct.error."""
+    upright = read_image(photograph, 8, "pad")
+    assert upright[0, 1].float().mean() > 120 and upright[2, 1, 4] < 80 and upright[0, -2, 4] < 80  # red above blue
+
+    def fail(*args):
+        raise struct.error("argument out of range")
+
+    monkeypatch.setattr(Image.Exif, "tobytes", fail)
+    assert torch.equal(read_image(photograph, 8, "pad"), upright)
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif", ".webp", ".mpo"])
@@ -203,8 +204,10 @@ def test_every_mode_of_every_format_is_scaled_by_its_range_or_refused(tmp_path, 
     for mode in MODES:
         try:
             grey_of_127(mode, suffix).save(path)
+            with Image.open(path) as image:
+                image.load()
         except (OSError, ValueError, KeyError):
-            continue  # Pillow doesn't write this mode in this format
+            continue  # Pillow doesn't write this mode in this format, or can't read what it wrote
         tried += 1
         try:
             image = read_image(path, 8)

@@ -16,7 +16,7 @@ from ex2.data import load, loader
 from ex2.data.images import ImageFiles, ImageSet, reverse_transform
 from ex2.data.load import load_splits
 from ex2.data.loader import make_loader, read_all
-from ex2.errors import InputError, RunError
+from ex2.errors import InputError, RunError, exit_code_of
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 50, 64])
@@ -178,3 +178,9 @@ def test_what_ends_a_dataloader_worker_is_one_line(monkeypatch, kind, error, mes
     with pytest.raises(error, match=message) as caught:
         read(files, 1)
     assert "\n" not in str(caught.value)
+
+
+def test_a_worker_that_is_killed_in_the_middle_of_a_step_is_one_line():
+    code, line = exit_code_of(RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed. "))
+    assert code == 1 and line.startswith("error: DataLoader worker (pid 3) is killed by signal: Killed.")
+    assert line.endswith("lower --num_workers, or free memory and shared memory (/dev/shm)")

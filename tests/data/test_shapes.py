@@ -7,7 +7,7 @@ import torch
 from ex2.data.load import load_splits
 from ex2.data.sets import DATASETS
 from ex2.data.shapes import SHAPES, draw_shapes, load_shapes
-from ex2.evaluation.oracle import TemplateClassifier
+from ex2.evaluation.templates import TemplateClassifier
 
 
 @pytest.mark.parametrize("image_size", [8, 16, 33])
@@ -23,7 +23,7 @@ def test_shapes_are_the_same_in_every_run_and_test_differs_from_train():
     assert torch.equal(train.images, again.images)
     known = {image.numpy().tobytes() for image in train.images}
     assert not any(image.numpy().tobytes() in known for image in test.images)
-    # Another seed splits the same images in another way, so that figures of runs with other seeds compare.
+    # Another seed splits the same images in another way, so that metrics of runs with other seeds compare.
     first, second = (load_splits("shapes", None, 8, seed) for seed in (0, 1))
     assert not torch.equal(first.train.images, second.train.images)
     assert torch.equal(first.test.images, second.test.images)
@@ -43,13 +43,13 @@ def test_shapes_are_anti_aliased_at_their_true_size():
 
 
 @pytest.mark.parametrize("size", [16, 64])
-def test_oracle_knows_fresh_shapes(size):
-    labels = np.arange(1000) % 10
+def test_the_template_classifier_knows_fresh_shapes(size):
+    labels = np.arange(300) % 10
     images = draw_shapes(labels, size, np.random.default_rng(123))
-    oracle = TemplateClassifier(size)
-    assert oracle.accuracy(images, torch.from_numpy(labels)) >= 0.98
-    noise = torch.randint(0, 256, (1000, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    assert oracle.accuracy(noise, torch.from_numpy(labels)) < 0.3
+    classifier = TemplateClassifier(size)
+    assert classifier.accuracy(images, torch.from_numpy(labels)) >= 0.98
+    noise = torch.randint(0, 256, (300, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert classifier.accuracy(noise, torch.from_numpy(labels)) < 0.3
 
 
 def test_a_mirrored_moon_is_no_moon_and_shapes_are_not_mirrored():
