@@ -132,6 +132,12 @@ def images(value: float, count: int = 4) -> Tensor:
     return torch.full((count, 3, 8, 8), value)
 
 
+def like(x: Tensor, found: Tensor) -> Tensor:
+    """What was found, where it has the shape of x."""
+    check(found.shape == x.shape, f"shape {tuple(found.shape)}", f"{tuple(x.shape)}")
+    return found
+
+
 def random_image(size: int = 8) -> Tensor:
     return torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
 
@@ -139,15 +145,14 @@ def random_image(size: int = 8) -> Tensor:
 @fact("2.1", "the U-Net gives an image of the size it gets, finite")
 def unet_shape(submission: Submission) -> None:
     x = random_image(16).repeat(2, 1, 1, 1)
-    out = submission.forward(x, torch.tensor([0, 7]))["out"]
-    check(out.shape == x.shape, f"shape {tuple(out.shape)}", f"{tuple(x.shape)}")
+    out = like(x, submission.forward(x, torch.tensor([0, 7]))["out"])
     check(out.isfinite().all(), "infinite numbers", "finite ones")
 
 
 @fact("2.1", "the U-Net gets the time, each image its own")
 def unet_time(submission: Submission) -> None:
     x, times = random_image(16).expand(2, -1, -1, -1), ([1, 1], [500, 500], [1, 500])
-    early, late, both = (submission.forward(x, torch.tensor(t))["out"] for t in times)
+    early, late, both = (like(x, submission.forward(x, torch.tensor(t))["out"]) for t in times)
     differ = not torch.allclose(early, late, atol=1e-6)
     check(differ, "the same output at t = 1 and t = 500", "different ones", "the time embedding reaches no block")
     own = torch.allclose(both, torch.stack((early[0], late[1])), atol=1e-3 * late.abs().max().item())
@@ -162,6 +167,7 @@ def forward_signal(submission: Submission) -> None:
         "root of alpha-bar taken twice": tab.alphas_bar**0.25,
         "alpha_t of one step in place of the product": tab.alphas.sqrt(),
         "alpha-bar of the step before": tab.before.sqrt(),
+        "the image has the factor of the noise": (1 - tab.alphas_bar).sqrt(),
         "the image is not scaled at all": torch.ones(T),
     }
     found = submission.q_sample(images(1.0, T), TIMES, images(0.0, T)).flatten(1).mean(1)
@@ -192,7 +198,8 @@ def forward_draws(submission: Submission) -> None:
 
 def step_factors(submission: Submission, x: float, eps: float) -> Tensor:
     """What p_sample makes of an image and of a prediction of one value, (T,), by its difference to 0 at equal noise."""
-    steps = ((submission.p_sample(images(x), eps, t), submission.p_sample(images(0.0), 0.0, t)) for t in range(T))
+    inputs = (images(x), eps), (images(0.0), 0.0)
+    steps = ([like(images(x), submission.p_sample(*given, t)) for given in inputs] for t in range(T))
     return torch.stack([(step - without).double().mean() / (x or eps) for step, without in steps])
 
 
@@ -363,6 +370,7 @@ def test_loop(submission: Submission) -> None:
 
 @fact("2.2 e", "a Fréchet distance (FID) is of at least 100 images", advice=True)
 def fid_images(submission: Submission) -> None:
+    submission.load("main")
     count = submission.outline["fid_images"]
     slip = f"FID on {count} images: most of it is the error of so few"
     check(count is None or count >= 100, f"{count} images", "100 or more, thousands where it is quoted", slip)
@@ -457,6 +465,7 @@ def sigmoid_schedule(submission: Submission) -> None:
 
 @fact("2.3", "x_T keeps less than 1% of the image with the settings of the program", advice=True)
 def end_of_the_process(submission: Submission) -> None:
+    submission.load("main")
     plain = submission.outline["settings"]
     if plain is None:
         return  # they can't be read off the source; the schedules are judged above
@@ -480,7 +489,8 @@ def conditional(submission: Submission, value: int, training: bool = False, seed
 
 def fraction_equal(submission: Submission, **options) -> float:
     """The fraction of images for which two classes give the same."""
-    a, b = (conditional(submission, value, **options)["out"] for value in (0, 1))
+    x = random_image().repeat(64, 1, 1, 1)
+    a, b = (like(x, conditional(submission, value, **options)["out"]) for value in (0, 1))
     check(a.isfinite().all() and b.isfinite().all(), "infinite numbers", "finite ones")
     return ((a - b).flatten(1).abs().amax(1) <= 1e-5 * a.abs().max()).double().mean().item()
 
@@ -540,7 +550,8 @@ def guided(submission: Submission, w: float, through: str = "p_sample") -> tuple
         raise Missing("a process of the one step t = 0 never calls the U-Net")
     if "step" in seen:
         return (seen["step"].double().mean() / seen["unit"].double().mean()).item(), seen
-    eps = (seen["start"][:4].double() - (1 - ONE_BETA) ** 0.5 * seen["images"].double()) / ONE_BETA**0.5
+    x_t, out = (like(images(0.0), seen[name]).double() for name in ("start", "images"))
+    eps = (x_t - (1 - ONE_BETA) ** 0.5 * out) / ONE_BETA**0.5
     return eps.median().item(), seen
 
 

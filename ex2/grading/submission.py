@@ -286,7 +286,12 @@ class Submission:
         conditional = {"class_free_guidance": True, **given} if "classes" in given else {}
         diffusor = self.diffusion(betas, model, **conditional)
         result = self.images(self.call(diffusor.sample, optional, model=model, **sizes, **given), count)
-        return {"images": result, "gradient": result.requires_grad, "calls": model.calls, "start": model.start}
+        return {
+            "images": result,
+            "gradient": result.requires_grad,
+            "calls": model.calls,
+            "start": None if model.start is None else model.start[:count],
+        }
 
     def images(self, result, count: int) -> Tensor:
         """The images at the end, whatever `sample` returns: all steps, a list, an array."""
@@ -413,9 +418,11 @@ class Submission:
                 lines[f"{part}.{name}"] = f"{path.name}:{node.lineno}"
         main = trees.get("main", ast.parse(""))
         test = dict(named_nodes(main.body)).get("test")
-        calls = [node for node in ast.walk(main) if getattr(node, "attr", "") == "eval" and not contains(test, node)]
-        plain = {"lines": lines, "test_is_empty": test is not None and is_empty(test), "eval_elsewhere": bool(calls)}
-        return {**plain, "missing": missing, "settings": settings_of_main(main), "fid_images": count_fid_images(main)}
+        own = {id(node) for node in ast.walk(test)} if test else set()
+        others = [node for node in ast.walk(main) if getattr(node, "attr", "") == "eval" and id(node) not in own]
+        plain = {"test_is_empty": test is not None and is_empty(test), "eval_elsewhere": bool(others)}
+        plain.update(settings=settings_of_main(main), fid_images=count_fid_images(main))
+        return {"lines": lines, "missing": missing, **plain}
 
     def answer(self, line: str | bytes) -> str:
         """The answer to a request, as a line of JSON."""
@@ -459,10 +466,6 @@ def named_nodes(body: list, prefix: str = ""):
             yield from named_nodes(node.body, f"{prefix}{node.name}.")
 
 
-def contains(function: ast.AST | None, node: ast.AST) -> bool:
-    return function is not None and function.lineno <= node.lineno <= function.end_lineno
-
-
 def is_empty(function: ast.FunctionDef) -> bool:
     """Whether a function is a docstring and `pass`."""
     return all(
@@ -470,17 +473,13 @@ def is_empty(function: ast.FunctionDef) -> bool:
     )
 
 
-def default_of(call: ast.Call):
-    """The default of an `add_argument`, where it is a constant."""
-    default = next((keyword.value for keyword in call.keywords if keyword.arg == "default"), None)
-    return getattr(default, "value", None)
-
-
 def flags_of(tree: ast.AST) -> dict:
-    """Flag -> default of every `add_argument("--flag", default=...)`."""
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    flags = ((arg.value, call) for call in calls for arg in call.args if isinstance(arg, ast.Constant))
-    return {flag[2:]: default_of(call) for flag, call in flags if str(flag).startswith("--")}
+    """Flag -> default of every `add_argument("--flag", default=...)`, where it is a constant."""
+    flags = {}
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        default = {keyword.arg: getattr(keyword.value, "value", None) for keyword in call.keywords}.get("default")
+        flags.update({str(arg.value)[2:]: default for arg in call.args if str(getattr(arg, "value", ""))[:2] == "--"})
+    return flags
 
 
 def settings_of_main(tree: ast.AST) -> dict | None:
@@ -512,32 +511,22 @@ def count_fid_images(tree: ast.AST) -> int | None:
     """How many samples a Fréchet distance is of, if a function that names one draws them at once; None if not plain."""
     numbers = flags_of(tree)
     for node in ast.walk(tree):
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
-            numbers.update({target.id: node.value.value for target in node.targets if isinstance(target, ast.Name)})
+        if isinstance(node, ast.Assign):
+            numbers.update({getattr(name, "id", ""): getattr(node.value, "value", None) for name in node.targets})
     for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
         if not FID.search(ast.dump(function).lower()):
             continue
-        defaults = dict(zip((a.arg for a in reversed(function.args.args)), reversed(function.args.defaults)))
-        numbers.update({name: getattr(default, "value", None) for name, default in defaults.items()})
-        looped = {
-            id(inner)
-            for loop in ast.walk(function)
-            if isinstance(loop, (ast.For, ast.While, ast.ListComp))
-            for inner in ast.walk(loop)
-        }
-        for call in ast.walk(function):
-            if not isinstance(call, ast.Call) or getattr(call.func, "attr", "") != "sample" or id(call) in looped:
-                continue
-            size = (
-                next((k.value for k in call.keywords if k.arg == "batch_size"), None) or (call.args[2:3] or [None])[0]
-            )
-            size = (
-                getattr(size, "value", None)
-                if isinstance(size, ast.Constant)
-                else numbers.get(getattr(size, "attr", None) or getattr(size, "id", None))
-            )
-            if isinstance(size, int):
-                return size
+        names, defaults = reversed(function.args.args), reversed(function.args.defaults)
+        numbers.update({name.arg: getattr(default, "value", None) for name, default in zip(names, defaults)})
+        loops = [node for node in ast.walk(function) if isinstance(node, (ast.For, ast.While, ast.ListComp))]
+        looped = {id(node) for loop in loops for node in ast.walk(loop)}
+        for call in (node for node in ast.walk(function) if isinstance(node, ast.Call) and id(node) not in looped):
+            if getattr(call.func, "attr", "") == "sample":
+                size = {keyword.arg: keyword.value for keyword in call.keywords}.get("batch_size")
+                size = size or (call.args[2] if len(call.args) > 2 else None)
+                name = getattr(size, "attr", getattr(size, "id", None))
+                count = getattr(size, "value", None) if isinstance(size, ast.Constant) else numbers.get(name)
+                return count if isinstance(count, int) else None
     return None
 
 

@@ -7,6 +7,7 @@ write files, start programs that use the network, and signal other processes: RE
 from __future__ import annotations
 
 import json
+import math
 import os
 import queue
 import signal
@@ -34,6 +35,7 @@ LOCK = threading.Lock()  # of RUNNING
 STOPPED = threading.Event()  # by Ctrl-C
 # Where the function of a call stands.
 PLACES = {
+    "load": "{}",
     "q_sample": "diffusion.Diffusion.q_sample",
     "p_sample": "diffusion.Diffusion.p_sample",
     "guide": "diffusion.Diffusion.{}",
@@ -124,7 +126,7 @@ class Worker(Remote):
 
     def __init__(self, folder: Path, limit: float):
         self.folder, self.limit, self.process, self.lost = folder, limit, None, 0
-        self.last, self.begun = time.monotonic() + 2 * WALL * limit, 0.0
+        self.begun, self.last = 0.0, math.inf  # when this fact began, and when all must be done
         super().__init__()
 
     def begin(self) -> None:
@@ -157,6 +159,7 @@ class Worker(Remote):
         threading.Thread(target=read_lines, args=(self.process.stdout, self.answers), daemon=True).start()
         self.receive(START_LIMIT, f"{START_LIMIT} s to start")
         self.begun = time.monotonic()
+        self.last = min(self.last, self.begun + 2 * WALL * self.limit)
 
     def receive(self, seconds: float, allowed: str) -> bytes:
         try:

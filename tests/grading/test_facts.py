@@ -163,6 +163,13 @@ def test_an_argument_that_nobody_knows_is_not_blamed_on_the_submission(tmp_path)
     assert said["verdict"] == "missing" and "what is eta?" in said["found"]
 
 
+def test_a_shape_of_a_submission_is_checked_before_two_of_its_tensors_meet(tmp_path):
+    """Two of 60,000 would else be broadcast to 14 GB in the process that judges."""
+    text = RIGHT[D].replace("        if t_index == 0:\n", "        mean = mean[:1]\n        if t_index == 0:\n")
+    said = evaluated(write(tmp_path, {**RIGHT, D: text}), "reverse_image")["reverse_image"]
+    assert said["verdict"] == "wrong" and said["found"] == "shape (1, 3, 8, 8)"
+
+
 class Forger(Local):
     """Has a right answer's form, and says something else than the submission."""
 
