@@ -155,6 +155,10 @@ SLIPS = {
         *(D, "torch.sqrt(extract(self.alphas_bar, t)) * x_zero", "torch.sqrt(extract(self.alphas, t)) * x_zero"),
         *("forward_signal", "alpha_t of one step in place of the product", ""),
     ),
+    "signal-as-noise": (
+        *(D, "torch.sqrt(extract(self.alphas_bar, t)) * x_z", "torch.sqrt(1 - extract(self.alphas_bar, t)) * x_z"),
+        *("forward_signal", "the image has the factor of the noise", ""),
+    ),
     "noise-no-root": (
         *(D, "torch.sqrt(1 - extract(self.alphas_bar, t)) * noise", "(1 - extract(self.alphas_bar, t)) * noise"),
         *("forward_noise", "root of 1 - alpha-bar left out", "forward_draws loss_draws"),

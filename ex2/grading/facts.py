@@ -276,6 +276,7 @@ def loss_values(submission: Submission) -> None:
             "the loss is to x_t, not to the noise": of_input,
             "the loss is to x_t and summed": of_input * size,
             "the loss is to x_t, the root of its sum": (of_input * size) ** 0.5,
+            "the loss is to x_0, not to the noise": {"l2": 0.09, "l1": 0.3}[kind],
             "the other of the two losses": 7.0 - right,
         }
         found = submission.loss({}, images(0.3, 8), t, kind, noise=noise)["loss"]
