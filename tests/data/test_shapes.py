@@ -10,7 +10,7 @@ from ex2.data.shapes import SHAPES, draw_shapes, load_shapes
 from ex2.evaluation.templates import TemplateClassifier
 
 
-@pytest.mark.parametrize("image_size", [8, 16, 33])
+@pytest.mark.parametrize("image_size", [8, 33])
 def test_shapes_of_any_size_have_ten_balanced_classes(image_size):
     train, _, test, names = load_shapes(image_size)
     assert train.images.shape == (10_000, 3, image_size, image_size) and train.images.dtype == torch.uint8
@@ -42,7 +42,7 @@ def test_shapes_are_anti_aliased_at_their_true_size():
     assert np.abs(areas[1] / areas[2] - 1).max() < 0.05
 
 
-@pytest.mark.parametrize("size", [16, 64])
+@pytest.mark.parametrize("size", [16, 24])
 def test_the_template_classifier_knows_fresh_shapes(size):
     labels = np.arange(300) % 10
     images = draw_shapes(labels, size, np.random.default_rng(123))
