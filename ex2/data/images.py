@@ -139,7 +139,9 @@ def digest_images(dataset) -> list[bytes]:
     else:
         how = f"{dataset.image_size} {dataset.square} ".encode()
         contents = (how + name + file_sample(path) for name, path in zip(dataset.names(), dataset.paths))
-    return [hashlib.sha256(b"%d " % label + data).digest() for label, data in zip(dataset.labels.tolist(), contents)]
+    # Bytes as in earlier versions: the order of `training_images` follows from them, and with it the classifier.
+    labels = (label.to_bytes(1 + label.bit_length() // 8, "big") for label in dataset.labels.tolist())
+    return [hashlib.sha256(data + label).digest() for data, label in zip(contents, labels)]
 
 
 def file_sample(path: Path) -> bytes:
