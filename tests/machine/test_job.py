@@ -491,7 +491,7 @@ def test_a_signal_to_the_whole_group_ends_a_training_in_order(photographs, tmp_p
     """The processes that read files while it trains have it, too."""
     script = tmp_path / "reading.py"
     script.write_text(
-        "import sys, ex2_main\nfrom ex2.data import folder\nfolder.RESIDENT_LIMIT = 0\nsys.exit(ex2_main.main())\n"
+        "import sys, ex2_main\nfrom ex2.data import load\nload.RESIDENT_LIMIT = 0\nsys.exit(ex2_main.main())\n"
     )
     data = ["--dataset", "folder", "--data_dir", str(photographs), "--num_workers", "1", "--batch_size", "5"]
     long = [*RUN, *data, "--results_dir", str(tmp_path), "--epochs", "500", "--log_interval", "1"]
