@@ -129,7 +129,7 @@ def find_problem(folder: Path) -> str | None:
     files = [f"{prefix}{part}.py" for prefix in PREFIXES for part in ("diffusion", "model")]
     if any((folder / name).is_file() for name in files):
         return None
-    near = [str(path.relative_to(folder)) for path in islice(folder.rglob("*ex*2*diffusion*.py"), 3)]
+    near = [printable(path.relative_to(folder)) for path in islice(folder.rglob("*ex*2*diffusion*.py"), 3)]
     return f"none of {', '.join(files)}" + (f"; is {' or '.join(sorted(near))} meant?" if near else "")
 
 
