@@ -18,6 +18,10 @@ class RunError(RuntimeError):
     """A run can't go on, and the command line is not the reason. The message is one line."""
 
 
+class ReadingError(RunError):
+    """Images can't be read: a DataLoader worker was killed or hangs, or the memory is full. A training is saved."""
+
+
 class ProcessesError(RuntimeError):
     """The processes of a run lost each other; the message is one line."""
 
@@ -45,8 +49,7 @@ def exit_code_of(error: BaseException) -> tuple[int | None, str]:
         sys.stdout = None  # nobody reads it any more
         return BROKEN_PIPE, line_of("nobody reads the output any more; a training that was going on is saved")
     if isinstance(error, InputError):
-        # From a DataLoader worker the message comes with the worker's traceback before it.
-        return 2, line_of(str(error).splitlines()[-1].replace(f"{InputError.__module__}.InputError: ", ""))
+        return 2, line_of(str(error))
     if isinstance(error, (RunError, ProcessesError, OSError, FloatingPointError)):
         full = getattr(error, "errno", None) in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
         return 1, line_of(f"{error}{'; free some space: the same command goes on from what is saved' if full else ''}")

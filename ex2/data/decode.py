@@ -11,7 +11,7 @@ import torchvision.transforms.functional as TF
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ex2.errors import InputError, RunError
+from ex2.errors import InputError, ReadingError
 
 
 def read_image(path: Path, image_size: int, square: str = "crop") -> Tensor:
@@ -19,7 +19,7 @@ def read_image(path: Path, image_size: int, square: str = "crop") -> Tensor:
 
     Raises:
         InputError: the file is damaged, or has more pixels than Pillow's limit (89 million).
-        RunError: the memory is full.
+        ReadingError: the memory is full.
     """
     try:
         with warnings.catch_warnings():
@@ -31,7 +31,9 @@ def read_image(path: Path, image_size: int, square: str = "crop") -> Tensor:
         raise InputError(f"{path} is too large ({str(error).split(',')[0]}): make it smaller") from error
     except Exception as error:  # Pillow raises many kinds for damaged files
         if isinstance(error, MemoryError) or "allocate memory" in str(error):  # the latter is torch's
-            raise RunError(f"the memory is full, {path} can't be read: free some, or lower --num_workers") from error
+            raise ReadingError(
+                f"the memory is full, {path} can't be read: free some, or lower --num_workers"
+            ) from error
         raise InputError(f"{path} can't be read as an image ({error}): repair or delete it") from error
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ex2.data.images import ImageFiles, ImageSet, join, reverse_transform, to_model_range
-from ex2.errors import InputError, RunError
+from ex2.errors import InputError, ReadingError
 from ex2.machine.job import ignore_signals, kill_workers
 from ex2.machine.processes import shard
 from ex2.machine.progress import track
@@ -29,7 +29,7 @@ def read_batches(files: ImageFiles, num_workers: int, **settings) -> Iterator[tu
 
     Raises:
         InputError: an image can't be read.
-        RunError: the memory is full, or a worker was killed or hangs.
+        ReadingError: the memory is full, or a worker was killed or hangs.
     """
     settings["timeout"] = WORKER_TIMEOUT if num_workers else 0
     # A generator of its own: making an iterator draws a number, and must not from the one that training uses.
@@ -38,11 +38,11 @@ def read_batches(files: ImageFiles, num_workers: int, **settings) -> Iterator[tu
         yield from DataLoader(files, num_workers=num_workers, worker_init_fn=ignore_signals, **settings)
     except (InputError, RuntimeError) as error:
         kind, line = type(error), str(error).strip().splitlines()[-1]  # a worker's traceback stands before the line
-        if kind in (InputError, RunError):
+        if kind in (InputError, ReadingError):
             failure = kind(line.replace(f"{kind.__module__}.{kind.__name__}: ", ""))
         elif "DataLoader" in str(error):
             advice = "lower --num_workers, or free memory and shared memory (/dev/shm)"
-            failure = RunError(f"reading images failed ({line}): {advice}")
+            failure = ReadingError(f"reading images failed ({line}): {advice}")
         else:
             raise
         if num_workers:

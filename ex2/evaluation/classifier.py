@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Callable
@@ -18,7 +18,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
 
-from ex2.data.images import DataSplits, ImageFiles, ImageSet, reverse_transform, to_model_range
+from ex2.data.images import DataSplits, ImageFiles, ImageSet, reverse_transform, to_model_range, training_images
 from ex2.data.loader import make_loader
 from ex2.errors import InputError
 from ex2.machine.processes import all_gather_rows, broadcast_from_main, is_main, shard, world_size
@@ -204,27 +204,6 @@ def features_of(extractor, dataset, device, num_workers: int = 0) -> Tensor:
     batches = tqdm(loader, "features", leave=False, disable=None)
     rows = [rounded_features(extractor, reverse_transform(images.to(device))) for images, _ in batches]
     return all_gather_rows(rows, "features of a data set")
-
-
-def training_images(splits: DataSplits) -> tuple[ImageSet | ImageFiles, str]:
-    """(train and val together, their fingerprint), in an order that does not depend on how the seed split them."""
-    parts = (splits.train, splits.val)
-    labels = torch.cat([part.labels for part in parts])
-    if isinstance(splits.train, ImageSet):
-        whole = ImageSet(torch.cat([part.images for part in parts]), labels)
-        keys = (image.numpy().tobytes() for image in whole.images)
-    else:
-        whole = replace(splits.train, paths=tuple(p for part in parts for p in part.paths), labels=labels)
-        keys = (file_key(path, f"{whole.image_size} {whole.square}") for path in whole.paths)
-    digests = [hashlib.sha256(key + bytes([label % 256])).digest() for key, label in zip(keys, labels.tolist())]
-    order = sorted(range(len(digests)), key=digests.__getitem__)
-    return whole.subset(torch.tensor(order)), hashlib.sha256(b"".join(sorted(digests))).hexdigest()[:12]
-
-
-def file_key(path: Path, made: str) -> bytes:
-    """Identifies an image file without reading all of it: by size, first bytes, and how it is prepared (`made`)."""
-    with open(path, "rb") as file:
-        return f"{path.stat().st_size} {made} ".encode() + file.read(4096)
 
 
 @dataclass(frozen=True)

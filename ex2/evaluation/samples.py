@@ -42,10 +42,12 @@ FEWEST_COMPARED = 8  # images, for neighbours and kernels
 MEMORISATION_SAMPLES, MEMORISATION_SHOWN = 256, 16  # samples whose nearest training image is looked for, and shown
 
 
-def shared_samples(diffusor, model, count: int, batch_size: int, seed: int, *, classes=None, **sampling) -> Tensor:
+def shared_samples(
+    diffusor, model, count: int, batch_size: int, seed: int, *, classes=None, first: int = 0, **sampling
+) -> Tensor:
     """`count` images (N, C, H, W) on the CPU, each process sampling its part; arguments as in `sample_in_batches`."""
     mine = shard(count)
-    own = {"classes": None if classes is None else classes[mine.start : mine.stop], "first": mine.start}
+    own = {"classes": None if classes is None else classes[mine.start : mine.stop], "first": first + mine.start}
     batches = sample_in_batches(diffusor, model, len(mine), batch_size, seed, **own, **sampling)
     return all_gather_rows(list(batches), "samples")
 

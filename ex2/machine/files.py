@@ -1,11 +1,18 @@
-"""Files that a kill, a full disk or a flipped bit can't spoil unnoticed."""
+"""Files that a kill, a full disk or a flipped bit can't spoil unnoticed; names that every file system takes."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import re
+import time
+import unicodedata
 from pathlib import Path
+
+COMMANDS_NAME = "commands.txt"  # how everything in the folder was made
+LONGEST_NAME = 120  # bytes of a file name that come from a label; file systems take 255 in all
+STALE_SECONDS = 3600  # a temporary file of that age is of a process that was killed
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
@@ -13,7 +20,7 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
 
     Raises OSError: it can't be written, or reads back as something else.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # a second command may write the same file
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -30,6 +37,30 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def remove_stale(folder: Path) -> None:
+    """Removes temporary files that killed processes left."""
+    for path in folder.glob("*.tmp"):
+        if time.time() - path.stat().st_mtime > STALE_SECONDS:
+            path.unlink(missing_ok=True)
+
+
+def keep_beside(path: Path) -> Path:
+    """Renames a file to the first free name of file.1, file.2, ... and returns that."""
+    number = next(i for i in range(1, 10**6) if not path.with_name(f"{path.name}.{i}").exists())
+    return path.rename(path.with_name(f"{path.name}.{number}"))
+
+
+def file_name_of(label: str) -> str:
+    """A label as a part of a file name: letters, digits, "_", "." and "-", at most `LONGEST_NAME` bytes."""
+    name = re.sub(r"[^\w.-]+", "_", unicodedata.normalize("NFC", label))
+    return name.encode("utf-8", "replace")[:LONGEST_NAME].decode("utf-8", "ignore")
+
+
+def number_name(value: float) -> str:
+    """A number as a part of a file name, short but exact: two different numbers have two names."""
+    return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+
+
 def read_json(path: Path) -> dict:
     """The content of a JSON file of a run. Empty if there is no file, or, with a message, if it is damaged."""
     try:
@@ -42,9 +73,6 @@ def read_json(path: Path) -> dict:
         print(f"{path} is damaged or of another program: left out")
         return {}
     return content
-
-
-COMMANDS_NAME = "commands.txt"  # how everything in the folder was made
 
 
 def append_command(folder: Path, command: str) -> None:

@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from ex2.errors import InputError, Interrupted
+from ex2.errors import InputError, Interrupted, job_number
 from ex2.machine.cuda_graphs import free_memory
+from ex2.machine.files import remove_stale
 from ex2.machine.processes import is_main, is_restart, local_rank, started_by_torchrun, world_size
 
 # Everything that a scheduler, a terminal or a limit sends to end a program; what denotes a fault of it is left alone.
@@ -79,20 +80,33 @@ def lock_folder(folder: Path) -> Iterator[None]:
         yield
         return
     lock, holder = FileLock(folder / LOCK_NAME, mode=0o666), folder / HOLDER_NAME
-    restarted = is_restart() or int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
+    restarted = is_restart() or job_number("SLURM_RESTART_COUNT") > 0
     try:
         lock.acquire(timeout=STALE_LOCK_SECONDS if restarted else WORKER_EXIT_SECONDS)
-    except (Timeout, NotImplementedError, OSError) as error:  # older versions of filelock wait where there are no locks
-        if isinstance(error, Timeout) and holder.is_file():
-            advice = f"wait for it, or choose another --run_name; if it is gone, delete {holder}"
-            raise InputError(f"{holder.read_text()} works in {folder}: {advice}") from None
+    except (Timeout, NotImplementedError, OSError) as error:
+        if isinstance(error, Timeout) and can_lock(folder):
+            who = holder.read_text() if holder.is_file() else "another process"
+            raise InputError(f"{who} works in {folder}: wait for it, or choose another --run_name") from None
         print(f"{folder / LOCK_NAME} can't be locked: nothing keeps a second run out of this folder")
+    remove_stale(folder)
     try:
         holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
         yield
     finally:
         holder.unlink(missing_ok=True)
         lock.release()
+
+
+def can_lock(folder: Path) -> bool:
+    """Whether the file system of a folder knows locks; of others filelock waits as if somebody had one."""
+    probe = folder / f".probe-{os.getpid()}"
+    try:
+        with FileLock(probe, timeout=0):
+            return True
+    except (Timeout, NotImplementedError, OSError):
+        return False
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def check_space(folder: Path, needed: int) -> None:

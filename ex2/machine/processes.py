@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ex2.errors import ProcessesError
+from ex2.errors import ProcessesError, job_number
 
 T = TypeVar("T")
 _timeout = datetime.timedelta(minutes=30)  # how long a process waits for the others
@@ -44,7 +44,7 @@ def is_main() -> bool:
 
 def local_rank() -> int | None:
     """The number of this process on its machine; None where torchrun didn't start it."""
-    return int(os.environ["LOCAL_RANK"]) if started_by_torchrun() else None
+    return job_number("LOCAL_RANK") if started_by_torchrun() else None
 
 
 def started_by_torchrun() -> bool:
@@ -53,7 +53,7 @@ def started_by_torchrun() -> bool:
 
 def is_restart() -> bool:
     """Whether torchrun started this process anew after another one died."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return job_number("TORCHELASTIC_RESTART_COUNT") > 0
 
 
 class NoTerminal(io.TextIOBase):
@@ -79,7 +79,7 @@ def connect_processes(cuda: bool | None, timeout_minutes: float) -> Iterator[Non
 
     Raises ProcessesError: they don't find each other.
     """
-    if not started_by_torchrun() or int(os.environ["WORLD_SIZE"]) == 1:
+    if not started_by_torchrun() or job_number("WORLD_SIZE") <= 1:
         yield
         return
     global _cpu_group, _timeout

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,7 +12,9 @@ import ex2_viz as viz
 from ex2.data.images import DataSplits
 from ex2.data.loader import make_loader
 from ex2.evaluation.samples import shared_samples
-from ex2.machine.processes import is_main
+from ex2.machine.files import file_name_of, number_name
+from ex2.machine.processes import is_main, world_size
+from ex2.machine.progress import track
 from ex2.noise import ImageNoise
 from ex2.settings.config import GUIDANCE_SCALES, Config
 from ex2_diffusion import SCHEDULES, Diffusion, evenly_spaced, sample_in_batches, thin_trajectory
@@ -94,26 +95,36 @@ def sample_and_save_images(
 
     That folder holds nothing else, as tools that evaluate folders expect. The first images are in `grid.png` beside it.
 
-    Each process samples its part; the first one saves.
+    Each process samples its part; the first one saves, batch by batch, so that a long call shows its images early.
 
     Args:
-        classes: a label per image, for a conditional model.  class_names: their names, for file names and the grid.
+        n_images: how many.
+        diffusor: the `Diffusion` process.
+        model: the U-Net; put on `device`.
+        store_path: the folder.
+        classes: a label per image, for a conditional model.
+        class_names: their names, for file names and the grid.
+        seed: image i depends on it and on i alone.
+        batch_size: images that are sampled at a time.
         sampling: `guidance_scale`, `sampler`, `steps` and `eta` as in `Diffusion.sample`.
     """
-    store_path = Path(store_path)
-    training = model.training
-    model.to(device).eval()
-    classes = None if classes is None else torch.as_tensor(classes)
-    images = shared_samples(diffusor, model, n_images, batch_size, seed, classes=classes, **sampling)
-    model.train(training)
-    if not is_main():
-        return images
-    folder = store_path / "images"
-    folder.mkdir(parents=True, exist_ok=True)
-    labels = [] if classes is None else [class_names[c] if class_names else str(c) for c in classes.tolist()]
-    suffixes = [re.sub(r"[^\w.-]+", "_", f"_{label}") for label in labels] or [""] * n_images
-    viz.save_images(images, [folder / f"{i:04d}{suffix}.png" for i, suffix in enumerate(suffixes)])
-    viz.save_grid(images[:GRID_IMAGES], store_path / "grid.png", labels=labels[:GRID_IMAGES])
+    folder, model = Path(store_path) / "images", model.to(device)
+    labels = [] if classes is None else [class_names[c] if class_names else str(int(c)) for c in classes]
+    suffixes = [f"_{file_name_of(label)}" for label in labels] or [""] * n_images
+    if is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+    images, step = [], batch_size * world_size()
+    for start in track(range(0, n_images, step), "sampling", -(-n_images // step)):
+        end = min(start + step, n_images)
+        own = None if classes is None else torch.as_tensor(classes[start:end])
+        images.append(
+            shared_samples(diffusor, model, end - start, batch_size, seed, classes=own, first=start, **sampling)
+        )
+        if is_main():
+            viz.save_images(images[-1], [folder / f"{i:04d}{suffixes[i]}.png" for i in range(start, end)])
+    images = torch.cat(images)
+    if is_main():
+        viz.save_grid(images[:GRID_IMAGES], Path(store_path) / "grid.png", labels=labels[:GRID_IMAGES])
     return images
 
 
@@ -122,7 +133,7 @@ def sample_at_scales(count, scales, diffusor, model, config: Config, out: Path, 
     common = {"classes": classes, "class_names": class_names, "seed": config.seed, "batch_size": config.sample_batch}
     rows = []
     for scale in scales:
-        folder = out if len(scales) == 1 else out / f"w={scale:g}"
+        folder = out if len(scales) == 1 else out / f"w={number_name(scale)}"
         how = {**common, **dataclasses.replace(config, guidance_scale=scale).sampling}
         images = sample_and_save_images(count, diffusor, model, diffusor.device, folder, **how)
         rows.append(images[:GRID_IMAGES].clone())  # so that the others need not be kept

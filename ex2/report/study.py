@@ -26,7 +26,7 @@ from ex2.report.intervals import NOT_COMPARABLE, T_QUANTILES, summarise_seeds
 from ex2.report.metrics import plot_comparison, write_metrics
 from ex2.settings.build import build_diffusion, build_model, load_data, restore_model
 from ex2.settings.config import Config
-from ex2.training.checkpoint import CHECKPOINT_NAME, load_checkpoint
+from ex2.training.checkpoint import checkpoints_in, load_checkpoint
 from ex2.training.log import RunLog
 from ex2.training.run import fit, open_run
 from ex2_diffusion import sample_in_batches
@@ -114,7 +114,7 @@ def write_study(out: Path, varied: dict[str, list], runs: dict[str, Config]) -> 
 def is_evaluated(config: Config, evaluator, count: int, scales: Sequence[float] = ()) -> bool:
     """Whether an earlier call already computed the metrics that are asked for now."""
     metrics = config.run_dir / "test_metrics.json"
-    saved = max((path.stat().st_mtime for path in config.run_dir.glob(f"{CHECKPOINT_NAME}*")), default=0)
+    saved = max((path.stat().st_mtime for path in checkpoints_in(config.run_dir)), default=0)
     if not metrics.is_file() or metrics.stat().st_mtime < saved:
         return False
     report = read_json(metrics)

@@ -6,6 +6,7 @@ import torch
 
 from ex2.data.images import DataSplits
 from ex2.data.load import load_splits
+from ex2.data.sets import UNLABELLED
 from ex2.errors import InputError
 from ex2.machine.processes import main_process_first
 from ex2.samplers import check_sampling
@@ -20,7 +21,10 @@ def load_data(config: Config) -> DataSplits:
     names = ("data_dir", "image_size", "num_workers", "square", "cache_dir", "label_column")
     settings = {name: getattr(config, name) for name in names}
     seed = config.seed if config.data_seed is None else config.data_seed
-    return main_process_first(lambda: load_splits(config.dataset, seed=seed, **settings), "the data")
+    splits = main_process_first(lambda: load_splits(config.dataset, seed=seed, **settings), "the data")
+    if config.class_free_guidance and splits.class_names == UNLABELLED:
+        raise InputError(f"--class_free_guidance: the images in {config.data_dir} have no classes: give each a folder")
+    return splits
 
 
 def build_model(config: Config, num_classes: int) -> Unet:

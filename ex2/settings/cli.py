@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
+import unicodedata
 from dataclasses import fields
 
 from ex2.errors import InputError
 from ex2.settings.config import GUIDANCE_SCALES, WEIGHTS, Config, expand_path
 
+MAX_EVALUATED = 1_000_000  # samples; of each one a row of features is held in memory
 VARIABLE_GROUPS = ("diffusion process", "model", "training")  # of settings that a study varies
 RUN_FLAGS_OF_TRAIN = "run_name results_dir save_model save_minutes compile resume allow_changes log_interval".split()
 PRESET_FLAGS = {
@@ -175,17 +177,25 @@ def choose_classes(wanted: list[str] | None, names: list[str], config: Config) -
         if wanted:
             raise InputError("--classes: this model is unconditional; train one with --class_free_guidance")
         return None
-    numbers = {**{str(i): i for i in range(len(names))}, **{name: i for i, name in enumerate(names)}}
-    for name in wanted or ():
-        if name not in numbers:
+    by_name = {unicodedata.normalize("NFC", name): i for i, name in enumerate(names)}
+    labels = []
+    for name in [unicodedata.normalize("NFC", name) for name in wanted or names]:
+        if name not in by_name and name.isdecimal() and int(name) < len(names):
+            print(f"--classes {name}: no class has that name, so it is number {name}: {names[int(name)]}")
+            labels.append(int(name))
+        elif name in by_name:
+            labels.append(by_name[name])
+        else:
             raise InputError(f"--classes: unknown class {name!r}; the model knows {', '.join(names)}")
-    return [numbers[name] for name in wanted] if wanted else list(range(len(names)))
+    return labels
 
 
 def check_scales(args) -> list[float]:
     """The guidance scales at which samples are evaluated, as far as they were given."""
     if args.eval_samples < 0:
         raise InputError(f"--eval_samples must be at least 0, got {args.eval_samples}")
+    if args.eval_samples > MAX_EVALUATED:
+        raise InputError(f"--eval_samples must be at most {MAX_EVALUATED}, got {args.eval_samples}")
     if args.eval_samples == 0 and args.eval_scales:
         raise InputError("--eval_scales are for evaluated samples: drop --eval_samples 0")
     for scale in args.eval_scales:

@@ -27,6 +27,7 @@ def names_in(file: str, table: str) -> tuple[str, ...]:
 
 
 WEIGHTS = {"ema": "ema", "raw": "model"}  # choices of the command line -> entries of a checkpoint
+SMALLEST, LARGEST, MOST = 1e-30, 1e9, 10**9  # of numbers that a machine can work with, if a setting says nothing else
 SWITCH, SEEDS, SCALES = ("auto", "on", "off"), 2**32 - 1, {"minimum": -1000, "maximum": 1000}
 TRAINING_GROUPS = ("data", "diffusion process", "model", "training")  # what a resumed run must have in common
 
@@ -63,8 +64,10 @@ class Config:
     )
     allow_changes: bool = setting(False, "run", "go on from a checkpoint of other settings")
     compile: str = setting("auto", "run", "compile the network; auto: for long trainings on a GPU", choices=SWITCH)
-    num_threads: Optional[int] = setting(None, "run", "CPU threads (default: torch's choice)", type=int, minimum=1)
-    timeout_minutes: float = setting(30.0, "run", "distributed timeout in minutes", above=0)
+    num_threads: Optional[int] = setting(
+        None, "run", "CPU threads (default: torch's)", type=int, minimum=1, maximum=1024
+    )
+    timeout_minutes: float = setting(30.0, "run", "distributed timeout in minutes", above=0, maximum=10**6)
 
     data_seed: Optional[int] = setting(
         None, "data", "random seed of the data split (default: seed)", type=int, minimum=0, maximum=SEEDS
@@ -78,7 +81,7 @@ class Config:
     label_column: Optional[str] = setting(None, "data", "column that gives a butterfly its class", type=str)
     data_dir: Optional[str] = setting(None, "access to the data", "where the data set lies", type=str, path=True)
     cache_dir: Optional[str] = setting(None, "access to the data", "for downloaded butterflies", type=str, path=True)
-    num_workers: int = setting(0, "access to the data", "DataLoader workers", minimum=0)
+    num_workers: int = setting(0, "access to the data", "DataLoader workers", minimum=0, maximum=1024)
 
     timesteps: int = setting(1000, "diffusion process", "T, the number of noising steps", minimum=1, maximum=10**6)
     schedule: str = setting(
@@ -218,6 +221,10 @@ def check_setting(f: dataclasses.Field, value) -> None:
         raise InputError(f"{flag} must be of type {wanted.__name__}, got {value!r}")
     if isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"{flag} must be finite, got {value}")
+    if isinstance(value, float) and value and not SMALLEST <= abs(value) <= LARGEST:
+        raise InputError(f"{flag} must be 0 or between {SMALLEST:g} and {LARGEST:g}, got {value:g}")
+    if isinstance(value, int) and "maximum" not in rules and value > MOST:
+        raise InputError(f"{flag} must be at most {MOST}, got {value}")
     if "choices" in rules and value not in rules["choices"]:
         raise InputError(f"{flag} must be one of {', '.join(rules['choices'])}; got {value!r}")
     if "minimum" in rules and value < rules["minimum"]:

@@ -17,6 +17,11 @@ from ex2.machine.files import write_atomically
 CHECKPOINT_FORMAT = 3
 CHECKPOINT_NAME = "ckpt.pt"
 PREVIOUS = ".previous"  # ending of the checkpoint before the newest
+CONTENT = {  # of the checkpoint of a run, and the types of it
+    "config": dict, "class_names": list, "data": dict, "model": dict, "ema": dict, "optimizer": dict, "meter": dict,
+    "epoch": int, "step": int, "processes": int, "seconds": float,
+}  # fmt: skip
+METER = {"steps": int, "images": int, "total": float, "window": list}
 
 
 def digest_of(content) -> str:
@@ -64,16 +69,56 @@ def load_checkpoint(path: str | Path, device="cpu") -> dict:
     """
     path = Path(path)
     if not path.is_dir():
-        return read_checkpoint(path, device)
-    newest = path / CHECKPOINT_NAME
-    candidates = [newest.with_name(newest.name + suffix) for suffix in (".new", "", PREVIOUS)]
-    candidates = [candidate for candidate in candidates if candidate.is_file()] or [newest]
+        return check_content(read_checkpoint(path, device), path)
+    candidates = checkpoints_in(path) or [path / CHECKPOINT_NAME]
     for candidate in candidates[:-1]:
         try:
-            return read_checkpoint(candidate, device)
+            return check_content(read_checkpoint(candidate, device), candidate)
         except InputError as error:
             print(f"{error}; trying the one before", file=sys.stderr)
-    return read_checkpoint(candidates[-1], device)
+    return check_content(read_checkpoint(candidates[-1], device), candidates[-1])
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoint files of a run, the newest first. One whose writing was cut off is none."""
+    newest = folder / CHECKPOINT_NAME
+    candidates = [newest.with_name(newest.name + suffix) for suffix in (".new", "", PREVIOUS)]
+    return [candidate for candidate in candidates if candidate.is_file()]
+
+
+def check_content(content: dict, path: Path) -> dict:
+    """The content of a run's checkpoint; an InputError unless all of it is of the kind that `Training.save` writes."""
+    content.setdefault("data", {})  # not kept before 2026-11-28
+    wrong = [name for name, kind in CONTENT.items() if not isinstance(content.get(name), kind)]
+    if not wrong:
+        model, ema, optimizer, meter = (content[name] for name in ("model", "ema", "optimizer", "meter"))
+        weights = [[(name, getattr(value, "shape", None)) for name, value in part.items()] for part in (model, ema)]
+        states, groups = optimizer.get("state"), optimizer.get("param_groups")
+        fits = {
+            "class_names": all(isinstance(name, str) for name in content["class_names"]),
+            "data": list(content["data"]) in ([], ["train", "val", "test"])
+            and all(isinstance(part, str) for part in content["data"].values()),
+            "epoch": content["epoch"] >= 0,
+            "step": content["step"] >= 0,
+            "processes": content["processes"] >= 1,
+            "seconds": 0 <= content["seconds"] < float("inf"),
+            "model": all(isinstance(value, torch.Tensor) for value in (*model.values(), *ema.values())),
+            "ema": weights[0] == weights[1],
+            "optimizer": isinstance(states, dict)
+            and isinstance(groups, list)
+            and len(groups) == 1
+            and isinstance(groups[0].get("lr"), float)
+            and all(isinstance(state, dict) for state in states.values())
+            and all(isinstance(value, torch.Tensor) for state in states.values() for value in state.values()),
+            "meter": all(isinstance(meter.get(name), kind) for name, kind in METER.items())
+            and all(isinstance(step, (list, tuple)) and len(step) == 3 for step in meter["window"])
+            and min(meter["steps"], meter["images"]) >= 0
+            and 0 <= meter["total"] < float("inf"),
+        }
+        wrong = [name for name, right in fits.items() if not right]
+    if wrong:
+        raise InputError(f"{path} is no checkpoint of a run of this program: {', '.join(wrong)} is not what it writes")
+    return content
 
 
 def read_checkpoint(path: Path, device="cpu") -> dict:

@@ -7,27 +7,30 @@ import io
 import time
 from pathlib import Path
 
-from ex2.machine.files import write_atomically
+from ex2.machine.files import keep_beside, write_atomically
 
 LOG_COLUMNS = ("step", "epoch", "seconds", "lr", "grad_norm", "train_loss", "epoch_loss", "val_loss")
 
 
 class RunLog:
-    """log.csv of a run: a row per log interval and per epoch; empty cells where a row has no such figure.
+    """log.csv of a run: a row per log interval and per epoch; empty cells where a row has no such number.
 
-    epochs_done, step: where the run stands. Later rows, left by a run that was cut off, are dropped.
+    Rows after the checkpoint, left by a run that was cut off, are dropped. A file that is not understood, as a
+    spreadsheet saves it, is kept beside as log.csv.1.
+
+    Args:
+        path: of the file.
+        epochs_done, step: where the run stands.
     """
 
     def __init__(self, path: Path, epochs_done: int = 0, step: int = 0):
         self.path = path
-        rows = self.rows() if step > 0 and path.is_file() else []
-        kept = [row for row in rows if self.belongs(row, epochs_done, step)]
+        rows = self.rows() if path.is_file() else []
+        if path.is_file() and not is_understood(path.read_bytes(), rows):
+            print(f"{path} is not as this program wrote it: kept as {keep_beside(path)}")
+        kept = [row for row in rows if self.belongs(row, epochs_done, step)] if step > 0 else []
         self.started = time.perf_counter() - (float(kept[-1]["seconds"] or 0) if kept else 0)
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, LOG_COLUMNS)
-        writer.writeheader()
-        writer.writerows(kept)
-        write_atomically(path, text.getvalue().encode())
+        write_atomically(path, as_csv(kept).encode())
 
     @staticmethod
     def belongs(row: dict, epochs_done: int, step: int) -> bool:
@@ -51,6 +54,21 @@ class RunLog:
             return []
         whole = text[: text.rfind("\n") + 1]
         return [row for row in csv.DictReader(io.StringIO(whole, newline="")) if is_row(row)]
+
+
+def as_csv(rows: list[dict]) -> str:
+    """The text of a log.csv."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, LOG_COLUMNS)
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def is_understood(content: bytes, rows: list[dict]) -> bool:
+    """Whether `rows` are all that a log.csv holds, but for a last row that was cut off."""
+    text = as_csv(rows).encode()
+    return content.startswith(text) and not {10, 0} & set(content[len(text) :])
 
 
 def is_row(row: dict) -> bool:

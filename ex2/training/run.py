@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import ex2_viz as viz
-from ex2.data.images import DataSplits
+from ex2.data.images import DataSplits, fingerprint_of
 from ex2.data.loader import make_loader
-from ex2.errors import InputError, Interrupted, RunError, is_compiler_error
+from ex2.errors import InputError, Interrupted, ReadingError, RunError, is_compiler_error
 from ex2.machine.compiling import compile_blocks
 from ex2.machine.cuda_graphs import GraphReplay
 from ex2.machine.files import write_atomically
@@ -29,7 +29,7 @@ from ex2.meter import LossMeter
 from ex2.optimisation import EMA, build_optimizer, learning_rate, set_learning_rate
 from ex2.settings.build import build_model
 from ex2.settings.config import TRAINING_GROUPS, Config, config_of
-from ex2.training.checkpoint import CHECKPOINT_NAME, PREVIOUS, load_checkpoint, save_checkpoint
+from ex2.training.checkpoint import CHECKPOINT_NAME, PREVIOUS, checkpoints_in, load_checkpoint, save_checkpoint
 from ex2.training.log import RunLog
 from ex2_diffusion import Diffusion
 from ex2_model import Unet
@@ -56,7 +56,7 @@ def fit(run: Training) -> Unet:
                 loss = train(*parts, meter=run.meter, **hooks)
             val = test(run.ema.model, run.val_loader, run.diffusor, run.device, run.config)
             run.end_epoch(loss, sum(val[run.config.loss_type]) / len(val["t"]))
-    except (Interrupted, BrokenPipeError):  # a signal; or nobody reads what is printed
+    except (Interrupted, BrokenPipeError, ReadingError):  # a signal; nobody reads what is printed; no images come
         if not run.within_step:
             with hold_signals():
                 run.save()
@@ -79,6 +79,7 @@ def open_run(config: Config, splits: DataSplits, diffusor: Diffusion) -> Trainin
     loader = make_loader(splits.train, config.batch_size, device, num_workers=workers, **how)
     val_loader = make_loader(splits.val, config.batch_size * 2, device, num_workers=workers)
     run = Training(model, config, diffusor, loader, splits.class_names, val_loader)
+    run.data = broadcast_from_main(lambda: fingerprint_of(splits), "the fingerprint of the data")
     run.resume()
     run.open_log()
     if not run.finished:
@@ -120,7 +121,7 @@ class Training:
         self.device = diffusor.device
         self.settings = {name: getattr(config, name) for name in ("loss_type", "grad_clip", "min_snr")}
         self.settings["amp"] = computes_in_bfloat16(config.amp, self.device)
-        self.class_names = list(class_names)
+        self.class_names, self.data = list(class_names), {}  # data: see `fingerprint_of`
         self.epochs, self.steps_per_epoch = (1, 1) if config.dry_run else (config.epochs, len(loader))
         self.total_steps = self.epochs * self.steps_per_epoch
         self.optimizer = build_optimizer(model, config.lr, config.adam_beta1)
@@ -323,7 +324,7 @@ class Training:
             group["lr"] = float(group["lr"])
         weights = {"model": self.model.state_dict(), "ema": self.ema.model.state_dict(), "optimizer": optimizer}
         progress = {"epoch": self.epochs_done, "step": self.step, "seconds": self.seconds, "processes": world_size()}
-        run = {"config": dataclasses.asdict(self.config), "class_names": self.class_names}
+        run = {"config": dataclasses.asdict(self.config), "class_names": self.class_names, "data": self.data}
         path = self.config.run_dir / CHECKPOINT_NAME
         save_checkpoint(path, **run, **weights, **progress, meter=self.meter.state_dict(self.lr))
         self.saved_at = time.monotonic()
@@ -353,6 +354,10 @@ class Training:
         if saved["class_names"] != self.class_names:
             classes = f"{', '.join(saved['class_names'])} there, {', '.join(self.class_names)} now"
             raise InputError(f"{config.run_dir} holds a run on other classes ({classes}): {other}")
+        differences = changed_data(saved["data"], self.data)
+        if differences and not config.allow_changes:
+            what = f"{config.run_dir} holds a run on other data ({differences})"
+            raise InputError(f"{what}: {other}, or go on with these by --allow_changes")
         self.load_weights(saved)
         self.epochs_done, self.step, self.seconds = saved["epoch"], saved["step"], saved["seconds"]
         self.start_epoch()
@@ -361,7 +366,8 @@ class Training:
             self.step = self.epochs_done * self.steps_per_epoch
         else:
             self.meter.load_state_dict(saved["meter"])
-        if not 0 <= self.batches_done <= self.steps_per_epoch:
+        fits = changed or self.meter.all_steps == self.batches_done
+        if not fits or not 0 <= self.batches_done <= self.steps_per_epoch:
             raise InputError(f"{config.run_dir} holds a run on other images: {other}")
         if (there := saved["processes"]) != world_size():
             print(f"{there} processes there, {world_size()} now: a step still takes {config.batch_size} images in all")
@@ -371,7 +377,10 @@ class Training:
     def find_checkpoint(self) -> dict | None:
         """The checkpoint to continue from; None to start anew. A run that lost a process always continues."""
         config = self.config
-        there = any(config.run_dir.glob(f"{CHECKPOINT_NAME}*"))
+        there = bool(checkpoints_in(config.run_dir))
+        if there and not config.save_model and not config.dry_run:
+            what = f"--no_save_model: the checkpoint in {config.run_dir} would no longer fit the log beside it"
+            raise InputError(f"{what}: choose another --run_name")
         if config.resume and not there:
             raise InputError(f"--resume: no checkpoint in {config.run_dir}; drop the flag to start a new run")
         anew = config.resume is False and not is_restart()
@@ -385,6 +394,10 @@ class Training:
         except RuntimeError as error:
             what = f"the weights in {self.config.run_dir} don't fit the model's settings"
             raise InputError(f"{what}: choose another --run_name") from error
+        shapes = [list(weight.shape) for weight in self.model.parameters()]
+        moments = [list(state["exp_avg"].shape) for state in saved["optimizer"]["state"].values() if "exp_avg" in state]
+        if moments not in ([], shapes):
+            raise InputError(f"the moments in {self.config.run_dir} don't fit its weights: choose another --run_name")
         own = self.optimizer.state_dict()["param_groups"]  # betas and kind are those of this run
         self.optimizer.load_state_dict({"state": saved["optimizer"]["state"], "param_groups": own})
         self.lr = saved["optimizer"]["param_groups"][0]["lr"]  # until the next step
@@ -402,3 +415,9 @@ def changed_settings(before: Config, now: Config) -> str:
     names = [f.name for f in fields if f.metadata["group"] in TRAINING_GROUPS or f.name == "seed"]
     changed = [name for name in names if getattr(before, name) != getattr(now, name)]
     return ", ".join(f"--{name} {getattr(before, name)} there, {getattr(now, name)} now" for name in changed)
+
+
+def changed_data(before: dict[str, str], now: dict[str, str]) -> str:
+    """The parts of the data in which two fingerprints differ; empty where there are none, or one is not known."""
+    changed = [name for name in before if before[name] != now.get(name)] if now else []
+    return ", ".join(f"{name}: {before[name]} there, {now.get(name)} now" for name in changed)
