@@ -10,9 +10,9 @@ import torch
 from tiny import TINY
 
 import ex2_main
+from ex2.data.images import training_images
 from ex2.evaluation import classifier, tables
 from ex2.evaluation import samples as evaluation_samples
-from ex2.data.images import training_images
 from ex2.evaluation.classifier import SmallClassifier
 from ex2.report import metrics as report_metrics
 from ex2.settings.build import build_diffusion, load_data, restore_model

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
-from tiny import ROOT, TINY, fit, random_set, rejected, tiny_config, tiny_splits, without_evaluation
+from tiny import TINY, fit, random_set, rejected, tiny_config, tiny_splits, without_evaluation
 
 import ex2_main
 from ex2.data import loader
@@ -24,6 +24,7 @@ from ex2.settings.config import Config
 from ex2.training import checkpoint, log
 from ex2.training.log import RunLog
 from ex2.training.run import open_run
+from ex2_viz import save_images
 
 
 @pytest.fixture(autouse=True)
@@ -289,18 +290,10 @@ def test_job_variables_that_are_no_number_are_none_or_one_line(tmp_path, capsys,
 
 
 def test_a_flat_folder_has_no_classes_to_condition_on(tmp_path, capsys):
+    (tmp_path / "data").mkdir()
     for i in range(20):
-        (tmp_path / f"{i}.png").write_bytes((ROOT / "results/showcase/quick/class_grid.png").read_bytes())
-    flags = [
-        "--dataset",
-        "folder",
-        "--data_dir",
-        str(tmp_path),
-        "--image_size",
-        "8",
-        "--results_dir",
-        str(tmp_path / "r"),
-    ]
+        save_images(torch.rand(1, 3, 8, 8), [tmp_path / "data" / f"{i}.png"])
+    flags = f"--dataset folder --data_dir {tmp_path}/data --image_size 8 --results_dir {tmp_path}/results".split()
     assert "have no classes: give each a folder" in rejected([*flags, "--class_free_guidance"], capsys)
 
 
