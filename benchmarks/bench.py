@@ -63,7 +63,7 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def main_process_first(variants: dict[str, Callable[[], object]], device, rounds: int) -> dict[str, list[float]]:
+def in_turns(variants: dict[str, Callable[[], object]], device, rounds: int) -> dict[str, list[float]]:
     """Seconds of every call of every variant, one of each per round; a first round isn't counted."""
     seconds = {name: [] for name in variants}
     for number in range(rounds + 1):
@@ -125,12 +125,11 @@ def our_step(config: Config, device: torch.device, replayed: bool = True) -> Cal
     if not replayed:
         training.step_on = training.eager_step
     training.network.train()
-    inputs = next(loader.inputs())
+    batch = next(iter(loader))
 
     def step():
-        training.take_step(inputs)
         training.epochs_done = training.step  # epochs of a single batch
-        return training.meter.window.pop()
+        return training.take_step(*batch)
 
     return step
 
@@ -214,7 +213,7 @@ def bench_training(config: Config, device, args) -> tuple[list[dict], float]:
     makers.update({name: (our_step, dataclasses.replace(config, **change), device) for name, change in ways.items()})
     steps = {name: in_own_process(*maker) for name, maker in makers.items()}
     best, operations = at_best(device)
-    *seconds, at_peak = main_process_first({**steps, "best": best}, device, args.rounds).values()
+    *seconds, at_peak = in_turns({**steps, "best": best}, device, args.rounds).values()
     memory = {name: step("memory") for name, step in steps.items()}
     per_step, first = config.batch_size * operations_per_image(config), next(iter(steps))
     rows = []
@@ -251,7 +250,7 @@ def bench_calls(config: Config, device, args) -> list[dict]:
     calls = {"plain": lambda: model(x[:half], t[:half], classes[:half]), "guided": lambda: model(x, t, classes)}
     best, operations = at_best(device)
     with torch.no_grad():
-        *seconds, at_peak = main_process_first({**calls, "best": best}, device, args.rounds).values()
+        *seconds, at_peak = in_turns({**calls, "best": best}, device, args.rounds).values()
     per_call, rows = half * operations_per_image(config) / 3, []
     for name, times in zip(calls, seconds):
         rate = half / statistics.median(times)
@@ -262,7 +261,7 @@ def bench_calls(config: Config, device, args) -> list[dict]:
 
 
 def bench_samplers(args, device) -> list[dict]:
-    """Quality of a run's samples by sampler and number of times visited, in the judge's features; best is smallest."""
+    """Quality of a run's samples by sampler and number of timesteps visited, on the evaluator's features; best is smallest."""
     checkpoint = load_checkpoint(args.checkpoint)
     config = config_of(checkpoint, {"cuda": None, "data_dir": args.data_dir} if args.data_dir else {"cuda": None})
     splits, diffusor = load_data(config), build_diffusion(config, device)
@@ -326,7 +325,7 @@ def main() -> None:
     parser.add_argument("--skeleton", metavar="DIR", help="folder with another solution's ex02_model.py to time beside")
     parser.add_argument("--checkpoint", help="a run's folder, for quality against network calls")
     parser.add_argument("--data_dir", help="where that run's data lies now")
-    parser.add_argument("--samples", type=int, default=500, help="that are judged per sampler (default: 500)")
+    parser.add_argument("--samples", type=int, default=500, help="that are evaluated per sampler (default: 500)")
     parser.add_argument("--guidance_scale", type=float, default=0.0, help="at which they are drawn (default: 0)")
     parser.add_argument("--out", default="results/bench.json", help="the figures (default: results/bench.json)")
     args = parser.parse_args()

@@ -32,22 +32,22 @@ from ex2.machine.inference import InferenceModel  # noqa: E402
 from ex2.machine.job import computes_in_bfloat16, pick_device  # noqa: E402
 from ex2.noise import ImageNoise  # noqa: E402
 from ex2.settings.build import build_diffusion, build_model  # noqa: E402
-from ex2.settings.cli import PRESETS  # noqa: E402
+from ex2.settings.cli import preset_config  # noqa: E402
 from ex2.settings.config import Config  # noqa: E402
 
 DEVICE = pick_device(None)
 AMP = computes_in_bfloat16("auto", DEVICE)
 CUDA = DEVICE.type == "cuda"
-TESTS = ("test_gpu.py", "test_replay.py", "test_main.py") if CUDA else ("test_gpu.py",)
+TESTS = ("machine/test_gpu.py", "machine/test_cuda_graphs.py", "test_main.py") if CUDA else ("machine/test_gpu.py",)
 STEPS = 50 if CUDA else 6  # of which losses are compared
-ETA_STEPS = 40 if CUDA else 2  # steps between two looks at the clock
+TIMED_STEPS = 40 if CUDA else 2  # steps between two looks at the clock
 
 
 def networks() -> dict[str, Config]:
     """The sizes that are timed: the command line's defaults, and the presets that are meant for a GPU."""
     if not CUDA:
         return {"tiny": Config(dim=8, dim_mults=(1, 2), image_size=16, batch_size=4, class_free_guidance=True)}
-    return {"defaults": Config(), "exercise": PRESETS["exercise"], "best": PRESETS["best"]}
+    return {"defaults": Config(), "exercise": preset_config("exercise"), "best": preset_config("best")}
 
 
 def largest() -> Config:
@@ -56,16 +56,16 @@ def largest() -> Config:
 
 def rate(step, images: int) -> float:
     """Images per second, the median of three looks at the clock."""
-    for _ in range(8):  # warm-up, recording, check
+    for _ in range(8):  # warm-up, capture, check
         step()
     seconds = []
     for _ in range(3):
         bench.wait_for(DEVICE)
         start = time.perf_counter()
-        for _ in range(ETA_STEPS):
+        for _ in range(TIMED_STEPS):
             step()
         bench.wait_for(DEVICE)
-        seconds.append((time.perf_counter() - start) / ETA_STEPS)
+        seconds.append((time.perf_counter() - start) / TIMED_STEPS)
     return images / statistics.median(seconds)
 
 
@@ -75,7 +75,7 @@ def rate(step, images: int) -> float:
 def check_machine(args) -> list[dict]:
     run, operations = bench.at_best(DEVICE)
     run()
-    seconds = bench.main_process_first({"best": run}, DEVICE, 3)["best"]
+    seconds = bench.in_turns({"best": run}, DEVICE, 3)["best"]
     name = torch.cuda.get_device_name() if CUDA else platform.processor() or platform.machine()
     peak = operations / statistics.median(seconds) / 1e12
     return [{"device": name, "torch": torch.__version__, "peak, TFLOP/s": peak, "amp": AMP}]
