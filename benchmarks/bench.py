@@ -261,7 +261,7 @@ def bench_calls(config: Config, device, args) -> list[dict]:
 
 
 def bench_samplers(args, device) -> list[dict]:
-    """Quality of a run's samples by sampler and number of timesteps visited, on the evaluator's features; best is smallest."""
+    """Quality of a run's samples by sampler and number of timesteps, on the evaluator's features; best is smallest."""
     checkpoint = load_checkpoint(args.checkpoint)
     config = config_of(checkpoint, {"cuda": None, "data_dir": args.data_dir} if args.data_dir else {"cuda": None})
     splits, diffusor = load_data(config), build_diffusion(config, device)
