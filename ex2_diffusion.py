@@ -139,7 +139,14 @@ class Diffusion:
     def __init__(self, timesteps, get_noise_schedule, img_size, device=None):
         """2.2 a: every factor of Eqs. 4 and 8 is computed once, in float64, and kept as a float32 table."""
         check_timesteps(timesteps)
-        betas = check_betas(torch.as_tensor(get_noise_schedule(timesteps)).to("cpu", torch.float64), timesteps)
+        try:
+            betas = torch.as_tensor(get_noise_schedule(timesteps))
+        except TypeError as error:
+            example = "lambda t: linear_beta_schedule(1e-4, 0.02, t)"
+            raise ValueError(
+                f"get_noise_schedule takes the number of timesteps alone, as {example}: {error}"
+            ) from error
+        betas = check_betas(betas.to("cpu", torch.float64), timesteps)
 
         self.timesteps, self.img_size = timesteps, img_size
         self.model_timesteps = torch.arange(timesteps)  # the t that the model is given; `respace` thins it
@@ -315,6 +322,8 @@ class Diffusion:
             FloatingPointError: at the end, where the predicted noise was not finite.
         """
         check_sampling(sampler, eta, guidance_interval)
+        if not isinstance(image_size, int):
+            raise ValueError(f"image_size is one number, the height and the width in pixels, got {image_size!r}")
         if classes is not None:
             classes = check_classes(classes, batch_size, getattr(model, "null_class", None)).to(self.device)
         process = self.respace(steps)

@@ -31,6 +31,7 @@ if notebooks_backend is not None:
     os.environ["MPLBACKEND"] = notebooks_backend
     with suppress(ValueError):
         matplotlib.rcParams["backend"] = notebooks_backend
+ANIMATIONS = {".gif": "gif", ".apng": "png", ".webp": "webp"}  # endings and what Pillow calls them
 TALLEST = 30_000  # pixels of a grid: matplotlib draws at most 65,535
 CELL = 64  # pixels: small images are enlarged to about this size, so that they can be seen
 
@@ -63,10 +64,17 @@ def enlarge(images: Tensor) -> Tensor:
     return images.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
 
 
+def as_rgb(images: Tensor) -> Tensor:
+    """(N, 3, H, W) from (N, 1, H, W) or (N, 3, H, W)."""
+    if images.ndim != 4 or images.shape[1] not in (1, 3):
+        raise ValueError(f"images to draw must be (N, C, H, W) with 1 or 3 channels, got {tuple(images.shape)}")
+    return images.expand(-1, 3, -1, -1)
+
+
 def save_images(images: Tensor, paths: Sequence[Path]) -> None:
-    """One PNG per image of (N, 3, H, W) in [-1, 1], at its own size."""
+    """One PNG per image of (N, C, H, W) in [-1, 1], at its own size; one channel becomes three."""
     for image, path in zip(reverse_transform(images), paths):
-        write_atomically(Path(path), imageio.imwrite("<bytes>", image.permute(1, 2, 0).cpu().numpy(), extension=".png"))
+        write_atomically(Path(path), imageio.imwrite("<bytes>", as_frame(image), extension=".png"))
 
 
 def save_grid(images: Tensor, path, columns=None, row_labels=(), column_labels=(), labels=(), title="") -> None:
@@ -80,7 +88,7 @@ def save_grid(images: Tensor, path, columns=None, row_labels=(), column_labels=(
     if len(images) > rows * columns:
         print(f"{path} shows the first {rows} of {-(-len(images) // columns)} rows: more would be too tall to draw")
         images, row_labels, labels = images[: rows * columns], row_labels[:rows], labels[: rows * columns]
-    tiles = enlarge(reverse_transform(images.cpu()))
+    tiles = enlarge(reverse_transform(as_rgb(images.cpu())))
     padding = 16 if labels else 2
     grid = make_grid(tiles, nrow=columns, padding=padding, pad_value=255).permute(1, 2, 0).numpy()
     height, width = tiles.shape[-2] + padding, tiles.shape[-1] + padding
@@ -95,7 +103,9 @@ def save_grid(images: Tensor, path, columns=None, row_labels=(), column_labels=(
         axes.set_xticks(places, replace_undrawable(column_labels), parse_math=False)
         places = [padding + height * (i + 0.5) for i in range(len(row_labels))]
         axes.set_yticks(places, replace_undrawable(row_labels), parse_math=False)
+        fits = max(4, width // 5)  # letters; more would run into the next label
         for i, label in enumerate(replace_undrawable(labels)):
+            label = label if len(label) <= fits else f"{label[: fits - 1]}…"
             row, column = divmod(i, columns)
             axes.text(padding + width * column, height * (row + 1) + 1, label, fontsize=7, va="top", parse_math=False)
         axes.tick_params(length=0)
@@ -124,18 +134,29 @@ def as_frame(frame) -> np.ndarray:
 
 
 def save_gif(frames: Iterable, path: str | Path, fps: float = 10) -> None:
-    """An endless GIF from (C, H, W) or (H, W, C) images, uint8 or float in [-1, 1], in time order; the last one stays
-    for two seconds."""
-    frames = [as_frame(frame) for frame in frames]
-    durations = [1000 / fps] * (len(frames) - 1) + [2000]  # milliseconds
-    duration = durations if len(frames) > 1 else durations[0]
-    content = imageio.imwrite("<bytes>", np.stack(frames), extension=".gif", duration=duration, loop=0)
-    write_atomically(Path(path), content)
+    """An endless animation from (C, H, W) or (H, W, C) images in time order; the last one stays for two seconds.
+
+    Args:
+        frames: uint8, or float in [-1, 1].
+        path: its ending chooses the format: .gif (256 colours a frame), or .apng or .webp, which are exact.
+        fps: frames a second, at most 50. Browsers keep times of whole 10 ms only, from 20 ms on.
+    """
+    images = [Image.fromarray(as_frame(frame)) for frame in frames]
+    kind = ANIMATIONS[Path(path).suffix]
+    if kind == "gif":  # Pillow's default palette costs up to 102 grey levels on noise, this one 32
+        images = [image.quantize(256, Image.Quantize.MAXCOVERAGE) for image in images]
+    durations = [max(20, round(100 / fps) * 10)] * (len(images) - 1) + [2000]  # milliseconds
+    buffer = io.BytesIO()
+    exact = {"lossless": True} if kind == "webp" else {}
+    images[0].save(
+        buffer, kind, save_all=True, append_images=images[1:], duration=durations[-len(images) :], loop=0, **exact
+    )
+    write_atomically(Path(path), buffer.getvalue())
 
 
 def caption(images: Tensor, text: str) -> np.ndarray:
     """The images (N, 3, H, W) in [-1, 1] as one (H, W, 3) uint8 frame, with `text` in a line above them."""
-    tiles = enlarge(reverse_transform(images.cpu()))
+    tiles = enlarge(reverse_transform(as_rgb(images.cpu())))
     columns = int(np.ceil(np.sqrt(len(tiles))))
     grid = make_grid(tiles, nrow=columns, padding=2, pad_value=255).permute(1, 2, 0).numpy()
     bar = Image.new("RGB", (grid.shape[1], 20), "white")
@@ -144,12 +165,12 @@ def caption(images: Tensor, text: str) -> np.ndarray:
 
 
 def save_process_gif(steps: Sequence[tuple[int, Tensor]], path: str | Path, fps: float = 10) -> None:
-    """A GIF of (t, images (N, 3, H, W)) in the given order, each frame labelled with its t."""
+    """An animation of (t, images (N, 3, H, W)) in the given order, each frame labelled with its t."""
     save_gif([caption(x, f"t = {t + 1}") for t, x in steps], path, fps)
 
 
 def save_guidance_gif(by_scale: Mapping[float, Tensor], path: str | Path, fps: float = 4) -> None:
-    """2.4 c: a GIF over the scale w, scale -> images (N, 3, H, W), each frame labelled with its w."""
+    """2.4 c: an animation over the scale w, scale -> images (N, 3, H, W), each frame labelled with its w."""
     save_gif([caption(x, f"w = {w:g}") for w, x in by_scale.items()], path, fps)
 
 

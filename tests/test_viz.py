@@ -70,15 +70,37 @@ def test_small_images_are_enlarged(size, width):
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (8, 8, 3), (1, 8, 8)])
-@pytest.mark.parametrize("fps", [4, 10])
-def test_gif_keeps_order_shape_and_pace(tmp_path, shape, fps):
+@pytest.mark.parametrize("fps, shown", [(4, 250), (10, 100), (30, 30), (60, 20), (1000, 20)])
+def test_gif_keeps_order_shape_and_a_pace_that_browsers_keep(tmp_path, shape, fps, shown):
+    """Browsers play 10 ms as 100, and GIF has no times between those of whole 10 ms."""
     frames = [torch.full(shape, value) for value in (-1.0, -0.5, 0.0, 0.5, 1.0)]
     viz.save_gif(frames, tmp_path / "x.gif", fps=fps)
     pictures, durations = zip(*frames_of(tmp_path / "x.gif"))
     assert [picture.shape for picture in pictures] == [(8, 8, 3)] * 5
     levels = [picture.mean() for picture in pictures]
     assert levels == pytest.approx([0, 64, 128, 191, 255], abs=3)
-    assert durations == (1000 // fps,) * 4 + (2000,)
+    assert durations == (shown,) * 4 + (2000,)
+
+
+@pytest.mark.parametrize("ending, most", [("gif", 48), ("apng", 0), ("webp", 0)])
+def test_animations_are_exact_or_near_it_on_noise(tmp_path, ending, most):
+    """Pillow's default palette of a GIF costs up to 102 levels on frames of a denoising."""
+    g = torch.Generator().manual_seed(0)
+    flat = torch.linspace(-1, 1, 4)[:, None, None, None].expand(4, 3, 16, 16)
+    steps = [viz.caption(a * flat + (1 - a) * torch.randn(4, 3, 16, 16, generator=g), "t = 1") for a in (0.0, 0.5, 0.9)]
+    viz.save_gif(steps, tmp_path / f"x.{ending}")
+    shown = [picture.astype(int) for picture, _ in frames_of(tmp_path / f"x.{ending}")]
+    assert len(shown) == 3
+    assert max(np.abs(frame - wanted).max() for frame, wanted in zip(shown, steps)) <= most
+
+
+def test_grey_images_are_drawn_and_four_channels_are_refused(tmp_path):
+    viz.save_grid(torch.zeros(2, 1, 8, 8), tmp_path / "grey.png")
+    viz.save_images(torch.zeros(1, 1, 8, 8), [tmp_path / "one.png"])
+    assert np.asarray(Image.open(tmp_path / "one.png")).shape == (8, 8, 3)
+    for draw in (lambda x: viz.save_grid(x, tmp_path / "x.png"), lambda x: viz.caption(x, "t = 1")):
+        with pytest.raises(ValueError, match=r"1 or 3 channels, got \(2, 4, 8, 8\)"):
+            draw(torch.zeros(2, 4, 8, 8))
 
 
 def test_a_gif_of_one_frame_and_frames_that_are_none(tmp_path):

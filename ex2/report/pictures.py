@@ -40,7 +40,7 @@ def draw_process(model, splits: DataSplits, diffusor: Diffusion, config: Config)
     forward = [(t, x) for t, x, _ in thin_trajectory(forward, diffusor.timesteps + 1, GIF_FRAMES)]
     columns = evenly_spaced(len(forward), STRIP_COLUMNS)
     viz.save_strip([forward[i] for i in columns], out / "forward_strip.png", "forward process: x_t")
-    viz.save_process_gif(forward, out / "forward.gif")
+    viz.save_process_gif(forward, out / f"forward.{config.animation}")
 
     classes = None if model.null_class is None else torch.arange(count) % model.null_class
     how = {"classes": classes, "generator": ImageNoise(config.seed, 0, count, diffusor.device), **config.sampling}
@@ -50,7 +50,7 @@ def draw_process(model, splits: DataSplits, diffusor: Diffusion, config: Config)
     strip = [reverse[i] for i in evenly_spaced(len(reverse), STRIP_COLUMNS)]
     viz.save_strip([(t, x) for t, x, _ in strip], out / "reverse_strip.png", "reverse process: x_t")
     viz.save_strip([(t, x) for t, _, x in strip], out / "x_zero_strip.png", "reverse process: estimate of x_0 at t")
-    viz.save_process_gif([(t, x) for t, x, _ in reverse], out / "reverse.gif")
+    viz.save_process_gif([(t, x) for t, x, _ in reverse], out / f"reverse.{config.animation}")
 
 
 def possible_schedules(timesteps: int) -> dict:
@@ -82,7 +82,7 @@ def draw_samples(model, class_names, diffusor: Diffusion, config: Config) -> Non
     for w in GUIDANCE_SCALES if config.dry_run else GUIDANCE_FRAMES:
         guided = {**common, "guidance_scale": w}
         by_scale[w] = torch.cat(list(sample_in_batches(diffusor, model, len(classes), classes=classes, **guided)))
-    viz.save_guidance_gif(by_scale, config.run_dir / "guidance.gif")
+    viz.save_guidance_gif(by_scale, config.run_dir / f"guidance.{config.animation}")
     grid = torch.stack([by_scale[w] for w in GUIDANCE_SCALES], dim=1).flatten(0, 1)
     columns = [f"w = {w:g}" for w in GUIDANCE_SCALES]
     viz.save_grid(grid, config.run_dir / "guidance_grid.png", len(columns), class_names, columns)
@@ -113,13 +113,11 @@ def sample_and_save_images(
     suffixes = [f"_{file_name_of(label)}" for label in labels] or [""] * n_images
     if is_main():
         folder.mkdir(parents=True, exist_ok=True)
-    images, step = [], batch_size * world_size()
+    images, step, how = [], batch_size * world_size(), {"channels": getattr(model, "channels", 3), **sampling}
     for start in track(range(0, n_images, step), "sampling", -(-n_images // step)):
         end = min(start + step, n_images)
         own = None if classes is None else torch.as_tensor(classes[start:end])
-        images.append(
-            shared_samples(diffusor, model, end - start, batch_size, seed, classes=own, first=start, **sampling)
-        )
+        images.append(shared_samples(diffusor, model, end - start, batch_size, seed, classes=own, first=start, **how))
         if is_main():
             viz.save_images(images[-1], [folder / f"{i:04d}{suffixes[i]}.png" for i in range(start, end)])
     images = torch.cat(images)

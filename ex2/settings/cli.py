@@ -13,7 +13,9 @@ from ex2.settings.config import GUIDANCE_SCALES, WEIGHTS, Config, expand_path
 
 MAX_EVALUATED = 1_000_000  # samples; of each one a row of features is held in memory
 VARIABLE_GROUPS = ("diffusion process", "model", "training")  # of settings that a study varies
-RUN_FLAGS_OF_TRAIN = "run_name results_dir save_model save_minutes compile resume allow_changes log_interval".split()
+RUN_FLAGS_OF_TRAIN = (
+    "run_name results_dir save_model save_minutes compile resume allow_changes log_interval animation".split()
+)
 PRESET_FLAGS = {
     # Minutes on two CPU cores, no download: shapes of every class. With --adam_beta1 0.9 it takes half as many steps
     # again (docs/recipes.md); on 30 steps the wider noise of --sampler ddpm would leave grain.

@@ -63,6 +63,9 @@ class Config:
         None, "run", "require a checkpoint, or ignore it and start anew (default: go on if there is one)"
     )
     allow_changes: bool = setting(False, "run", "go on from a checkpoint of other settings")
+    animation: str = setting(
+        "gif", "run", "format of animations; apng and webp are exact", choices=("gif", "apng", "webp")
+    )
     compile: str = setting("auto", "run", "compile the network; auto: for long trainings on a GPU", choices=SWITCH)
     num_threads: Optional[int] = setting(
         None, "run", "CPU threads (default: torch's)", type=int, minimum=1, maximum=1024
