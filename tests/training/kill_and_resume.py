@@ -1,10 +1,10 @@
-"""Kills a short training at random moments (SIGKILL), and compares the end with a run that nothing stopped.
+"""Ends short trainings at random moments, starts them again, and compares the end with a run that nothing stopped.
 
-    python tests/kill_and_resume.py --times 50                  one process, started again after the kill
-    python tests/kill_and_resume.py --times 10 --processes 2    one of two, which torchrun starts again
+    python tests/training/kill_and_resume.py --times 200
 
-Prints a line per trial; exit code 1 if a single one ends differently. Not a part of the test suite: 50 times take a
-quarter of an hour on one core, 10 times two processes as long.
+By SIGKILL, SIGTERM or SIGINT, to the process or to its whole group; anywhere, or while a checkpoint is being written (the
+first or a later one); with images in memory or read by two DataLoader workers. Prints a line per trial; exit code 1 if a
+single one ends differently. Not a part of the test suite: 200 times take some 20 minutes on one core.
 """
 
 import argparse
@@ -12,64 +12,87 @@ import csv
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "tests"))
 
-from ex2.training import checkpoint  # noqa: E402
+import ex2_main  # noqa: E402
+import tiny  # noqa: E402
+from ex2.data import load, shapes  # noqa: E402
+from ex2.training import checkpoint, run  # noqa: E402, F401  so that a fork has torch, too
 
-TRAINING = (
-    "--dataset shapes --image_size 8 --dim 8 --dim_mults 1 2 --timesteps 30 --batch_size 300 --epochs 3 --no_cuda"
+TRAINING = "--image_size 8 --dim 8 --dim_mults 1 2 --timesteps 30 --epochs 3 --no_cuda --class_free_guidance"
+TRAINING += (
+    " --schedule cosine --eval_images 20 --eval_timesteps 3 --save_minutes 0.001 --log_interval 7 --num_threads 1"
 )
-TRAINING += " --class_free_guidance --schedule cosine --eval_images 20 --eval_timesteps 3 --sample_steps 3"
-TRAINING += " --save_minutes 0.01 --log_interval 7 --num_threads 1"
+MOMENTS = ("anywhere", "anywhere", "first checkpoint", "later checkpoint")
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
 
-def command(results: Path, processes: int) -> list[str]:
-    """Runs the program, in several processes under a torchrun that starts them again."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--max-restarts=9"]
-    return [
-        sys.executable,
-        *(torchrun if processes > 1 else []),
-        str(ROOT / "ex2_main.py"),
-        *TRAINING.split(),
-        "--results_dir",
-        str(results),
-    ]
+def make_images(folder: Path) -> None:
+    """60 images of two classes, for the DataLoader workers."""
+    rng = np.random.default_rng(0)
+    for i in range(60):
+        (folder / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(folder / "ab"[i % 2] / f"{i}.png")
 
 
-def workers_of(agent: int) -> list[int]:
-    """Process ids of what the torchrun with that process id has started."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            if stat.read_text().rpartition(")")[2].split()[1] == str(agent):
-                found.append(int(stat.parent.name))
-    return sorted(found)
+def start(results: Path, images: Path | None) -> int:
+    """Starts the program in a fork, which need not import torch; returns its process id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    os.setsid()
+    for stream in (1, 2):
+        os.dup2(os.open(results.parent / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    class Patch:
+        setattr = staticmethod(setattr)
+
+    tiny.without_evaluation(Patch)
+    shapes.SHAPES_COUNT.update(train=1000, test=200)
+    load.RESIDENT_LIMIT = 0
+    data = ["--dataset", "shapes", "--batch_size", "60"]
+    if images is not None:
+        data = ["--dataset", "folder", "--data_dir", str(images), "--batch_size", "5", "--num_workers", "2"]
+    code = 99
+    with suppress(BaseException):
+        code = ex2_main.main([*TRAINING.split(), *data, "--results_dir", str(results)])
+    sys.stdout.flush()
+    os._exit(code)
 
 
-def train(results: Path, processes: int, kill_after: float | None = None, victim: int = 0) -> float:
-    """Runs the program, kills it or one of its processes after some seconds; returns how long it ran."""
-    started = time.monotonic()
-    with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen(command(results, processes), stdout=subprocess.DEVNULL, stderr=said)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=kill_after)
-        if process.poll() is None:
-            workers = workers_of(process.pid) if processes > 1 else [process.pid]
-            for worker in workers[victim : victim + 1]:
-                os.kill(worker, signal.SIGKILL)
-        process.wait()
-        if process.returncode != 0 and not (processes == 1 and kill_after is not None):
-            said.seek(0)
-            raise RuntimeError(f"exit code {process.returncode}: {said.read()}")
-    return time.monotonic() - started
+def train(
+    results: Path, images: Path | None, moment: str = "", number: int = 0, after: float = 0.0, group=False
+) -> str:
+    """Runs the program, and ends it at a moment; returns how it ended."""
+    pid, started, seen = start(results, images), time.monotonic(), 0
+    while moment:
+        if os.waitpid(pid, os.WNOHANG)[0]:
+            return "had ended"
+        if moment == "anywhere" and time.monotonic() - started >= after:
+            break
+        writing = any((results / "DDPM").glob("ckpt.pt*.tmp"))
+        seen += writing
+        if writing and (moment == "first checkpoint" or (moment == "later checkpoint" and seen > 3 + 20 * after)):
+            break
+    if moment:
+        with suppress(ProcessLookupError):
+            (os.killpg if group else os.kill)(pid, number)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if not moment and code != 0:
+        raise RuntimeError(f"exit code {code}: {(results.parent / 'output.txt').read_text()[-1000:]}")
+    return str(code)
 
 
 def outcome(results: Path) -> tuple:
@@ -83,31 +106,35 @@ def outcome(results: Path) -> tuple:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--times", type=int, default=50, help="how many trainings to kill (default: 50)")
+    parser.add_argument("--times", type=int, default=200, help="how many trainings to end (default: 200)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
-    parser.add_argument("--processes", type=int, default=1, help="that train together (default: 1)")
     args = parser.parse_args()
-    moments = random.Random(args.seed)
-    same = 0
+    rng, same, started = random.Random(args.seed), 0, time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        straight = Path(folder) / "straight"
-        duration = train(straight, args.processes)
-        wanted = outcome(straight)
-        print(f"uninterrupted: {duration:.1f} s")
+        images = Path(folder) / "images"
+        make_images(images)
+        wanted, duration = {}, {}
+        for kind in (None, images):
+            began = time.monotonic()
+            train(Path(folder) / f"straight {kind is None}", kind)
+            duration[kind] = time.monotonic() - began
+            wanted[kind] = outcome(Path(folder) / f"straight {kind is None}")
         for trial in range(args.times):
-            results = Path(folder) / str(trial)
-            moment, victim = moments.uniform(0, duration), moments.randrange(args.processes)
-            took = train(results, args.processes, moment, victim)
-            if args.processes == 1:
-                took += train(results, 1)
-            equal = outcome(results) == wanted
+            results, kind = Path(folder) / str(trial), rng.choice((None, images))
+            moment, number, group = rng.choice(MOMENTS), rng.choice(SIGNALS), rng.random() < 0.5
+            after = rng.uniform(0, duration[kind] if moment == "anywhere" else 1)
+            ended = train(results, kind, moment, number, after, group)
+            train(results, kind)
+            equal = outcome(results) == wanted[kind]
             same += equal
-            verdict = "same" if equal else "DIFFERENT"
-            print(f"{trial + 1}: process {victim} killed after {moment:.1f} s, {took:.1f} s in all: {verdict}")
-    print(f"{same} of {args.times} ended as the uninterrupted run")
+            whom = "group" if group else "process"
+            what = f"{signal.Signals(number).name} to the {whom}, {moment}, {'2 workers' if kind else '0 workers'}"
+            print(f"{trial + 1}: {what}: {ended}, then {'same' if equal else 'DIFFERENT'}", flush=True)
+    print(
+        f"{same} of {args.times} ended as the uninterrupted run, seed {args.seed}, {time.monotonic() - started:.0f} s"
+    )
     return 0 if same == args.times else 1
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)
     sys.exit(main())
