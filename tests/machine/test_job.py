@@ -88,7 +88,7 @@ def interrupted_after(steps, number=signal.SIGTERM):
 # ------------------------------------------------------------------ resuming
 
 
-@pytest.mark.parametrize("cut", [1, 4, 5, 8, 9, 10, 13, 17, 18])
+@pytest.mark.parametrize("cut", [1, 8, 9, 18])  # at first, before and at the end of a window and of an epoch
 def test_cut_after_any_step_and_resumed_it_is_the_uninterrupted_run(straight, tmp_path, monkeypatch, cut, capsys):
     command = [*RUN, "--results_dir", str(tmp_path)]
     with monkeypatch.context() as patch:
@@ -486,7 +486,7 @@ def photographs(tmp_path_factory):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs process groups")
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGXCPU"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_a_signal_to_the_whole_group_ends_a_training_in_order(photographs, tmp_path, name):
     """The processes that read files while it trains have it, too."""
     script = tmp_path / "reading.py"

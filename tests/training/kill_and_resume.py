@@ -2,9 +2,9 @@
 
     python tests/training/kill_and_resume.py --times 200
 
-By SIGKILL, SIGTERM or SIGINT, to the process or to its whole group; anywhere, or while a checkpoint is being written (the
-first or a later one); with images in memory or read by two DataLoader workers. Prints a line per trial; exit code 1 if a
-single one ends differently. Not a part of the test suite: 200 times take some 20 minutes on one core.
+By SIGKILL, SIGTERM or SIGINT, to the process or to its whole group; anywhere, or while a checkpoint is being written
+(the first or a later one); with images in memory or read by two DataLoader workers. Prints a line per trial; exit code 1
+if a single one ends differently. Not a part of the test suite: 200 times take some 20 minutes on one core.
 """
 
 import argparse
@@ -25,8 +25,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tests"))
 
-import ex2_main  # noqa: E402
 import tiny  # noqa: E402
+
+import ex2_main  # noqa: E402
 from ex2.data import load, shapes  # noqa: E402
 from ex2.training import checkpoint, run  # noqa: E402, F401  so that a fork has torch, too
 
