@@ -101,8 +101,10 @@ def can_lock(folder: Path) -> bool:
     """Whether the file system of a folder knows locks; of others filelock waits as if somebody had one."""
     probe = folder / f".probe-{os.getpid()}"
     try:
-        with FileLock(probe, timeout=0):
-            return True
+        lock = FileLock(probe)
+        lock.acquire(timeout=0)
+        lock.release()
+        return True
     except (Timeout, NotImplementedError, OSError):
         return False
     finally:

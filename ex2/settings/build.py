@@ -68,15 +68,11 @@ def check_buildable(config: Config) -> None:
 def restore_model(checkpoint: dict, config: Config, device, weights: str = "ema") -> Unet:
     """The trained U-Net in eval mode on `device`, with its EMA ("ema") or last ("raw") weights.
 
-    Raises InputError: the checkpoint lacks them, or they are of a U-Net of other sizes.
+    Raises InputError: they are of a U-Net of other sizes.
     """
     model = build_model(config, len(checkpoint["class_names"]))
-    state = checkpoint.get(WEIGHTS[weights])
-    if state is None:
-        there = [name for name, key in WEIGHTS.items() if checkpoint.get(key) is not None]
-        raise InputError(f"the checkpoint holds no {weights} weights: give --weights {there[0] if there else 'raw'}")
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(checkpoint[WEIGHTS[weights]])
     except RuntimeError as error:
         what = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise InputError(f"the checkpoint's weights don't fit the model its settings describe: {what}") from error

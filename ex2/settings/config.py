@@ -224,10 +224,6 @@ def check_setting(f: dataclasses.Field, value) -> None:
         raise InputError(f"{flag} must be of type {wanted.__name__}, got {value!r}")
     if isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"{flag} must be finite, got {value}")
-    if isinstance(value, float) and value and not SMALLEST <= abs(value) <= LARGEST:
-        raise InputError(f"{flag} must be 0 or between {SMALLEST:g} and {LARGEST:g}, got {value:g}")
-    if isinstance(value, int) and "maximum" not in rules and value > MOST:
-        raise InputError(f"{flag} must be at most {MOST}, got {value}")
     if "choices" in rules and value not in rules["choices"]:
         raise InputError(f"{flag} must be one of {', '.join(rules['choices'])}; got {value!r}")
     if "minimum" in rules and value < rules["minimum"]:
@@ -236,6 +232,10 @@ def check_setting(f: dataclasses.Field, value) -> None:
         raise InputError(f"{flag} must be at most {rules['maximum']}, got {value}")
     if "above" in rules and value <= rules["above"]:
         raise InputError(f"{flag} must be above {rules['above']}, got {value}")
+    if isinstance(value, float) and value and not SMALLEST <= abs(value) <= LARGEST:
+        raise InputError(f"{flag} must be 0 or between {SMALLEST:g} and {LARGEST:g}, got {value:g}")
+    if isinstance(value, int) and "maximum" not in rules and value > MOST:
+        raise InputError(f"{flag} must be at most {MOST}, got {value}")
 
 
 def config_of(checkpoint: dict, given: dict) -> Config:

@@ -57,7 +57,7 @@ def fit(run: Training) -> Unet:
             val = test(run.ema.model, run.val_loader, run.diffusor, run.device, run.config)
             run.end_epoch(loss, sum(val[run.config.loss_type]) / len(val["t"]))
     except (Interrupted, BrokenPipeError, ReadingError):  # a signal; nobody reads what is printed; no images come
-        if not run.within_step:
+        if run.is_whole:
             with hold_signals():
                 run.save()
         raise
@@ -127,7 +127,7 @@ class Training:
         self.optimizer = build_optimizer(model, config.lr, config.adam_beta1)
         self.ema = EMA(model, config.ema_images, config.batch_size)
         self.log = None  # the first process has one
-        self.within_step = False  # then it must not be saved: a second Ctrl-C ends it there
+        self.in_step = False
         self.step, self.epochs_done, self.seconds, self.lr = 0, 0, 0.0, config.lr
         self.signals: list[int] = []  # that came during the epoch, see `hold_signals`
         self.start_epoch()
@@ -139,6 +139,11 @@ class Training:
     def batches_done(self) -> int:
         """How many batches of the current epoch are done."""
         return self.step - self.epochs_done * self.steps_per_epoch
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the last step is done and its loss taken in. In between, a second Ctrl-C must not save it."""
+        return not self.in_step and self.meter.all_steps == self.batches_done
 
     @property
     def time_fraction(self) -> float:
@@ -192,7 +197,6 @@ class Training:
 
     def after_step(self) -> bool:
         """Heeds signals, saves from time to time; returns whether the epoch ends, as the time is up."""
-        self.within_step = False
         now = time.monotonic() - self.started
         number, self.seconds = all_reduce_max(self.signals[0] if self.signals else 0, now)
         if number:
@@ -203,7 +207,7 @@ class Training:
 
     def take_step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """`train_step` with the settings of the run; a `RunError` says which batch would fit the memory."""
-        rows, self.within_step = self.prepare_step(), True  # until `after_step`
+        rows, self.in_step = self.prepare_step(), True
         try:
             result = self.step_on(images, labels) if rows is None else self.step_on(images, labels, rows=rows)
         except torch.cuda.OutOfMemoryError:
@@ -217,6 +221,7 @@ class Training:
         if result is None:
             raise self.too_large(images, labels)
         self.step += 1
+        self.in_step = False
         self.report_eta()
         return result
 
@@ -321,7 +326,7 @@ class Training:
             return
         optimizer = self.optimizer.state_dict()
         for group in optimizer["param_groups"]:
-            group["lr"] = float(group["lr"])
+            group["lr"] = self.lr
         weights = {"model": self.model.state_dict(), "ema": self.ema.model.state_dict(), "optimizer": optimizer}
         progress = {"epoch": self.epochs_done, "step": self.step, "seconds": self.seconds, "processes": world_size()}
         run = {"config": dataclasses.asdict(self.config), "class_names": self.class_names, "data": self.data}

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from machine.figures_of_processes import figures, new_state
+from machine.metrics_of_processes import figures, new_state
 from PIL import Image
 from tiny import ROOT, without_evaluation
 
@@ -203,7 +203,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
 
 def test_two_processes_compute_what_one_does(tmp_path):
     """Gradients, losses, bounds, samples, features: of batches that don't split evenly, too."""
-    two = start_two("tests/machine/figures_of_processes.py", str(tmp_path))
+    two = start_two("tests/machine/metrics_of_processes.py", str(tmp_path))
     one = figures(tmp_path / "one")
     code, _, err = finish(two)
     assert code == 0, err
@@ -243,14 +243,14 @@ def test_a_signal_to_one_process_ends_all_after_the_same_step_and_one_goes_on(
     assert code != 0
     assert err.count("interrupted by SIGTERM; a training that was going on is saved") == 2, err
     saved = training_checkpoint.load_checkpoint(tmp_path / "DDPM")
-    assert 0 < saved["step"] < 63
+    assert 0 < saved["step"] < 72
     assert not (tmp_path / "DDPM" / ".holder").exists()
 
     without_evaluation(monkeypatch)
     end = [*plain[1:], "--results_dir", str(tmp_path), "--num_threads", "1"]
     assert ex2_main.main(end) == 0
     said = capsys.readouterr().out
-    assert f"{saved['step']} of 63 steps" in said
+    assert f"{saved['step']} of 72 steps" in said
     assert "2 processes there, 1 now: a step still takes 5 images in all" in said
     alone = tmp_path / "alone"
     assert ex2_main.main([*end, "--results_dir", str(alone)]) == 0
@@ -269,7 +269,7 @@ def test_a_killed_process_is_started_again_and_the_run_ends_as_if_nothing_had_ha
     os.kill(workers_of(agent)[1], signal.SIGKILL)
     code, out, err = finish(agent)
     assert code == 0, err
-    assert "of 21 steps" in out, "it started anew"
+    assert "of 24 steps" in out, "it started anew"
     endings = [training_checkpoint.load_checkpoint(folder) for folder in (by_two[0], tmp_path / "DDPM")]
     for ending in endings:
         del ending["config"], ending["seconds"]

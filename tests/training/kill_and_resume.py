@@ -2,9 +2,9 @@
 
     python tests/training/kill_and_resume.py --times 200
 
-By SIGKILL, SIGTERM or SIGINT, to the process or to its whole group; anywhere, or while a checkpoint is being written
-(the first or a later one); with images in memory or read by two DataLoader workers. Prints a line per trial; exit code 1
-if a single one ends differently. Not a part of the test suite: 200 times take some 20 minutes on one core.
+By SIGKILL, SIGTERM or SIGINT, to the process or to its whole group; anywhere, or while the first or a later checkpoint
+is being written; with images in memory or read by two DataLoader workers. Prints a line per trial; exit code 1 if one
+of them ends differently. Not a part of the test suite: 200 times take some 20 minutes on one core.
 """
 
 import argparse

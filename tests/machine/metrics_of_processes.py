@@ -1,6 +1,6 @@
 """Figures that must not depend on the number of processes; `test_processes.py` runs this in one and under torchrun.
 
-    torchrun --standalone --nproc_per_node=2 tests/machine/figures_of_processes.py OUT
+    torchrun --standalone --nproc_per_node=2 tests/machine/metrics_of_processes.py OUT
 
 writes OUT/<rank>.pt, a dict of tensors, from every process.
 """
@@ -112,7 +112,7 @@ def evaluation(folder) -> dict:
         "samples": samples,
         "kid, precision, recall, accuracy": torch.tensor([row[k] for k in ("kid", "precision", "recall")]),
         "nearest training images": torch.tensor(
-            [*copied["pixels"]["median"].values(), copied["pixels"]["share_nearer"]]
+            [*copied["pixels"]["median"].values(), copied["pixels"]["fraction_nearer"]]
         ),
         "features": features_of(classifier, splits.test, "cpu"),
         "accuracy of the classifier": torch.tensor(accuracy(classifier, splits.test, "cpu")),
