@@ -21,7 +21,7 @@ from tqdm import tqdm
 from ex2.noise import ImageNoise, NoiseSource, randn
 from ex2.samplers import SAMPLERS, Estimate, check_sampling, takes_eta
 
-SPACING = 1.5  # exponent of the visited timesteps; 1 is even, 2 quadratic
+SPACING = 1.5  # exponent of the subsequence of timesteps; 1 is even, 2 quadratic
 LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}
 
 
@@ -75,7 +75,9 @@ def rescale_schedule(schedule: Callable[[float, float, int], Tensor], timesteps:
     """
     check_timesteps(timesteps)
     if timesteps <= 20:
-        raise ValueError(f"{timesteps} timesteps are too few, the last beta would reach 1: use 21 or more, or cosine")
+        raise ValueError(
+            f"{timesteps} timesteps are too few, the last beta would reach 1: use 21 or more, or --schedule cosine"
+        )
     return schedule(1e-4 * 1000 / timesteps, 0.02 * 1000 / timesteps, timesteps)
 
 
@@ -180,11 +182,11 @@ class Diffusion:
         return self
 
     def predict_noise(self, model, x_t: Tensor, t: Tensor, classes=None, guidance_scale: float = 0.0) -> Tensor:
-        """eps (B, C, H, W), the noise that a model sees in x_t; see `guided_eps`. All network calls come by here."""
+        """eps (B, C, H, W), the noise that a model sees in x_t; see `guided_eps`. All network calls go through here."""
         return guided_eps(model, x_t, self.model_timesteps[t], classes, guidance_scale)
 
     def loss_target(self, x_zero: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """What a network learns to predict, (B, C, H, W): the noise. `predict_noise` turns its prediction into eps."""
+        """What a network learns to predict, (B, C, H, W): the noise. For v or x_0, change it and `predict_noise`."""
         return noise
 
     def q_sample(self, x_zero: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -226,7 +228,7 @@ class Diffusion:
             x_zero: (B, C, H, W) images in [-1, 1], or a ValueError.
             t: (B,) timesteps.
             noise: the target; None draws it from N(0, I).
-            loss_type: "l1" (mean absolute error) or "l2" (mean squared error).
+            loss_type: "l1" (mean absolute error, the skeleton's default) or "l2" (mean squared error, as in Eq. 9).
             classes: (B,) labels for a conditional model.
             min_snr: gamma of `min_snr_weights`; None weighs all timesteps alike, as Eq. 9 does.
         """
@@ -331,7 +333,7 @@ class Diffusion:
         finite = torch.tensor(True, device=self.device)
 
         def predict(x: Tensor, index: int) -> Estimate:
-            """What the network says of x at number `index` of the visited timesteps."""
+            """What the network says of x at number `index` of the subsequence of timesteps."""
             t = torch.full((batch_size,), index, device=self.device, dtype=torch.long)
             fraction = (timesteps[index] + 1) / self.timesteps
             guided = classes is None or guidance_interval[0] <= fraction <= guidance_interval[1]
@@ -376,7 +378,11 @@ def eval_mode(model) -> Iterator[None]:
 def check_classes(classes: Tensor | Sequence[int], batch_size: int, null_class: int | None) -> Tensor:
     """`classes` as a tensor (B,); a ValueError unless there is one whole number for each image."""
     classes = torch.as_tensor(classes)
-    most, known = (math.inf, "") if null_class is None else (null_class, f" within 0 .. {null_class - 1}")
+    most, known = (
+        (math.inf, "")
+        if null_class is None
+        else (null_class, f" within 0 .. {null_class - 1}, or {null_class} for none")
+    )
     whole = not (classes.is_floating_point() or classes.dtype == torch.bool)
     if not whole or classes.shape != (batch_size,) or not ((classes >= 0) & (classes <= most)).all():
         raise ValueError(f"classes must be {batch_size} labels{known}, got {classes.tolist()}")
@@ -404,7 +410,10 @@ def thin_trajectory(trajectory, length: int, frames: int) -> list[tuple[int, Ten
 def sample_in_batches(diffusor, model, count, batch_size, seed, *, classes=None, first=0, channels=3, **sampling):
     """Yields `count` images in batches of at most `batch_size`, on the CPU; image i depends on seed and i alone.
 
-    classes: (count,) labels or None.  first: number i of the first.  sampling: as in `Diffusion.sample_trajectory`.
+    Args:
+        classes: (count,) labels or None.
+        first: number i of the first image.
+        sampling: as in `Diffusion.sample_trajectory`.
     """
     for done in range(0, count, batch_size):
         size, own = min(batch_size, count - done), None if classes is None else classes[done : done + batch_size]

@@ -5,7 +5,7 @@ python ex2_main.py test --checkpoint results/DDPM         losses, bits per dimen
 python ex2_main.py sample --checkpoint results/DDPM       images of chosen classes (2.2 b, 2.4)
 python ex2_main.py compare --vary schedule=linear,cosine  a run for every combination, side by side (2.2, 2.3, 2.4)
 python ex2_main.py report                                 everything under results/ as one page
-python ex2_main.py check DIR                              any solution of the exercise, judged by facts
+python ex2_main.py check DIR                              any solution of the exercise, checked against its equations
 
 Several GPUs: torchrun --standalone --nproc_per_node=gpu ex2_main.py ... runs the same commands in several processes.
 Each command imports what it needs when it runs, so that --help and a typing error don't wait for torch.
@@ -78,14 +78,14 @@ def run_train(args) -> None:
     from ex2.report.pictures import draw_process, draw_samples
     from ex2.settings.build import build_diffusion, load_data
     from ex2.training.run import fit, open_run
-    from ex2.training.start import note, prepare_training
+    from ex2.training.start import prepare_training, record_command
 
     config, device = prepare_training(args)
     with lock_folder(config.run_dir):
         splits = load_data(config)
         diffusor = build_diffusion(config, device)
         run = open_run(config, splits, diffusor)
-        note(config.run_dir, args)
+        record_command(config.run_dir, args)
         model = fit(run)
         write_metrics(evaluate(model, splits, diffusor, config), config)
         if is_main():
@@ -99,13 +99,15 @@ def run_compare(args) -> None:
     """`compare`: trains and evaluates runs of every combination of varied settings. 2.2 to 2.4."""
     from ex2.machine.job import lock_folder
     from ex2.report.study import run_study
-    from ex2.training.start import note, prepare_training
+    from ex2.training.start import prepare_training, record_command
 
     varied, scales = parse_vary(args.vary), check_scales(args)
     args.given.setdefault("run_name", f"compare-{'-'.join(varied)}")
     base, device = prepare_training(args)
     with lock_folder(base.run_dir):
-        run_study(base, varied, device, args.seeds, args.eval_samples, scales, lambda: note(base.run_dir, args))
+        run_study(
+            base, varied, device, args.seeds, args.eval_samples, scales, lambda: record_command(base.run_dir, args)
+        )
     print(f"done: see {base.run_dir}/")
 
 
@@ -116,7 +118,7 @@ def run_test(args) -> None:
     from ex2.report.metrics import write_metrics
     from ex2.settings.build import build_diffusion, load_data, restore_model
     from ex2.training.log import RunLog
-    from ex2.training.start import make_run_dir, note, open_checkpoint, run_dir_of
+    from ex2.training.start import make_run_dir, open_checkpoint, record_command, run_dir_of
 
     checkpoint, config, device = open_checkpoint(args)
     scales, run_dir = choose_scales(args, config), run_dir_of(args.checkpoint)
@@ -130,7 +132,7 @@ def run_test(args) -> None:
     if args.eval_samples > 0:
         folder = features_dir(run_dir)
         evaluator = build_evaluator(splits, device, config, folder, args.eval_samples, args.inception_weights)
-    note(config.run_dir, args)
+    record_command(config.run_dir, args)
     parts = (evaluator, model, splits, diffusor, config)
     report = evaluate_with_samples(*parts, args.eval_samples, scales, args.weights)
     write_metrics(report, config, RunLog.read(run_dir / "log.csv"))
@@ -143,7 +145,7 @@ def run_sample(args) -> None:
     from ex2.machine.processes import broadcast_from_main
     from ex2.report.pictures import sample_at_scales
     from ex2.settings.build import build_diffusion, restore_model
-    from ex2.training.start import make_run_dir, next_free, note, open_checkpoint
+    from ex2.training.start import make_run_dir, next_free, open_checkpoint, record_command
 
     checkpoint, config, device = open_checkpoint(args)
     if not 1 <= args.n_images <= MAX_SAMPLES:
@@ -160,7 +162,7 @@ def run_sample(args) -> None:
     make_run_dir(out)
     diffusor = build_diffusion(config, device)
     model = inference_model(restore_model(checkpoint, config, device, args.weights), config, device)
-    note(out, args)
+    record_command(out, args)
     classes = None if chosen is None else [chosen[i % len(chosen)] for i in range(count)]
     sample_at_scales(count, scales, diffusor, model, config, out, classes, names)
     if len(scales) > 1:
@@ -179,7 +181,7 @@ def run_report(args) -> None:
 
 
 def run_check(args) -> None:
-    """`check`: solutions of the exercise in the skeleton's names, judged by facts. 2.1 to 2.4."""
+    """`check`: solutions of the exercise in the skeleton's names, checked against its equations. 2.1 to 2.4."""
     from ex2.grading.run import check_submissions
 
     check_submissions(args)

@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-MAX_ATTENTION_POSITIONS = 32 * 32  # full attention costs positions^2: at 64x64 one image would need 256 MB a block
+MAX_ATTENTION_POSITIONS = 32 * 32  # full attention costs positions^2
 NULL_TOKENS = ("learned", "zero")
-CACHED_ELEMENTS = 2**20  # of the queries of linear attention, 4 MB, that a CPU is given at a time; keys are as many
+CACHED_ELEMENTS = (
+    2**20
+)  # elements of queries in a chunk of linear attention on a CPU (4 MB), so that they stay in its cache
 
 
 class SinusoidalPositionEmbeddings(nn.Module):
@@ -54,7 +56,7 @@ class WeightStandardizedConv2d(nn.Conv2d):
         self.kept: tuple | None = None  # (state of the weights, their standardised form), while nothing trains
 
     def train(self, mode: bool = True) -> WeightStandardizedConv2d:
-        if mode:  # an optimiser that works on all weights in one pass changes them without a new version
+        if mode:  # fused optimisers may not bump `weight._version`, so drop the cache
             self.kept = None
         return super().train(mode)
 
@@ -106,13 +108,13 @@ class ResnetBlock(nn.Module):
         return self.block2(self.dropout(h)) + self.res_conv(x)
 
 
-def pixels_of(x: Tensor) -> Tensor:
+def flatten_positions(x: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, H*W, C), so that 1x1 convolutions are matrix products. No copy if x is channels-last."""
     return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
-def image_of(pixels: Tensor, height: int, width: int) -> Tensor:
-    """The inverse of `pixels_of`, channels-last."""
+def unflatten_positions(pixels: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of `flatten_positions`, channels-last."""
     return pixels.unflatten(1, (height, width)).permute(0, 3, 1, 2)
 
 
@@ -132,12 +134,12 @@ class Attention(nn.Module):
         if height * width > MAX_ATTENTION_POSITIONS:
             advice = "give more levels (dim_mults) or smaller images, so that the innermost level is at most 32x32"
             raise ValueError(f"full attention over {height}x{width} positions would not fit: {advice}")
-        pixels = pixels_of(x)  # (B, H*W, C)
+        pixels = flatten_positions(x)  # (B, H*W, C)
         qkv = F.linear(pixels, self.to_qkv.weight.flatten(1)).unflatten(-1, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B, heads, H*W, dim_head)
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, H*W, heads*dim_head)
         out = F.linear(out, self.to_out.weight.flatten(1), self.to_out.bias)
-        return image_of(out, height, width)
+        return unflatten_positions(out, height, width)
 
 
 class LinearAttention(nn.Module):
@@ -157,12 +159,12 @@ class LinearAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         _, _, height, width = x.shape
-        pixels, norm = pixels_of(x), self.to_out[1]  # (B, H*W, C)
+        pixels, norm = flatten_positions(x), self.to_out[1]  # (B, H*W, C)
         # Queries and keys are the largest tensors of all: a CPU waits for its memory unless they stay in its cache.
         size = max(1, CACHED_ELEMENTS // (height * width * self.to_qkv.out_channels // 3))
         parts = pixels.split(size) if x.device.type == "cpu" else [pixels]
         out = torch.cat([self.attend(part) for part in parts])  # (B, H*W, C)
-        return norm(image_of(out, height, width))
+        return norm(unflatten_positions(out, height, width))
 
     def attend(self, x: Tensor) -> Tensor:
         """(B, positions, C) -> (B, positions, C)."""
@@ -227,7 +229,7 @@ class Upsample(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         _, conv = self
-        # Each weight counts for the 2x2 places at which the pixel it is applied to was repeated.
+        # Each 3x3 weight is added at the 2x2 positions of its upsampled pixel.
         filters = sum(F.pad(conv.weight, (i, 1 - i, j, 1 - j)) for i in (0, 1) for j in (0, 1))  # (dim_out, dim, 4, 4)
         filters = filters.flip(2, 3).transpose(0, 1)  # as transposed convolutions have them
         return F.conv_transpose2d(x, filters, conv.bias, stride=2, padding=1)

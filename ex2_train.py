@@ -38,7 +38,7 @@ def train(
         args: has `log_interval`, the steps between two lines, and `dry_run` (one batch only).
         meter: a `LossMeter` that may have seen the start of the epoch; None starts a new one.
         take_step: (images, labels) -> (loss, gradient norm); None is `train_step`. A long run replays a CUDA graph.
-        after_step: called after every step, ends the epoch if it returns True. A long run saves, and heeds signals.
+        after_step: called after every step, ends the epoch if it returns True. A long run saves, and stops on a signal.
 
     Raises:
         ValueError: images that are not in [-1, 1].
@@ -88,8 +88,8 @@ def train_step(
 ) -> tuple[Tensor, Tensor]:
     """Algorithm 1 of Ho et al. 2020 for one batch. Returns (loss, gradient norm before clipping).
 
-    Nothing here waits for the GPU, and all that changes from step to step is in tensors: the learning rate and the EMA
-    weight, beside images and labels. So a GPU can replay the step as one CUDA graph.
+    No host synchronisation, and no Python number that changes: learning rate and EMA weight are tensors, as images and
+    labels are. A CUDA graph of the step needs that.
 
     Args:
         images: (B, C, H, W) in [-1, 1].
@@ -100,7 +100,7 @@ def train_step(
         grad_clip: largest norm of the gradient.
         amp: compute in bfloat16 where torch deems it safe.
     """
-    t, noise = draw(images, diffusor.timesteps, rows)
+    t, noise = draw_timesteps_and_noise(images, diffusor.timesteps, rows)
     with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
         classes = labels if is_conditional(model) else None
         loss = diffusor.p_losses(model, images, t, noise, loss_type, classes, min_snr)  # Eq. 9
@@ -116,7 +116,7 @@ def train_step(
     return loss.detach().clone(), norm  # the loss that torch returns can keep the memory of the whole batch
 
 
-def draw(images: Tensor, timesteps: int, rows: Rows | None = None) -> tuple[Tensor, Tensor]:
+def draw_timesteps_and_noise(images: Tensor, timesteps: int, rows: Rows | None = None) -> tuple[Tensor, Tensor]:
     """A random timestep (B,) and the noise (B, C, H, W) for each image, from torch's global generator.
 
     Several processes have the same seed here. Each one draws for the whole batch and keeps its own rows: so they learn
@@ -131,7 +131,7 @@ def draw(images: Tensor, timesteps: int, rows: Rows | None = None) -> tuple[Tens
 
 
 def is_conditional(model) -> bool:
-    """Whether a model, or the one that DDP holds, takes class labels."""
+    """Whether a model, or the one that DDP wraps, takes class labels."""
     return getattr(getattr(model, "module", model), "class_free_guidance", False)
 
 
@@ -141,7 +141,7 @@ def test(model, testloader, diffusor, device, args) -> dict:
     Args:
         model: put into eval mode, without label dropping; its own mode is restored.
         testloader: yields (images (B, C, H, W) in [-1, 1], labels (B,)).
-        args: `eval_timesteps` and `eval_images` bound the work where it has them; `dry_run` takes one image.
+        args: has `dry_run` (one image only) and, if you like, `eval_timesteps` and `eval_images`, how many of each.
     """
     timesteps = evenly_spaced(diffusor.timesteps, getattr(args, "eval_timesteps", 10))
     max_images = 1 if args.dry_run else getattr(args, "eval_images", None)

@@ -216,7 +216,7 @@ def plot_time_embedding(embedding: Tensor, path: str | Path) -> None:
 
 
 def read_column(rows: Sequence[Mapping[str, str]], name: str) -> tuple[list[int], list[float]]:
-    """(steps, values) of a column of log.csv, where it has a figure."""
+    """(steps, values) of a column of log.csv, where it has a value."""
     filled = [row for row in rows if row[name] != ""]
     return [int(row["step"]) for row in filled], [float(row[name]) for row in filled]
 

@@ -123,7 +123,7 @@ def our_step(config: Config, device: torch.device, replayed: bool = True) -> Cal
     training = Training(model, config, build_diffusion(config, device), loader, "0123456789")
     training.start()
     if not replayed:
-        training.step_on = training.eager_step
+        training.step_function = training.eager_step
     training.network.train()
     batch = next(iter(loader))
 

@@ -1,4 +1,4 @@
-"""Optimiser, learning rate and the average of the weights (2.1, 2.2 training)."""
+"""Optimiser, learning rate and the EMA of the weights (2.1, 2.2 training)."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def learning_rate(peak: float, step: int, total_steps: int, warmup_steps: int = 
     """The learning rate of step 0, 1, ...: linear warm-up to `peak`, then cosine decay to zero at the end.
 
     Args:
-        peak: the highest one.
-        step: number of the step.
-        total_steps: of the whole training.
-        warmup_steps: of the rise; at most a tenth of all steps count.
-        time_fraction: of the time that the training may take; where it is further than the steps, it decides.
+        peak: maximum learning rate.
+        step: number of the step, from 0.
+        total_steps: steps of the whole training.
+        warmup_steps: capped at a tenth of all steps.
+        time_fraction: elapsed part of --max_minutes; the larger of both progresses counts.
     """
     warmup = min(warmup_steps, total_steps // 10)
     rise = min(1.0, (step + 1) / (warmup + 1))

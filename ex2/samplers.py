@@ -5,7 +5,7 @@ x_zero estimate) at each of them, and in the end (-1, sample, sample). To add on
 `SAMPLERS`; if it has an argument `eta`, it is stochastic where that is above 0.
 
 Args of every sampler:
-    process: the `Diffusion`, on the visited subsequence of its timesteps.
+    process: the `Diffusion`, on a subsequence of its timesteps.
     predict: (x_t, index) -> `Estimate`, one network call.
     x: x_T, the noise to start from (B, C, H, W).
     draw: () -> new noise like x.
@@ -23,7 +23,7 @@ from torch import Tensor
 
 
 class Estimate(NamedTuple):
-    """What the network says of x_t: the noise in it, and the image that is left without it, both (B, C, H, W)."""
+    """The network's prediction at x_t: the noise in it, and the image without it, both (B, C, H, W)."""
 
     t: Tensor  # (B,), all equal to the index
     eps: Tensor
@@ -43,7 +43,7 @@ def ddpm(process, predict, x: Tensor, draw) -> Trajectory:
 
 
 def ddim(process, predict, x: Tensor, draw, eta: float = 0.0) -> Trajectory:
-    """Song et al. 2021 (https://arxiv.org/abs/2010.02502)."""
+    """The non-Markovian sampler, deterministic for eta = 0; Song et al. 2021 (https://arxiv.org/abs/2010.02502)."""
     for index in reversed(range(process.timesteps)):
         _, eps, x_zero = predict(x, index)
         yield index, x, x_zero
@@ -77,11 +77,11 @@ def heun(process, predict, x: Tensor, draw) -> Trajectory:
     for index in reversed(range(process.timesteps)):
         _, eps, x_zero = predict(x, index)
         yield index, x, x_zero
-        euler = ddim_step(process, index, eps, x_zero, draw)
+        x_next = ddim_step(process, index, eps, x_zero, draw)
         if index > 0:
-            _, eps_end, x_zero_end = predict(euler, index - 1)
-            euler = heun_step(process, index, x, (eps, x_zero), (eps_end, x_zero_end))
-        x = euler
+            _, eps_end, x_zero_end = predict(x_next, index - 1)
+            x_next = heun_step(process, index, x, (eps, x_zero), (eps_end, x_zero_end))
+        x = x_next
     yield -1, x, x
 
 
@@ -123,7 +123,7 @@ def ddim_step(process, index: int, eps: Tensor, x_zero: Tensor, draw, eta: float
 def second_order_x_zero(process, index: int, x_zero: Tensor, x_zero_before: Tensor) -> Tensor:
     """DPM-Solver++(2M), extrapolated to the middle of the step in log-SNR; Lu et al. 2022, Alg. 2. (B, C, H, W).
 
-    x_zero, x_zero_before: the estimates at `index` and at the timestep visited before it, index + 1.
+    x_zero, x_zero_before: the estimates at `index` and at the timestep before it, index + 1.
     """
     after, now, before = (math.log(a / (1 - a)) for a in process.alphas_bar_exact[index - 1 : index + 2])
     return x_zero + (after - now) / (2 * (now - before)) * (x_zero - x_zero_before)

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from ex2.data.images import DataSplits, ImageFiles, ImageSet, reverse_transform, to_model_range, training_images
 from ex2.data.loader import make_loader
 from ex2.errors import InputError
+from ex2.evaluation.tables import INCEPTION
 from ex2.machine.processes import all_gather_rows, broadcast_from_main, is_main, shard, world_size
 from ex2.training.checkpoint import digest_of, read_checkpoint, save_checkpoint
 
@@ -62,13 +63,13 @@ class SmallClassifier(nn.Module):
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
         )
-        self.tells_turns = num_classes == 1
-        self.head = nn.Linear(self.width, 4 if self.tells_turns else num_classes)
+        self.predicts_rotation = num_classes == 1
+        self.head = nn.Linear(self.width, 4 if self.predicts_rotation else num_classes)
         self.description = "untrained classifier"
 
     def task(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """(images, labels) as the classifier sees them in training."""
-        if not self.tells_turns:
+        if not self.predicts_rotation:
             return images, labels
         parts = [images[turns::4].rot90(turns, (-2, -1)) for turns in range(4)]
         return torch.cat(parts), torch.cat([torch.full((len(part),), k) for k, part in enumerate(parts)])
@@ -114,7 +115,7 @@ class Inception(nn.Module):
     """
 
     width = 2048
-    description = "Inception v3 (FID)"
+    description = INCEPTION
 
     def __init__(self, weights: str | Path):
         super().__init__()
@@ -129,7 +130,7 @@ class Inception(nn.Module):
         if not hashlib.sha256(Path(weights).read_bytes()).hexdigest().startswith(INCEPTION_SHA256):
             raise InputError(f"{weights} is not the file behind FID, or damaged: download {INCEPTION_WEIGHTS}")
         self.network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(weights))
-        self.network.use_antialias = False  # resize as the original does, or figures differ from published ones
+        self.network.use_antialias = False  # resize as the original does, or distances differ from published ones
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
@@ -239,7 +240,7 @@ def classifier_reference(splits: DataSplits, folder: Path, device, *, flip: bool
     )
     classifier = SmallClassifier(num_classes, splits.test[0][0].shape[-1])
     classifier.load_state_dict(saved["model"])
-    task, digest = "quarter turns" if classifier.tells_turns else "classes", digest_of(classifier.state_dict())
+    task, digest = "quarter turns" if classifier.predicts_rotation else "classes", digest_of(classifier.state_dict())
     right = f"{saved['accuracy']:.1%} of the {task} of test images right"
     classifier.description = f"small classifier {digest[:8]}, {right}"
     return ReferenceSet(classifier.to(device).eval(), saved["features"].float(), images)

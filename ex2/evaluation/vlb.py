@@ -10,12 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ex2.evaluation.tables import VARIANCES
 from ex2.machine.processes import all_gather_rows
 from ex2.noise import randn
 from ex2_diffusion import Diffusion
 from ex2_train import evaluation_batches, labels_for
-
-VARIANCES = ("beta", "beta_tilde")  # sigma_t^2 of the reverse process: beta_t, or that of the posterior
 
 
 def prior_term(diffusor: Diffusion, x_zero: Tensor) -> Tensor:

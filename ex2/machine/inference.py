@@ -13,7 +13,7 @@ from ex2.machine.cuda_graphs import GraphReplay, free_memory
 class InferenceModel:
     """The noise predictor `model` in inference. On a GPU it replays CUDA graphs, and splits batches that don't fit.
 
-    amp: compute in bfloat16, as the training did; for samples, whose losses nobody compares.
+    amp: compute in bfloat16; for sampling only, losses stay in float32.
     """
 
     def __init__(self, model, amp: bool = False):

@@ -30,7 +30,7 @@ CAPTIONS = {
     "samples.png": "Samples.",
     "forward.gif": "Forward process, from images of the test set (left end of the slider) to noise.",
     "reverse.gif": "The reverse process, from noise (left end of the slider) to images.",
-    "time_embedding.png": "Each row is a sine or cosine of the time, from fast (top) to slow: no two times look alike.",
+    "time_embedding.png": "Each row is a sine or cosine of t, from fast (top) to slow: no two timesteps look alike.",
     "training.png": "Left: the loss falls steeply at first, then slowly. Middle: the learning rate. Right: the norm of "
     "the gradient.",
     "forward_strip.png": "Forward process: noise is added from left to right, until nothing of the image is left.",
@@ -40,7 +40,7 @@ CAPTIONS = {
     "loss_over_t.png": "Loss over the time. Dotted: a run of ours, to compare with. Dashed: the optimal loss, that of "
     "the ideal denoiser of the training set: a model that comes near it there, but not on test images, has learnt the "
     "training images by heart as well.",
-    "bits_per_dim.png": "Bits per dimension: most of the bound is spent on the last details, at small t.",
+    "bits_per_dim.png": "Bits per dimension: most of the VLB comes from the last details, at small t.",
     "schedules.png": "Left: the noise a step adds. Middle: what is left of the image. Right: its log-SNR.",
     "guidance.gif": "A sample per class, from the same noise at every w, from -1 to 5.",
     "guidance_grid.png": "The same noise at growing w: at w = -1 the class has no say.",

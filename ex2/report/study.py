@@ -24,7 +24,7 @@ from ex2.machine.files import read_json, write_atomically
 from ex2.machine.processes import broadcast_from_main, is_main, world_size
 from ex2.report.intervals import NOT_COMPARABLE, T_QUANTILES, summarise_seeds
 from ex2.report.metrics import plot_comparison, write_metrics
-from ex2.settings.build import build_diffusion, build_model, load_data, restore_model
+from ex2.settings.build import build_diffusion, check_buildable, load_data, restore_model
 from ex2.settings.config import Config
 from ex2.training.checkpoint import checkpoints_in, load_checkpoint
 from ex2.training.log import RunLog
@@ -42,13 +42,15 @@ def run_study(base: Config, varied: dict[str, list], device, seeds: int, count: 
         base: settings of all runs.
         varied: setting -> its values.
         seeds: runs of each combination.
-        count, scales: samples that are evaluated, at which guidance scales beside the run's own; 0: none.
+        device: that trains.
+        count: samples that are evaluated; 0: none.
+        scales: guidance scales at which they are, beside the run's own.
         accepted: called once the study can start.
 
     Raises RunError: a run failed; the others have their place in the table.
     """
+    runs = grid_of_runs(base, varied, seeds)  # refuses what can't be, before any data are read
     splits = load_data(base)
-    runs = grid_of_runs(base, varied, len(splits.class_names), seeds)
     if is_main():
         write_study(base.run_dir, varied, runs)
     accepted()
@@ -79,7 +81,7 @@ def train_and_evaluate(config: Config, splits: DataSplits, evaluator, count: int
         write_metrics(evaluate_with_samples(evaluator, model, splits, diffusor, config, count, scales), config)
 
 
-def grid_of_runs(base: Config, varied: dict[str, list], num_classes: int, seeds: int = 1) -> dict[str, Config]:
+def grid_of_runs(base: Config, varied: dict[str, list], seeds: int = 1) -> dict[str, Config]:
     """name -> Config of every combination of the varied settings, each with `base`'s seed and those after it.
 
     All run in folders of `base`'s run folder. The first seed is not in the name, so that seeds can be added later.
@@ -97,9 +99,7 @@ def grid_of_runs(base: Config, varied: dict[str, list], num_classes: int, seeds:
         name = ",".join(f"{setting}={value}" for setting, value in changes.items())
         try:
             runs[name] = dataclasses.replace(base, results_dir=str(base.run_dir), run_name=name, **changes, **fixed)
-            build_diffusion(runs[name], "cpu")
-            with torch.device("meta"):
-                build_model(runs[name], num_classes)
+            check_buildable(runs[name])
         except InputError as error:
             raise InputError(f"{name}: {error}") from error
     return runs

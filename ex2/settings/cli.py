@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import re
 import shlex
 import unicodedata
@@ -54,8 +55,13 @@ def path(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def add_flags(parser: argparse.ArgumentParser, groups: tuple[str, ...], leave_out: tuple[str, ...] = ()) -> None:
-    """A flag for every Config field of `groups`; only flags that the user gave appear in the parsed namespace."""
+def add_flags(parser: argparse.ArgumentParser, groups: tuple[str, ...], leave_out=(), saved: bool = False) -> None:
+    """A flag for every Config field of `groups`; only flags that the user gave appear in the parsed namespace.
+
+    Args:
+        leave_out: names of fields without one.
+        saved: what is not given comes from the checkpoint.
+    """
     titles = {group: parser.add_argument_group(group) for group in groups}
     for f in fields(Config):
         rules = f.metadata
@@ -63,10 +69,13 @@ def add_flags(parser: argparse.ArgumentParser, groups: tuple[str, ...], leave_ou
             continue
         group, name = titles[rules["group"]], f"--{f.name}"
         default = "" if f.default is None else f" (default: {f.default})"
+        if saved and f.name not in ("dry_run", "num_threads", "cuda"):
+            default = " (default: the checkpoint's)"
         if "type" not in rules:  # a boolean: an on and an off form
             group.add_argument(name, action="store_true", default=argparse.SUPPRESS, help=rules["help"] + default)
             off = f"--no_{f.name}"
-            group.add_argument(off, dest=f.name, action="store_false", default=argparse.SUPPRESS, help="its opposite")
+            opposite = rules.get("off", "its opposite")
+            group.add_argument(off, dest=f.name, action="store_false", default=argparse.SUPPRESS, help=opposite)
         else:
             if "choices" in rules:
                 default = f": {', '.join(rules['choices'])}{default}"
@@ -77,7 +86,9 @@ def add_flags(parser: argparse.ArgumentParser, groups: tuple[str, ...], leave_ou
 def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of every command that starts from a checkpoint."""
     parser.add_argument("--checkpoint", type=path, required=True, help="a run's folder, or its ckpt.pt")
-    parser.add_argument("--weights", choices=WEIGHTS, default="ema", help="EMA, or as last trained (default: ema)")
+    parser.add_argument(
+        "--weights", choices=WEIGHTS, default="ema", help="EMA weights, or raw ones as last trained (default: ema)"
+    )
 
 
 def add_samples_flags(parser: argparse.ArgumentParser, default_scales: str) -> None:
@@ -109,18 +120,18 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
     test = commands.add_parser("test", help="evaluate a checkpoint: losses, bits per dimension, quality of its samples")
     add_checkpoint_flags(test)
-    add_samples_flags(test, "those of the pictures")
+    add_samples_flags(test, "-1 0 1 3")
     test.add_argument("--inception_weights", type=path, metavar="FILE", help="torch-fidelity's weights, for FID")
     test.add_argument("--out", type=path, help="folder for the metrics (default: the run's folder)")
     # Another seed would split the data anew, and training images would land in the validation set.
-    add_flags(test, ("run", "access to the data", "evaluation", "sampling"), (*RUN_FLAGS_OF_TRAIN, "seed"))
+    add_flags(test, ("run", "access to the data", "evaluation", "sampling"), (*RUN_FLAGS_OF_TRAIN, "seed"), saved=True)
 
     sample = commands.add_parser("sample", help="draw images from a checkpoint")
     add_checkpoint_flags(sample)
     sample.add_argument("--n_images", type=int, default=16, help="how many in all (default: 16)")
     sample.add_argument("--classes", nargs="+", help="class names or numbers, one after the other (default: all)")
     sample.add_argument("--out", type=path, help="folder for the images (default: samples/ in the run's folder)")
-    add_flags(sample, ("run", "sampling"), (*RUN_FLAGS_OF_TRAIN, "guidance_scale"))
+    add_flags(sample, ("run", "sampling"), (*RUN_FLAGS_OF_TRAIN, "guidance_scale"), saved=True)
     help = "w of Eq. 11; several are drawn from the same noise (default: 1 for class-conditional models)"
     sample.add_argument("--guidance_scale", dest="scales", type=float, nargs="+", help=help)
 
@@ -136,7 +147,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     report = commands.add_parser("report", help="everything under a results folder as one page")
     report.add_argument("--results_dir", type=path, default="results", help="folder of all runs (default: results)")
 
-    check = commands.add_parser("check", help="judge solutions of the exercise by facts")
+    check = commands.add_parser("check", help="check solutions of the exercise against its equations")
     help = "folders with ex02_diffusion.py, ex02_model.py, ex02_main.py (or ex2_...)"
     check.add_argument("folders", type=path, nargs="+", metavar="FOLDER", help=help)
     check.add_argument("--csv", type=path, metavar="FILE", help="a row for each submission and fact")
@@ -152,14 +163,22 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     args, unknown = parser.parse_known_args(argv)
     names = {f.name for f in fields(Config)}
     for flag in unknown:
-        if flag.lstrip("-").split("=")[0].replace("no_", "", 1) in names:
-            fixed = "fixed by the checkpoint" if args.command in ("test", "sample") else "not for this command"
-            raise InputError(f"{flag} is {fixed} and can't be given to {args.command}: train with it")
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        refuse(flag, args.command, {*commands.choices, *commands.choices[args.command]._option_string_actions}, names)
     args.given = {name: value for name, value in vars(args).items() if name in names}
     args.called = called
     return args
+
+
+def refuse(word: str, command: str, known: set[str], settings: set[str]) -> None:
+    """Raises the InputError for a word of the command line that a command doesn't know."""
+    name = word.split("=")[0]
+    if name.startswith("--") and name[2:].replace("no_", "", 1) in settings:
+        if command in ("test", "sample"):
+            raise InputError(f"{name} is fixed by the checkpoint and can't be given to {command}: train with it")
+        raise InputError(f"{name} is not for {command}")
+    near = difflib.get_close_matches(name, known, 1, cutoff=0.75)
+    advice = f": did you mean {near[0]}?" if near else f" (see ex2_main.py {command} --help)"
+    raise InputError(f"{command} does not know {word}{advice}")
 
 
 def config_of_flags(args: argparse.Namespace) -> Config:
@@ -170,6 +189,8 @@ def config_of_flags(args: argparse.Namespace) -> Config:
 def preset_config(name: str | None, **given) -> Config:
     """The settings of a preset, with others in place of them; what depends on the data set follows the one in use."""
     flags = parse_args(["train", *PRESET_FLAGS[name].split()]).given if name else {}
+    if "sampler" in given:
+        flags.pop("eta", None)  # which is that of the preset's sampler
     return Config(**{**({"run_name": name} if name else {}), **flags, **given})
 
 

@@ -33,9 +33,10 @@ TRAINING_GROUPS = ("data", "diffusion process", "model", "training")  # what a r
 
 
 def setting(default, group: str, help: str, **rules):
-    """A Config field; `rules` are `minimum`, `maximum`, `choices` and, for the command line, `type` and `nargs`.
+    """A Config field, whose type is that of the default, where there is one.
 
-    The type is that of the default, where there is one.
+    Its rules: `minimum`, `maximum`, `above`, `choices`, `path`; for the command line `type`, `nargs`, and `off`, the
+    help of its --no_ form.
     """
     if default is not None and not isinstance(default, (bool, tuple)):
         rules["type"] = type(default)
@@ -49,18 +50,18 @@ class Config:
     Raises InputError: a value out of range, named with its flag and what is allowed.
     """
 
-    run_name: str = setting("DDPM", "run", "everything of the run lands in <results_dir>/<run_name>/")
+    run_name: str = setting("DDPM", "run", "folder of the run in <results_dir> (of compare: compare-SETTINGS)")
     results_dir: str = setting("results", "run", "folder of all runs", path=True)
     seed: int = setting(0, "run", "random seed of weights, data order, noise and samples", minimum=0, maximum=SEEDS)
     cuda: Optional[bool] = setting(
-        None, "run", "require (--cuda) or disable (--no_cuda) the GPU (default: use one if there is one)"
+        None, "run", "require a GPU (default: use one if there is one)", off="do without a GPU"
     )
     dry_run: bool = setting(False, "run", "one batch of every phase, to see that all works")
     log_interval: int = setting(100, "run", "optimiser steps between two rows of log.csv", minimum=1)
     save_model: bool = setting(True, "run", "write ckpt.pt, from which the same command goes on")
     save_minutes: float = setting(10.0, "run", "minutes between two checkpoints within an epoch", above=0)
     resume: Optional[bool] = setting(
-        None, "run", "require a checkpoint, or ignore it and start anew (default: go on if there is one)"
+        None, "run", "require a checkpoint (default: resume if there is one)", off="ignore it, start anew"
     )
     allow_changes: bool = setting(False, "run", "go on from a checkpoint of other settings")
     animation: str = setting(
@@ -77,10 +78,10 @@ class Config:
     )
     dataset: str = setting("cifar10", "data", "the data set", choices=tuple(DATASETS))
     image_size: Optional[int] = setting(
-        None, "data", "pixels (default: 32; shapes: 16, butterflies: 128)", type=int, minimum=8
+        None, "data", "height and width in pixels (default: 32; shapes: 16, butterflies: 128)", type=int, minimum=8
     )
     flip: Optional[bool] = setting(None, "data", "mirror training images at random (default: all but shapes)")
-    square: str = setting("crop", "data", "what makes images square", choices=SQUARES)
+    square: str = setting("crop", "data", "make images square: centre crop, or pad with white", choices=SQUARES)
     label_column: Optional[str] = setting(None, "data", "column that gives a butterfly its class", type=str)
     data_dir: Optional[str] = setting(None, "access to the data", "where the data set lies", type=str, path=True)
     cache_dir: Optional[str] = setting(None, "access to the data", "for downloaded butterflies", type=str, path=True)
@@ -104,7 +105,7 @@ class Config:
     batch_size: int = setting(64, "training", "images per optimiser step", minimum=1, maximum=10**6)
     lr: float = setting(1e-3, "training", "peak learning rate of AdamW", above=0)
     adam_beta1: float = setting(0.9, "training", "beta_1 of AdamW", minimum=0, maximum=0.999)
-    warmup_steps: int = setting(200, "training", "steps to the peak, at most a tenth", minimum=0)
+    warmup_steps: int = setting(200, "training", "learning-rate warm-up steps, at most a tenth of all steps", minimum=0)
     loss_type: str = setting("l2", "training", "error of the predicted noise", choices=("l1", "l2"))
     grad_clip: float = setting(1.0, "training", "largest gradient norm", above=0)
     ema_images: float = setting(50_000.0, "training", "EMA half-life in training images", above=0)
@@ -120,14 +121,18 @@ class Config:
     sampler: str = setting(
         "ddpm", "sampling", "ancestral (Eq. 8) or one for few steps", choices=names_in("ex2/samplers.py", "SAMPLERS")
     )
-    sample_steps: Optional[int] = setting(None, "sampling", "timesteps visited (default: all T)", type=int, minimum=1)
+    sample_steps: Optional[int] = setting(
+        None, "sampling", "number of sampling steps (default: all T)", type=int, minimum=1
+    )
     eta: float = setting(
         0.0, "sampling", "stochasticity of ddim and dpmpp_2m: 0 is the ODE, 1 ancestral", minimum=0, maximum=1
     )
     guidance_interval: tuple = setting(
         (0.0, 1.0), "sampling", "fractions of T between which samples are guided", type=float, nargs=2
     )
-    guidance_scale: Optional[float] = setting(None, "sampling", "w of Eq. 11 (default: 1)", type=float, **SCALES)
+    guidance_scale: Optional[float] = setting(
+        None, "sampling", "w of Eq. 11 (default: 1 if class-conditional)", type=float, **SCALES
+    )
     sample_batch: int = setting(100, "sampling", "images that are sampled at a time", minimum=1)
 
     def __post_init__(self):

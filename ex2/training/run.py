@@ -10,6 +10,8 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Callable
 
 import numpy as np
 import torch
@@ -51,9 +53,9 @@ def fit(run: Training) -> Unet:
     hooks = {"take_step": run.take_step, "after_step": run.after_step}
     try:
         while not run.finished:
-            parts = (run.network, run.loader, run.optimizer, run.diffusor, run.epochs_done, run.device, run.config)
+            loop = (run.network, run.loader, run.optimizer, run.diffusor, run.epochs_done, run.device, run.config)
             with run.epoch():
-                loss = train(*parts, meter=run.meter, **hooks)
+                loss = train(*loop, meter=run.meter, **hooks)
             val = test(run.ema.model, run.val_loader, run.diffusor, run.device, run.config)
             run.end_epoch(loss, sum(val[run.config.loss_type]) / len(val["t"]))
     except (Interrupted, BrokenPipeError, ReadingError):  # a signal; nobody reads what is printed; no images come
@@ -62,7 +64,7 @@ def fit(run: Training) -> Unet:
                 run.save()
         raise
     finally:
-        run.step_on = None  # and with it the memory of its CUDA graphs
+        run.step_function = None  # and with it the memory of its CUDA graphs
     run.drop_previous()
     return run.ema.model.eval()
 
@@ -132,8 +134,8 @@ class Training:
         self.signals: list[int] = []  # that came during the epoch, see `hold_signals`
         self.start_epoch()
         self.started = self.saved_at = time.monotonic()
-        self.step_on = self.eager_step  # or its replay
-        self.steps_here, self.eta_from = 0, 0.0  # steps of this call, and when its time began to be taken
+        self.step_function = self.eager_step  # or its replay
+        self.steps_this_call, self.eta_from = 0, 0.0  # steps of this call, and when its time began to be taken
 
     @property
     def batches_done(self) -> int:
@@ -168,16 +170,16 @@ class Training:
         if world_size() > 1:
             devices = [self.device] if self.device.type == "cuda" else None
             self.network = DistributedDataParallel(self.model, devices, gradient_as_bucket_view=True)
-        self.choose_step(compiled=self.config.compile == "on")
+        self.build_step_function(compiled=self.config.compile == "on")
 
-    def choose_step(self, compiled: bool) -> None:
+    def build_step_function(self, compiled: bool) -> None:
         """Chooses the fastest step for this device: replayed on a GPU, with a compiled network if `compiled`."""
         if compiled or self.model.compiled:
             rows, _ = self.loader.plan.own_rows(0)
             compile_blocks(self.model, rows.stop - rows.start if compiled else 0)
-        self.step_on = self.eager_step
+        self.step_function = self.eager_step
         if uses_cuda_graphs(self.config, self.device):
-            self.step_on = GraphReplay(self.eager_step, self.step_state, "the training step")
+            self.step_function = GraphReplay(self.eager_step, self.step_state, "the training step")
 
     def start_epoch(self) -> None:
         """A new sum of losses."""
@@ -209,14 +211,16 @@ class Training:
         """`train_step` with the settings of the run; a `RunError` says which batch would fit the memory."""
         rows, self.in_step = self.prepare_step(), True
         try:
-            result = self.step_on(images, labels) if rows is None else self.step_on(images, labels, rows=rows)
+            result = (
+                self.step_function(images, labels) if rows is None else self.step_function(images, labels, rows=rows)
+            )
         except torch.cuda.OutOfMemoryError:
             result = None  # only after this block the failed step's tensors are gone
         except Exception as error:
             if self.config.compile == "on" or not is_compiler_error(error):
                 raise
             print(f"torch can't compile the network here ({str(error).strip().splitlines()[0]}): going on without")
-            self.choose_step(compiled=False)
+            self.build_step_function(compiled=False)
             return self.take_step(images, labels)
         if result is None:
             raise self.too_large(images, labels)
@@ -242,10 +246,10 @@ class Training:
         batch, plan = self.batches_done, self.loader.plan
         return Rows(plan.images_in(batch), *plan.own_rows(batch), own[rank()])
 
-    def eager_step(self, images: Tensor, labels: Tensor, rows: Rows | None = None) -> tuple[Tensor, Tensor]:
-        """`train_step` operation by operation."""
-        parts = (self.network, self.optimizer, self.diffusor)
-        return train_step(*parts, images, labels, ema=self.ema, rows=rows, **self.settings)
+    @property
+    def eager_step(self) -> Callable:
+        """(images, labels) -> (loss, gradient norm): `train_step` with the settings of the run, without CUDA graph."""
+        return partial(train_step, self.network, self.optimizer, self.diffusor, ema=self.ema, **self.settings)
 
     def step_state(self) -> dict[str, list]:
         """The tensors that a step changes."""
@@ -258,7 +262,7 @@ class Training:
     def too_large(self, images: Tensor, labels: Tensor) -> RunError:
         """The error that names a batch which fits the GPU's memory. The search for it spoils the weights."""
         # Without the memory of a CUDA graph, and without the other processes, which don't search.
-        self.step_on, self.network, size = self.eager_step, self.model, len(images)
+        self.step_function, self.network, size = None, self.model, len(images)
         fits = batch_that_fits(lambda n: self.eager_step(images[:n], labels[:n]), size)
         advice = f"--batch_size {fits * world_size()} fits" if fits else "not even one image does"
         size *= world_size()
@@ -266,13 +270,13 @@ class Training:
 
     def report_eta(self) -> None:
         """After a few steps: says how many are left and how long they take."""
-        self.steps_here += 1
+        self.steps_this_call += 1
         first, last = ETA_STEPS[self.device.type]
-        if self.steps_here not in (first, last) or self.config.dry_run:
+        if self.steps_this_call not in (first, last) or self.config.dry_run:
             return
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        if self.steps_here == first:
+        if self.steps_this_call == first:
             self.eta_from = time.monotonic()
             return
         seconds = (time.monotonic() - self.eta_from) / (last - first)
@@ -288,7 +292,7 @@ class Training:
             return
         if all_reduce_max(0, minutes)[1] > MINUTES_WORTH_COMPILING:
             print("compiling the network: one to two minutes of waiting, then faster (--compile off does without)")
-            self.choose_step(compiled=True)
+            self.build_step_function(compiled=True)
 
     def log_window(self, loss: float, grad_norm: float) -> None:
         """A row of log.csv for the steps since the last one."""

@@ -48,7 +48,7 @@ def next_free(folder: Path) -> Path:
     return next(path for i in itertools.count(1) if not (path := folder / f"{i:03d}").exists())
 
 
-def note(folder: Path, args) -> None:
+def record_command(folder: Path, args) -> None:
     """Adds the command to `commands.txt` of a folder, once it has been accepted and before its work begins."""
     if is_main():
         append_command(folder, args.called)

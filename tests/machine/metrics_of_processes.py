@@ -26,7 +26,7 @@ from ex2.settings.config import Config  # noqa: E402
 from ex2.training.run import Training  # noqa: E402
 from ex2_diffusion import Diffusion, linear_beta_schedule  # noqa: E402
 from ex2_model import Attention, LinearAttention  # noqa: E402
-from ex2_train import draw, test  # noqa: E402
+from ex2_train import draw_timesteps_and_noise, test  # noqa: E402
 
 IMAGES = 21  # in batches of 8, 8 and 5, none of which three processes share evenly
 
@@ -64,7 +64,7 @@ def gradients(folder, **changes) -> dict:
     images, found = [], {}
     for step, (x, labels) in enumerate(loader):
         rows = state.prepare_step()
-        t, noise = draw(x, diffusor.timesteps, rows)
+        t, noise = draw_timesteps_and_noise(x, diffusor.timesteps, rows)
         classes = labels if state.config.class_free_guidance else None
         state.network.zero_grad()
         weight = 1.0 if rows is None else rows.weight

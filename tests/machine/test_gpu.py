@@ -28,7 +28,7 @@ def trained(tmp_path, replayed, **changes):
     training = Training(model, config, Diffusion(50, SCHEDULES["cosine"], 8, GPU), loader, "abc")
     training.start()
     if not replayed:
-        training.step_on = training.eager_step
+        training.step_function = training.eager_step
     losses = []
     for _ in range(4):
         losses.append(train_epoch(training))
@@ -41,7 +41,7 @@ def test_a_replayed_training_is_the_eager_one_to_rounding(tmp_path, capsys, amp)
     settings = {"amp": amp, "dropout": 0.1, "p_uncond": 0.2}
     eager, weights, _ = trained(tmp_path, False, **settings)
     replayed, others, training = trained(tmp_path, True, **settings)
-    assert isinstance(training.step_on, GraphReplay) and training.step_on.checked
+    assert isinstance(training.step_function, GraphReplay) and training.step_function.checked
     assert "can't be replayed" not in capsys.readouterr().out
     assert replayed == pytest.approx(eager, rel=1e-2)
     for a, b in zip(weights, others):
@@ -98,4 +98,4 @@ def test_what_cannot_be_recorded_goes_on_eagerly_and_draws_random_numbers():
 
 def test_both_shapes_of_an_epoch_are_replayed_and_share_their_memory(tmp_path):
     _, _, training = trained(tmp_path, True)
-    assert len(training.step_on.graphs) == 2 and training.step_on.checked
+    assert len(training.step_function.graphs) == 2 and training.step_function.checked

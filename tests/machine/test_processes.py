@@ -24,7 +24,7 @@ from ex2.machine.processes import all_gather, all_reduce_max, shard
 from ex2.training import checkpoint as training_checkpoint
 from ex2.training import run as training_run
 from ex2.training.log import RunLog
-from ex2_train import draw
+from ex2_train import draw_timesteps_and_noise
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 TINY = "--dataset folder --image_size 8 --dim 8 --dim_mults 1 --timesteps 20 --schedule cosine --batch_size 5".split()
@@ -155,14 +155,14 @@ def test_processes_share_every_batch_and_their_order_changes_with_the_epoch(part
 def test_noise_of_a_step_is_shared_out_and_its_weights_make_the_mean_over_images(tmp_path, monkeypatch):
     state, diffusor, loader = new_state(tmp_path)
     state.step, images = 2, torch.zeros(5, 3, 8, 8)  # the smaller batch at the end: 5 images
-    t, noise = draw(images, diffusor.timesteps, state.prepare_step())
+    t, noise = draw_timesteps_and_noise(images, diffusor.timesteps, state.prepare_step())
     times, noises, dropped, weights = [], [], [], []
     for rank in range(3):
         monkeypatch.setattr(training_run, "world_size", lambda: 3)
         monkeypatch.setattr(training_run, "rank", lambda rank=rank: rank)
         loader.plan.part = (rank, 3)
         rows = state.prepare_step()
-        for found, part in zip((times, noises), draw(images[rows.own], diffusor.timesteps, rows)):
+        for found, part in zip((times, noises), draw_timesteps_and_noise(images[rows.own], diffusor.timesteps, rows)):
             found.append(part)
         dropped.append(torch.rand(4))
         weights.append(rows.weight)
@@ -172,7 +172,9 @@ def test_noise_of_a_step_is_shared_out_and_its_weights_make_the_mean_over_images
     assert mean == pytest.approx(noise.mean().item(), abs=1e-6)
     assert len(torch.cat(dropped).unique()) == 12  # what the network draws itself differs by process
     state.step = 1
-    assert not torch.equal(draw(images[rows.own], diffusor.timesteps, state.prepare_step())[0], times[-1])
+    assert not torch.equal(
+        draw_timesteps_and_noise(images[rows.own], diffusor.timesteps, state.prepare_step())[0], times[-1]
+    )
 
 
 def test_one_process_agrees_with_itself():

@@ -196,7 +196,7 @@ def test_where_nothing_can_be_compiled_auto_goes_on_without(tmp_path, model, dif
         if tries:
             with monkeypatch.context() as patch:
                 patch.setattr(torch, "compile", lambda function, **options: cannot)
-                training.choose_step(compiled=True)
+                training.build_step_function(compiled=True)
         train_epoch(training)
         ends.append(torch.cat([p.flatten() for p in training.ema.model.parameters()]))
     assert torch.equal(*ends)
@@ -214,7 +214,7 @@ NEW_DATA = ("dataset", "data_seed", "image_size", "square", "label_column")  # r
 
 def first_step(training):
     """What the next step computes, and the state after it."""
-    training.choose_step(compiled=False)
+    training.build_step_function(compiled=False)
     training.network.train()
     training.loader.set_epoch(training.epochs_done)
     loss, norm = training.take_step(*next(iter(training.loader)))
