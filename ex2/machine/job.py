@@ -11,7 +11,7 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -95,6 +95,10 @@ def lock_folder(folder: Path) -> Iterator[None]:
     finally:
         holder.unlink(missing_ok=True)
         lock.release()
+        if [path.name for path in folder.iterdir()] == [LOCK_NAME]:  # nothing came of the run
+            with suppress(OSError):
+                (folder / LOCK_NAME).unlink()
+                folder.rmdir()
 
 
 def can_lock(folder: Path) -> bool:

@@ -124,7 +124,9 @@ def check_content(content: dict, path: Path) -> dict:
 def read_checkpoint(path: Path, device="cpu") -> dict:
     """The content of one checkpoint file; errors as in `load_checkpoint`."""
     if not path.is_file():
-        raise InputError(f"no checkpoint at {path}: give --checkpoint a run's folder, or train first")
+        run = Path("results") / (path.parent if path.name == CHECKPOINT_NAME else path)
+        near = f"did you mean {run}?" if run.is_dir() else "give --checkpoint a run's folder, or train first"
+        raise InputError(f"no checkpoint at {path}: {near}")
     try:
         content = torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:

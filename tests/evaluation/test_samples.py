@@ -14,10 +14,13 @@ from ex2.data.images import training_images
 from ex2.evaluation import classifier, tables
 from ex2.evaluation import samples as evaluation_samples
 from ex2.evaluation.classifier import SmallClassifier
+from ex2.evaluation.evaluate import evaluate
 from ex2.report import metrics as report_metrics
+from ex2.report import study
 from ex2.settings.build import build_diffusion, load_data, restore_model
 from ex2.settings.config import Config, config_of
 from ex2.training import checkpoint
+from ex2_diffusion import Diffusion
 
 
 @pytest.fixture(scope="module")
@@ -269,3 +272,21 @@ def test_tables_show_four_digits_and_a_dash_for_nothing():
         "2",
         "007",
     ]
+
+
+def test_all_samples_of_a_run_are_drawn_in_the_precision_of_its_training(results, tmp_path, monkeypatch):
+    """The class accuracy after a training and the pictures of studies were drawn in float32, others in bfloat16."""
+    drawn = []
+
+    def sample(self, model, image_size, batch_size=16, channels=3, **sampling):
+        drawn.append(model.predict.args[1])
+        return torch.zeros(batch_size, channels, image_size, image_size)
+
+    monkeypatch.setattr(Diffusion, "sample", sample)
+    monkeypatch.setattr(evaluation_samples, "computes_in_bfloat16", lambda amp, device: True)
+    saved = checkpoint.load_checkpoint(results / "cond")
+    config = config_of(saved, {"dry_run": True, "results_dir": str(results)})
+    model, diffusor = restore_model(saved, config, "cpu"), build_diffusion(config, "cpu")
+    evaluate(model, load_data(config), diffusor, config)
+    study.draw_side_by_side({"cond": config_of(saved, {})}, tmp_path / "samples.png", "cpu")
+    assert len(drawn) >= 2 and all(drawn)

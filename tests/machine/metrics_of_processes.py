@@ -1,4 +1,4 @@
-"""Figures that must not depend on the number of processes; `test_processes.py` runs this in one and under torchrun.
+"""Metrics that must not depend on the number of processes; `test_processes.py` runs this in one and in two.
 
     torchrun --standalone --nproc_per_node=2 tests/machine/metrics_of_processes.py OUT
 

@@ -10,10 +10,12 @@ import subprocess
 import sys
 import time
 
+import forked
 import numpy as np
 import pytest
 import torch
 from filelock import FileLock, Timeout
+from forked import Started
 from PIL import Image
 from tiny import ROOT, TINY, random_set, tiny_config, train_epoch, without_evaluation
 
@@ -198,18 +200,11 @@ def test_a_signal_waits_for_the_step_and_a_second_one_does_not():
 
 def test_a_terminated_process_says_how_to_go_on(tmp_path):
     long = [*RUN, "--results_dir", str(tmp_path), "--epochs", "500", "--log_interval", "1"]
-    process = subprocess.Popen(
-        [sys.executable, "-u", str(ROOT / "ex2_main.py"), *long],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    for line in process.stdout:
-        if "step 3/" in line:
-            break
-    process.send_signal(signal.SIGTERM)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 143
+    process = Started(*long, prepare=forked.training_only)
+    process.wait_for_line("step 3/")
+    os.kill(process.pid, signal.SIGTERM)
+    code, _, error = process.finish()
+    assert code == 143
     assert error.splitlines()[-1].startswith("interrupted by SIGTERM; a training that was going on is saved")
     assert checkpoint.load_checkpoint(tmp_path / "DDPM")["step"] >= 3
     assert_free(tmp_path / "DDPM")
@@ -240,14 +235,15 @@ with lock_folder(pathlib.Path(sys.argv[1])):
 
 def test_the_lock_of_a_process_that_is_gone_is_free(tmp_path, monkeypatch):
     """Killed, so that it could not remove anything; what it left beside the lock does not matter either."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, env=environment)
-    assert holder.stdout.readline().strip() == b"locked"
+    script = tmp_path / "hold.py"
+    script.write_text(HOLD)
+    holder = Started(str(tmp_path), script=script)
+    holder.wait_for_line("locked")
     monkeypatch.setattr(job, "WORKER_EXIT_SECONDS", 0)
     with pytest.raises(InputError, match=f"process {holder.pid} on .* works in"), lock_folder(tmp_path):
         pass
-    holder.kill()
-    holder.wait()
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.process.join()
     with lock_folder(tmp_path):
         assert str(os.getpid()) in (tmp_path / ".holder").read_text()
     assert_free(tmp_path)
@@ -447,12 +443,10 @@ def start(*command, **options):
 
 
 def test_figures_are_written_before_they_are_printed_in_any_encoding(tmp_path):
-    environment = {**os.environ, "PYTHONIOENCODING": "cp932"}
     assert ex2_main.main([*RUN, "--results_dir", str(tmp_path), "--dry_run"]) == 0
     test = ["test", "--checkpoint", str(tmp_path / "DDPM-dry_run"), "--dry_run", "--no_cuda"]
-    process = start(*test, env=environment)
-    _, error = process.communicate(timeout=120)
-    assert process.returncode == 0, error
+    code, _, error = Started(*test, PYTHONIOENCODING="cp932").finish()
+    assert code == 0, error
     assert "samples" in json.loads((tmp_path / "DDPM-dry_run-dry_run" / "test_metrics.json").read_text())
 
 
@@ -489,26 +483,13 @@ def photographs(tmp_path_factory):
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_a_signal_to_the_whole_group_ends_a_training_in_order(photographs, tmp_path, name):
     """The processes that read files while it trains have it, too."""
-    script = tmp_path / "reading.py"
-    script.write_text(
-        "import sys, ex2_main\nfrom ex2.data import load\nload.RESIDENT_LIMIT = 0\nsys.exit(ex2_main.main())\n"
-    )
     data = ["--dataset", "folder", "--data_dir", str(photographs), "--num_workers", "1", "--batch_size", "5"]
     long = [*RUN, *data, "--results_dir", str(tmp_path), "--epochs", "500", "--log_interval", "1"]
-    process = subprocess.Popen(
-        [sys.executable, str(script), *long],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        start_new_session=True,
-    )
-    for line in process.stdout:
-        if "step 3/" in line:
-            break
+    process = Started(*long, prepare=forked.training_on_files)
+    process.wait_for_line("step 3/")
     os.killpg(process.pid, getattr(signal, name))
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 128 + getattr(signal, name), error
+    code, _, error = process.finish()
+    assert code == 128 + getattr(signal, name), error
     assert error.splitlines()[-1].startswith(f"interrupted by {name}; a training") and "Traceback" not in error
     assert checkpoint.load_checkpoint(tmp_path / "DDPM")["step"] >= 3
 

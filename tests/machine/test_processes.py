@@ -8,9 +8,11 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
+from forked import Started, free_port, start_processes
 from machine.metrics_of_processes import figures, new_state
 from PIL import Image
 from tiny import ROOT, without_evaluation
@@ -38,10 +40,6 @@ def start(*command, **environment):
     """A process whose output goes to pipes; torch's threads are limited, as torchrun does it."""
     known = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", **environment}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=known, cwd=ROOT)
-
-
-def start_two(*command):
-    return start(*TORCHRUN, "--standalone", "--nproc_per_node=2", *command)
 
 
 def finish(process, timeout=120):
@@ -104,13 +102,7 @@ def command(photographs):
 def training_only(command, tmp_path_factory):
     """The same command without evaluation and pictures, which take longer than its training."""
     script = tmp_path_factory.mktemp("script") / "training_only.py"
-    script.write_text(
-        "import sys, ex2_main, tiny\n"
-        "class Patch: setattr = staticmethod(setattr)\n"
-        "tiny.without_evaluation(Patch)\n"
-        "if __name__ == '__main__':\n"
-        "    sys.exit(ex2_main.main())\n"
-    )
+    script.write_text("import sys, ex2_main, forked\nforked.training_only()\nsys.exit(ex2_main.main())\n")
     return [str(script), *command[1:]]
 
 
@@ -118,9 +110,9 @@ def training_only(command, tmp_path_factory):
 def by_two(command, tmp_path_factory):
     """(run folder, stdout) of a whole training by two processes that nothing interrupted."""
     results = tmp_path_factory.mktemp("by_two")
-    code, out, err = finish(start_two(*command, "--results_dir", str(results)))
-    assert code == 0, err
-    return results / "DDPM", out
+    first, second = (p.finish() for p in start_processes(2, *command[1:], "--results_dir", str(results)))
+    assert (first[0], second[0]) == (0, 0), first[2] + second[2]
+    return results / "DDPM", first[1] + second[1]
 
 
 # ------------------------------------------------------------------ shares
@@ -205,10 +197,11 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
 
 def test_two_processes_compute_what_one_does(tmp_path):
     """Gradients, losses, bounds, samples, features: of batches that don't split evenly, too."""
-    two = start_two("tests/machine/metrics_of_processes.py", str(tmp_path))
+    two = start_processes(2, str(tmp_path), script=ROOT / "tests/machine/metrics_of_processes.py")
     one = figures(tmp_path / "one")
-    code, _, err = finish(two)
-    assert code == 0, err
+    for process in two:
+        code, _, err = process.finish()
+        assert code == 0, err
     by_rank = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     assert by_rank[0].keys() == by_rank[1].keys() == one.keys()
     for name, wanted in one.items():
@@ -233,26 +226,26 @@ def test_two_processes_write_the_files_of_one_and_talk_once(by_two, command, tmp
 # ------------------------------------------------------------------ processes that end early
 
 
-def test_a_signal_to_one_process_ends_all_after_the_same_step_and_one_goes_on(
-    training_only, tmp_path, monkeypatch, capsys
-):
+def test_a_signal_to_one_process_ends_all_after_the_same_step_and_one_goes_on(command, tmp_path, monkeypatch, capsys):
     """From two processes to one within an epoch: the weights are those of one process alone, to rounding."""
-    plain = [*training_only, "--p_uncond", "0", "--epochs", "9"]
-    agent = start_two(*plain, "--results_dir", str(tmp_path))
-    wait_for(lambda: len(list((tmp_path / "DDPM").glob("ckpt.pt*"))) >= 2, agent)
-    os.kill(workers_of(agent)[1], signal.SIGTERM)
-    code, _, err = finish(agent)
-    assert code != 0
-    assert err.count("interrupted by SIGTERM; a training that was going on is saved") == 2, err
+    plain = [*command, "--p_uncond", "0", "--epochs", "4"]
+    pair = start_processes(2, *plain[1:], "--results_dir", str(tmp_path), prepare=forked.training_only)
+    deadline = time.monotonic() + 60
+    while len(list((tmp_path / "DDPM").glob("ckpt.pt*"))) < 2:
+        assert time.monotonic() < deadline and pair[0].poll() is None
+        time.sleep(0.01)
+    os.kill(pair[1].pid, signal.SIGTERM)
+    for code, _, err in [process.finish() for process in pair]:
+        assert code == 143 and "interrupted by SIGTERM; a training that was going on is saved" in err, err
     saved = training_checkpoint.load_checkpoint(tmp_path / "DDPM")
-    assert 0 < saved["step"] < 72
+    assert 0 < saved["step"] < 32
     assert not (tmp_path / "DDPM" / ".holder").exists()
 
     without_evaluation(monkeypatch)
-    end = [*plain[1:], "--results_dir", str(tmp_path), "--num_threads", "1"]
+    end = [*plain[1:], "--results_dir", str(tmp_path), "--num_threads", "1", "--save_minutes", "10"]
     assert ex2_main.main(end) == 0
     said = capsys.readouterr().out
-    assert f"{saved['step']} of 72 steps" in said
+    assert f"{saved['step']} of 32 steps" in said
     assert "2 processes there, 1 now: a step still takes 5 images in all" in said
     alone = tmp_path / "alone"
     assert ex2_main.main([*end, "--results_dir", str(alone)]) == 0
@@ -291,8 +284,8 @@ def test_a_process_that_does_not_answer_is_named(tmp_path):
         "    except ProcessesError as error: open(__file__ + '.said', 'w').write(str(error)); raise\n"
     )
     started = time.monotonic()
-    code, _, _ = finish(start_two(str(script)), timeout=60)
-    assert code != 0
+    first, _ = start_processes(2, script=script)
+    assert first.finish(timeout=60)[0] != 0
     said = Path(f"{script}.said").read_text()
     assert "'features of images', up to 0.05 min" in said
     assert "anks 1 failed" in said, said
@@ -315,10 +308,8 @@ def test_processes_that_cannot_meet_say_so(taken, command, tmp_path):
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port,
         }
-        process = start(
-            sys.executable, *command, "--results_dir", str(tmp_path), "--timeout_minutes", "0.05", **environment
-        )
-        code, _, err = finish(process, timeout=60)
+        quick = ["--results_dir", str(tmp_path), "--timeout_minutes", "0.05"]
+        code, _, err = Started(*command[1:], *quick, **environment).finish(timeout=60)
     assert code == 1
     assert [line for line in err.splitlines() if line.startswith("error: ")] == [err.splitlines()[-1]], err
     assert f"don't find each other at 127.0.0.1:{port}" in err
@@ -328,18 +319,12 @@ def test_processes_that_cannot_meet_say_so(taken, command, tmp_path):
 # ------------------------------------------------------------------ two machines
 
 
-def test_two_torchruns_act_as_two_machines(command, tmp_path):
-    """Each starts one process; they meet at a port, and the second one's has no folder that it could write to."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    nodes = []
-    for node in range(2):
-        folder = tmp_path / str(node)
-        meeting = ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=pair"]
-        program = [*command, "--no_class_free_guidance", "--dry_run", "--results_dir", str(folder)]
-        nodes.append(start(*TORCHRUN, "--nnodes=2", "--nproc_per_node=1", *meeting, *program))
-    ends = [finish(node) for node in nodes]
+def test_two_machines_have_one_folder(command, tmp_path):
+    """Of each machine one process; the second one's has no folder that it could write to."""
+    program = [*command[1:], "--no_class_free_guidance", "--dry_run"]
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    nodes = [Started(*program, "--results_dir", str(tmp_path / str(i)), RANK=str(i), **meeting) for i in range(2)]
+    ends = [node.finish() for node in nodes]
     assert [code for code, _, _ in ends] == [0, 0], ends
     written = [node for node in range(2) if (tmp_path / str(node)).exists()]
     assert len(written) == 1

@@ -323,3 +323,22 @@ def cut_after(count, batches):
         if i == count:
             raise ReadingError("reading images failed (a worker was killed): lower --num_workers")
         yield batch
+
+
+def test_a_refused_run_leaves_no_folder(tmp_path, capsys):
+    folder = [
+        "--dataset",
+        "folder",
+        "--data_dir",
+        str(tmp_path / "nowhere"),
+        "--results_dir",
+        str(tmp_path / "results"),
+    ]
+    rejected(folder, capsys)
+    assert not (tmp_path / "results" / "DDPM").exists()
+
+
+def test_a_checkpoint_named_without_its_folder_is_found_in_a_word(saved, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results" / "quick").mkdir(parents=True)
+    assert "no checkpoint at quick: did you mean results" in rejected(["sample", "--checkpoint", "quick"], capsys)

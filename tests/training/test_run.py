@@ -3,6 +3,7 @@
 import functools
 import math
 from copy import deepcopy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -264,3 +265,15 @@ def test_a_changed_setting_holds_from_the_first_step_of_a_resumed_run(short_run,
     assert all(torch.equal(x, y) for x, y in zip(a, b))
     later = ("epochs", "max_minutes", "warmup_steps")  # which show in the learning rate of later steps alone
     assert name in later or not all(torch.equal(x, y) for x, y in zip(a, c))
+
+
+@pytest.mark.parametrize("slowest, compiled", [(12.0, True), (5.0, False)])
+def test_processes_compile_together_by_the_clock_of_the_slowest(tmp_path, diffusor, monkeypatch, slowest, compiled):
+    """This one would not by its own 9 minutes, or would by 11; each decided by its own clock."""
+    loader = make_loader(random_set(40), 16, CPU)
+    training = Training(build_model(tiny_config(tmp_path), 3), tiny_config(tmp_path), diffusor, loader, "abc")
+    training.device, built = SimpleNamespace(type="cuda"), []
+    monkeypatch.setattr(run, "all_reduce_max", lambda number, minutes: (number, slowest))
+    monkeypatch.setattr(training, "build_step_function", lambda compiled: built.append(compiled))
+    training.maybe_compile(9.0 if compiled else 11.0)
+    assert built == [True] * compiled
