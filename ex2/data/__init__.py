@@ -1,0 +1,1 @@
+"""What a model learns from: CIFAR-10, shapes, folders of images, butterflies."""

@@ -1,0 +1,1 @@
+"""How good a model is: losses, variational lower bound, distances, samples."""

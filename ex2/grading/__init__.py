@@ -1,0 +1,1 @@
+"""Solutions of other people, checked against the equations."""

@@ -1,0 +1,1 @@
+"""What runs show: pictures, curves, studies, the page."""

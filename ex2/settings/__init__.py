@@ -1,0 +1,1 @@
+"""What a run is: flags, presets, and what is built from them."""

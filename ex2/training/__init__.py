@@ -1,0 +1,1 @@
+"""How a training goes on: the run, its log, its checkpoint."""
