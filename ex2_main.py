@@ -98,16 +98,18 @@ def run_train(args) -> None:
 def run_compare(args) -> None:
     """`compare`: trains and evaluates runs of every combination of varied settings. 2.2 to 2.4."""
     from ex2.machine.job import lock_folder
-    from ex2.report.study import run_study
+    from ex2.report.study import grid_of_runs, run_study
+    from ex2.settings.build import load_data
     from ex2.training.start import prepare_training, record_command
 
     varied, scales = parse_vary(args.vary), check_scales(args)
     args.given.setdefault("run_name", f"compare-{'-'.join(varied)}")
     base, device = prepare_training(args)
     with lock_folder(base.run_dir):
-        run_study(
-            base, varied, device, args.seeds, args.eval_samples, scales, lambda: record_command(base.run_dir, args)
-        )
+        runs = grid_of_runs(base, varied, args.seeds)  # refuses what can't be, before any data are read
+        splits = load_data(base)
+        record_command(base.run_dir, args)
+        run_study(base, varied, runs, splits, device, args.eval_samples, scales)
     print(f"done: see {base.run_dir}/")
 
 

@@ -24,7 +24,7 @@ from ex2.machine.files import read_json, write_atomically
 from ex2.machine.processes import broadcast_from_main, is_main, world_size
 from ex2.report.intervals import NOT_COMPARABLE, T_QUANTILES, summarise_seeds
 from ex2.report.metrics import plot_comparison, write_metrics
-from ex2.settings.build import build_diffusion, check_buildable, load_data, restore_model
+from ex2.settings.build import build_diffusion, check_buildable, restore_model
 from ex2.settings.config import Config
 from ex2.training.checkpoint import checkpoints_in, load_checkpoint
 from ex2.training.log import RunLog
@@ -35,25 +35,24 @@ LOSS_FRACTIONS = (0.1, 0.5, 0.9)  # of T: the timesteps whose test loss stands i
 COLUMNS_SHOWN = 10
 
 
-def run_study(base: Config, varied: dict[str, list], device, seeds: int, count: int, scales, accepted) -> None:
-    """Trains and evaluates runs of every combination of varied settings; finished ones are kept.
+def run_study(
+    base: Config, varied: dict, runs: dict[str, Config], splits: DataSplits, device, count: int, scales
+) -> None:
+    """Trains and evaluates every run of a study; finished ones are kept.
 
     Args:
         base: settings of all runs.
         varied: setting -> its values.
-        seeds: runs of each combination.
+        runs: of `grid_of_runs`.
+        splits: the data set.
         device: that trains.
         count: samples that are evaluated; 0: none.
         scales: guidance scales at which they are, beside the run's own.
-        accepted: called once the study can start.
 
     Raises RunError: a run failed; the others have their place in the table.
     """
-    runs = grid_of_runs(base, varied, seeds)  # refuses what can't be, before any data are read
-    splits = load_data(base)
     if is_main():
         write_study(base.run_dir, varied, runs)
-    accepted()
     evaluator = build_evaluator(splits, device, base, features_dir(base.run_dir), count) if count > 0 else None
     failed = {}
     for name, config in runs.items():
