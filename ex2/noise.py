@@ -1,4 +1,4 @@
-"""Where the noise of samples and of evaluations comes from."""
+"""Where the noise of samples and of evaluations comes from: image i has the same in every batch."""
 
 from __future__ import annotations
 
@@ -41,3 +41,17 @@ def randn(shape: Sequence[int], device: torch.device, generator: NoiseSource = N
     if isinstance(generator, ImageNoise):
         return generator.draw(shape).to(device)
     return torch.randn(*shape, generator=generator, device=device if generator is None else generator.device).to(device)
+
+
+def sample_in_batches(diffusor, model, count, batch_size, seed, *, classes=None, first=0, channels=3, **sampling):
+    """Yields `count` images in batches of at most `batch_size`, on the CPU; image i depends on seed and i alone.
+
+    Args:
+        classes: (count,) labels or None.
+        first: number i of the first image.
+        sampling: as in `Diffusion.sample_trajectory`.
+    """
+    for done in range(0, count, batch_size):
+        size, own = min(batch_size, count - done), None if classes is None else classes[done : done + batch_size]
+        noise = ImageNoise(seed, first + done, size, diffusor.device)
+        yield diffusor.sample(model, diffusor.img_size, size, channels, classes=own, generator=noise, **sampling).cpu()

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -104,6 +104,20 @@ def check_sampling(sampler: str, eta: float, guidance_interval: tuple[float, flo
         raise ValueError(
             f"guidance_interval takes two fractions of T, 0 <= first <= last <= 1, got {guidance_interval}"
         )
+
+
+def check_classes(classes: Tensor | Sequence[int], batch_size: int, null_class: int | None) -> Tensor:
+    """`classes` as a tensor (B,); a ValueError unless there is one whole number for each image."""
+    classes = torch.as_tensor(classes)
+    most, known = (
+        (math.inf, "")
+        if null_class is None
+        else (null_class, f" within 0 .. {null_class - 1}, or {null_class} for none")
+    )
+    whole = not (classes.is_floating_point() or classes.dtype == torch.bool)
+    if not whole or classes.shape != (batch_size,) or not ((classes >= 0) & (classes <= most)).all():
+        raise ValueError(f"classes must be {batch_size} labels{known}, got {classes.tolist()}")
+    return classes
 
 
 def ddim_step(process, index: int, eps: Tensor, x_zero: Tensor, draw, eta: float = 0.0) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import ex2_diffusion
-from ex2.noise import ImageNoise
+from ex2.noise import ImageNoise, sample_in_batches
 from ex2.samplers import SAMPLERS, ddim_step
 from ex2_diffusion import (
     SCHEDULES,
@@ -16,7 +16,6 @@ from ex2_diffusion import (
     extract,
     guided_eps,
     linear_beta_schedule,
-    sample_in_batches,
     subsample_timesteps,
     thin_trajectory,
 )

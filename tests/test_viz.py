@@ -17,6 +17,7 @@ from PIL import Image
 
 import ex2_viz as viz
 from ex2.report import metrics
+from ex2.training.curves import plot_training
 from ex2_diffusion import SCHEDULES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -156,7 +157,7 @@ def test_curves_are_drawn(tmp_path):
     row = dict.fromkeys(("step", "epoch", "seconds", "lr", "grad_norm", "train_loss", "epoch_loss", "val_loss"), "")
     rows = [{**row, "step": str(i), "lr": "0.1", "grad_norm": "1", "train_loss": "0.5"} for i in range(3)]
     rows.append({**row, "step": "3", "epoch_loss": "0.5", "val_loss": "0.4"})
-    viz.plot_training(rows, tmp_path / "a.png")
+    plot_training(rows, tmp_path / "a.png")
     curve = {"t": [0, 5, 9], "log_snr": [5, 0, -5], "l1": [0.5, 0.2, 0.1], "l2": [0.4, 0.2, 0.1]}
     curve["x_zero_l2"] = [0.1, 0.2, 0.5]
     metrics.plot_loss_over_t({"val": curve, "test": curve}, tmp_path / "b.png")
@@ -223,14 +224,18 @@ def test_a_grid_of_a_thousand_classes_is_cut_and_says_so(tmp_path, capsys, monke
 
 
 def test_a_picture_is_whole_or_not_there(tmp_path, monkeypatch):
-    viz.save_grid(torch.zeros(4, 3, 8, 8), tmp_path / "g.png")
-    before = (tmp_path / "g.png").read_bytes()
+    kinds = {"g.png": viz.save_grid, "g.gif": viz.save_gif}
+    for name, save in kinds.items():
+        save(torch.zeros(4, 3, 8, 8), tmp_path / name)
+    before = [(tmp_path / name).read_bytes() for name in kinds]
 
     def full(*args):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("ex2.machine.files.os.fsync", full)
-    for save, images in ((viz.save_grid, torch.ones(4, 3, 8, 8)), (viz.save_gif, torch.ones(2, 3, 8, 8))):
+    for name, save in kinds.items():
         with pytest.raises(OSError):
-            save(images, tmp_path / "g.png")
-        assert (tmp_path / "g.png").read_bytes() == before
+            save(torch.ones(4, 3, 8, 8), tmp_path / name)
+    assert [(tmp_path / name).read_bytes() for name in kinds] == before
+    with pytest.raises(ValueError, match="an animation ends in .gif, .apng, .webp"):
+        viz.save_gif(torch.ones(2, 3, 8, 8), tmp_path / "x.mp4")

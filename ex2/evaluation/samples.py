@@ -31,9 +31,9 @@ from ex2.evaluation.templates import TemplateClassifier
 from ex2.machine.inference import InferenceModel
 from ex2.machine.job import computes_in_bfloat16
 from ex2.machine.processes import all_gather_rows, is_main, shard
-from ex2.noise import ImageNoise
+from ex2.noise import ImageNoise, sample_in_batches
 from ex2.settings.config import Config
-from ex2_diffusion import SPACING, sample_in_batches
+from ex2_diffusion import SPACING
 from ex2_train import NOISE_SEED
 
 MANIFOLD_LIMIT = 10_000  # images of each side for precision and recall: their cost grows with the square

@@ -15,8 +15,9 @@ from ex2.evaluation.tables import print_losses, print_samples
 from ex2.machine.files import read_json, write_atomically
 from ex2.machine.processes import is_main
 from ex2.settings.config import Config
+from ex2.training.curves import read_column
 from ex2.training.log import RunLog
-from ex2_viz import curve_axes, read_column
+from ex2_viz import curve_axes
 
 
 def write_metrics(report: dict, config: Config, log: list[dict] | None = None) -> None:

@@ -15,9 +15,9 @@ from ex2.evaluation.samples import shared_samples
 from ex2.machine.files import file_name_of, number_name
 from ex2.machine.processes import is_main, world_size
 from ex2.machine.progress import track
-from ex2.noise import ImageNoise
+from ex2.noise import ImageNoise, sample_in_batches
 from ex2.settings.config import GUIDANCE_SCALES, Config
-from ex2_diffusion import SCHEDULES, Diffusion, evenly_spaced, sample_in_batches, thin_trajectory
+from ex2_diffusion import SCHEDULES, Diffusion, evenly_spaced, thin_trajectory
 
 GUIDANCE_FRAMES = tuple(k / 2 for k in range(-2, 11))  # scales of the guidance animation; has those of the grid
 GIF_FRAMES = 41
@@ -82,7 +82,8 @@ def draw_samples(model, class_names, diffusor: Diffusion, config: Config) -> Non
     for w in GUIDANCE_SCALES if config.dry_run else GUIDANCE_FRAMES:
         guided = {**common, "guidance_scale": w}
         by_scale[w] = torch.cat(list(sample_in_batches(diffusor, model, len(classes), classes=classes, **guided)))
-    viz.save_guidance_gif(by_scale, config.run_dir / f"guidance.{config.animation}")
+    frames = [viz.caption(images, f"w = {w:g}") for w, images in by_scale.items()]
+    viz.save_gif(frames, config.run_dir / f"guidance.{config.animation}", fps=4)
     grid = torch.stack([by_scale[w] for w in GUIDANCE_SCALES], dim=1).flatten(0, 1)
     columns = [f"w = {w:g}" for w in GUIDANCE_SCALES]
     viz.save_grid(grid, config.run_dir / "guidance_grid.png", len(columns), class_names, columns)

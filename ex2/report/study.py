@@ -22,6 +22,7 @@ from ex2.evaluation.samples import build_evaluator, evaluation_settings, feature
 from ex2.evaluation.tables import as_markdown
 from ex2.machine.files import read_json, write_atomically
 from ex2.machine.processes import broadcast_from_main, is_main, world_size
+from ex2.noise import sample_in_batches
 from ex2.report.intervals import NOT_COMPARABLE, T_QUANTILES, summarise_seeds
 from ex2.report.metrics import plot_comparison, write_metrics
 from ex2.settings.build import build_diffusion, check_buildable, restore_model
@@ -29,7 +30,6 @@ from ex2.settings.config import Config
 from ex2.training.checkpoint import checkpoints_in, load_checkpoint
 from ex2.training.log import RunLog
 from ex2.training.run import fit, open_run
-from ex2_diffusion import sample_in_batches
 
 LOSS_FRACTIONS = (0.1, 0.5, 0.9)  # of T: the timesteps whose test loss stands in the table
 COLUMNS_SHOWN = 10

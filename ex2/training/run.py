@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-import ex2_viz as viz
 from ex2.data.images import DataSplits, fingerprint_of
 from ex2.data.loader import make_loader
 from ex2.errors import InputError, Interrupted, ReadingError, RunError, is_compiler_error
@@ -32,6 +31,7 @@ from ex2.optimisation import EMA, build_optimizer, learning_rate, set_learning_r
 from ex2.settings.build import build_model
 from ex2.settings.config import TRAINING_GROUPS, Config, config_of
 from ex2.training.checkpoint import CHECKPOINT_NAME, PREVIOUS, checkpoints_in, load_checkpoint, save_checkpoint
+from ex2.training.curves import plot_training
 from ex2.training.log import RunLog
 from ex2_diffusion import Diffusion
 from ex2_model import Unet
@@ -312,7 +312,7 @@ class Training:
             self.start_epoch()
         self.save()
         if self.log is not None:
-            viz.plot_training(self.log.rows(), self.config.run_dir / "training.png")
+            plot_training(self.log.rows(), self.config.run_dir / "training.png")
 
     # ------------------------------------------------------------------------ saving and resuming
 
