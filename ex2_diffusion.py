@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from ex2.noise import ImageNoise, NoiseSource, randn
-from ex2.samplers import SAMPLERS, Estimate, check_sampling, takes_eta
+from ex2.noise import NoiseSource, randn
+from ex2.samplers import SAMPLERS, Estimate, check_classes, check_sampling, takes_eta
 
 SPACING = 1.5  # exponent of the subsequence of timesteps; 1 is even, 2 quadratic
 LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}
@@ -375,20 +375,6 @@ def eval_mode(model) -> Iterator[None]:
             model.train()
 
 
-def check_classes(classes: Tensor | Sequence[int], batch_size: int, null_class: int | None) -> Tensor:
-    """`classes` as a tensor (B,); a ValueError unless there is one whole number for each image."""
-    classes = torch.as_tensor(classes)
-    most, known = (
-        (math.inf, "")
-        if null_class is None
-        else (null_class, f" within 0 .. {null_class - 1}, or {null_class} for none")
-    )
-    whole = not (classes.is_floating_point() or classes.dtype == torch.bool)
-    if not whole or classes.shape != (batch_size,) or not ((classes >= 0) & (classes <= most)).all():
-        raise ValueError(f"classes must be {batch_size} labels{known}, got {classes.tolist()}")
-    return classes
-
-
 def subsample_timesteps(timesteps: int, steps: int) -> Tensor:
     """`steps` of the timesteps 0 .. T-1: increasing, T-1 included, denser near 0 where detail forms."""
     subsequence = (timesteps - 1) * torch.linspace(0, 1, steps, dtype=torch.float64) ** SPACING
@@ -405,17 +391,3 @@ def thin_trajectory(trajectory, length: int, frames: int) -> list[tuple[int, Ten
     """About `frames` evenly spaced entries of a trajectory of `length` entries, both ends among them, on the CPU."""
     wanted = evenly_spaced(length, frames)
     return [(t, x.cpu(), x_zero.cpu()) for i, (t, x, x_zero) in enumerate(trajectory) if i in wanted]
-
-
-def sample_in_batches(diffusor, model, count, batch_size, seed, *, classes=None, first=0, channels=3, **sampling):
-    """Yields `count` images in batches of at most `batch_size`, on the CPU; image i depends on seed and i alone.
-
-    Args:
-        classes: (count,) labels or None.
-        first: number i of the first image.
-        sampling: as in `Diffusion.sample_trajectory`.
-    """
-    for done in range(0, count, batch_size):
-        size, own = min(batch_size, count - done), None if classes is None else classes[done : done + batch_size]
-        noise = ImageNoise(seed, first + done, size, diffusor.device)
-        yield diffusor.sample(model, diffusor.img_size, size, channels, classes=own, generator=noise, **sampling).cpu()

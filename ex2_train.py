@@ -119,8 +119,7 @@ def train_step(
 def draw_timesteps_and_noise(images: Tensor, timesteps: int, rows: Rows | None = None) -> tuple[Tensor, Tensor]:
     """A random timestep (B,) and the noise (B, C, H, W) for each image, from torch's global generator.
 
-    Several processes have the same seed here. Each one draws for the whole batch and keeps its own rows: so they learn
-    from the same timesteps and noise as one process does, to rounding.
+    Several processes have the same seed. Each draws for the whole batch and keeps its rows: what one process would.
     """
     total, own = (len(images), slice(None)) if rows is None else (rows.total, rows.own)
     t = torch.randint(0, timesteps, (total,), device=images.device)[own]

@@ -93,9 +93,8 @@ def save_grid(images: Tensor, path, columns=None, row_labels=(), column_labels=(
     grid = make_grid(tiles, nrow=columns, padding=padding, pad_value=255).permute(1, 2, 0).numpy()
     height, width = tiles.shape[-2] + padding, tiles.shape[-1] + padding
 
-    dpi = 100
-    size = (grid.shape[1] / dpi, grid.shape[0] / dpi)
-    with drawing(path, size, dpi=dpi, bbox_inches="tight", pad_inches=0.1) as figure:
+    size = (grid.shape[1] / 100, grid.shape[0] / 100)
+    with drawing(path, size, dpi=100, bbox_inches="tight", pad_inches=0.1) as figure:
         axes = figure.add_axes((0, 0, 1, 1))
         axes.imshow(grid, interpolation="nearest")
         axes.xaxis.tick_top()
@@ -142,7 +141,9 @@ def save_gif(frames: Iterable, path: str | Path, fps: float = 10) -> None:
         fps: frames a second, at most 50. Browsers keep times of whole 10 ms only, from 20 ms on.
     """
     images = [Image.fromarray(as_frame(frame)) for frame in frames]
-    kind = ANIMATIONS[Path(path).suffix]
+    kind = ANIMATIONS.get(Path(path).suffix)
+    if kind is None:
+        raise ValueError(f"{path}: an animation ends in {', '.join(ANIMATIONS)}")
     if kind == "gif":  # Pillow's default palette costs up to 102 grey levels on noise, this one 32
         images = [image.quantize(256, Image.Quantize.MAXCOVERAGE) for image in images]
     durations = [max(20, round(100 / fps) * 10)] * (len(images) - 1) + [2000]  # milliseconds
@@ -167,11 +168,6 @@ def caption(images: Tensor, text: str) -> np.ndarray:
 def save_process_gif(steps: Sequence[tuple[int, Tensor]], path: str | Path, fps: float = 10) -> None:
     """An animation of (t, images (N, 3, H, W)) in the given order, each frame labelled with its t."""
     save_gif([caption(x, f"t = {t + 1}") for t, x in steps], path, fps)
-
-
-def save_guidance_gif(by_scale: Mapping[float, Tensor], path: str | Path, fps: float = 4) -> None:
-    """2.4 c: an animation over the scale w, scale -> images (N, 3, H, W), each frame labelled with its w."""
-    save_gif([caption(x, f"w = {w:g}") for w, x in by_scale.items()], path, fps)
 
 
 @contextmanager
@@ -213,25 +209,3 @@ def plot_time_embedding(embedding: Tensor, path: str | Path) -> None:
         picture = axes.imshow(embedding.detach().cpu().T.numpy(), aspect="auto", cmap="RdBu", extent=extent)
         axes.set(title="sinusoidal embedding of the time", xlabel="t", ylabel="dimension")
         figure.colorbar(picture)
-
-
-def read_column(rows: Sequence[Mapping[str, str]], name: str) -> tuple[list[int], list[float]]:
-    """(steps, values) of a column of log.csv, where it has a value."""
-    filled = [row for row in rows if row[name] != ""]
-    return [int(row["step"]) for row in filled], [float(row[name]) for row in filled]
-
-
-def plot_training(rows: Sequence[Mapping[str, str]], path: str | Path) -> None:
-    """Loss, learning rate and gradient norm over the optimiser steps, from the rows of log.csv."""
-    with curve_axes(path, 3) as axes:
-        axes[0].plot(*read_column(rows, "train_loss"), alpha=0.5, label="train, mean since the last row")
-        axes[0].plot(*read_column(rows, "epoch_loss"), "o-", label="train, mean of the epoch")
-        axes[0].plot(*read_column(rows, "val_loss"), "o-", label="val, EMA weights, fixed t and noise")
-        axes[0].set(title="loss of the predicted noise", yscale="log")
-        axes[0].legend(fontsize=8)
-        axes[1].plot(*read_column(rows, "lr"))
-        axes[1].set(title="learning rate")
-        axes[2].plot(*read_column(rows, "grad_norm"))
-        axes[2].set(title="gradient norm before clipping, mean", yscale="log")
-        for ax in axes:
-            ax.set_xlabel("optimiser step")

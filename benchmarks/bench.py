@@ -37,11 +37,11 @@ from ex2.data.loader import make_loader  # noqa: E402
 from ex2.evaluation.samples import build_evaluator, compare, extract_features, real_batches  # noqa: E402
 from ex2.evaluation.tables import as_markdown  # noqa: E402
 from ex2.machine.job import computes_in_bfloat16, pick_device  # noqa: E402
+from ex2.noise import sample_in_batches  # noqa: E402
 from ex2.settings.build import build_diffusion, build_model, load_data, restore_model  # noqa: E402
 from ex2.settings.config import Config, config_of  # noqa: E402
 from ex2.training.checkpoint import load_checkpoint  # noqa: E402
 from ex2.training.run import Training  # noqa: E402
-from ex2_diffusion import sample_in_batches  # noqa: E402
 from ex2_model import Unet  # noqa: E402
 
 SAMPLER_ROWS = (  # name, settings, times visited; None is every time
