@@ -60,7 +60,7 @@ def cosine_beta_schedule(timesteps: int, s: float = 0.008) -> Tensor:
 def sigmoid_beta_schedule(beta_start: float, beta_end: float, timesteps: int, s_limit: float = 6) -> Tensor:
     """Betas that follow a sigmoid over [-s_limit, s_limit]; the sheet's Eq. 10. (T,) in float64.
 
-    The sheet leaves the range of t open; here t = 0 .. T in T equal steps, so that both ends of the sigmoid are used.
+    The sheet leaves the range of t open; here T equally spaced points from 0 to T, both ends included.
     """
     check_timesteps(timesteps)
     t = torch.linspace(0, timesteps, timesteps, dtype=torch.float64)
@@ -181,13 +181,17 @@ class Diffusion:
                 setattr(self, name, table.to(self.device, torch.float32 if table.is_floating_point() else None))
         return self
 
-    def predict_noise(self, model, x_t: Tensor, t: Tensor, classes=None, guidance_scale: float = 0.0) -> Tensor:
-        """eps (B, C, H, W), the noise that a model sees in x_t; see `guided_eps`. All network calls go through here."""
+    def network_output(self, model, x_t: Tensor, t: Tensor, classes=None, guidance_scale: float = 0.0) -> Tensor:
+        """What a network says of x_t, (B, C, H, W); see `guided_eps`. All network calls go through here."""
         return guided_eps(model, x_t, self.model_timesteps[t], classes, guidance_scale)
 
     def loss_target(self, x_zero: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """What a network learns to predict, (B, C, H, W): the noise. For v or x_0, change it and `predict_noise`."""
+        """What a network learns to predict: the noise. For v or x_0, change this and `predict_noise`."""
         return noise
+
+    def predict_noise(self, model, x_t: Tensor, t: Tensor, classes=None, guidance_scale: float = 0.0) -> Tensor:
+        """eps (B, C, H, W) by the network's output, which is the noise already."""
+        return self.network_output(model, x_t, t, classes, guidance_scale)
 
     def q_sample(self, x_zero: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
         """Draws x_t ~ q(x_t | x_zero) in one step; the sheet's Eqs. 4 and 5. 2.2 c.
@@ -236,11 +240,11 @@ class Diffusion:
             raise ValueError(f"loss_type must be 'l1' or 'l2', got {loss_type!r}")
         check_images(x_zero)
         noise = torch.randn_like(x_zero) if noise is None else noise
-        eps = self.predict_noise(denoise_model, self.q_sample(x_zero, t, noise), t, classes)
+        output = self.network_output(denoise_model, self.q_sample(x_zero, t, noise), t, classes)
         target = self.loss_target(x_zero, t, noise)
         if min_snr is None:
-            return LOSSES[loss_type](eps, target)
-        errors = LOSSES[loss_type](eps, target, reduction="none").flatten(1).mean(1)  # (B,)
+            return LOSSES[loss_type](output, target)
+        errors = LOSSES[loss_type](output, target, reduction="none").flatten(1).mean(1)  # (B,)
         return (self.min_snr_weights(t, min_snr) * errors).mean()
 
     def min_snr_weights(self, t: Tensor, gamma: float) -> Tensor:

@@ -15,9 +15,7 @@ from torch import Tensor, nn
 
 MAX_ATTENTION_POSITIONS = 32 * 32  # full attention costs positions^2
 NULL_TOKENS = ("learned", "zero")
-CACHED_ELEMENTS = (
-    2**20
-)  # elements of queries in a chunk of linear attention on a CPU (4 MB), so that they stay in its cache
+CACHED_ELEMENTS = 2**20  # of queries in a chunk of linear attention on a CPU: 4 MB stay in its cache
 
 
 class SinusoidalPositionEmbeddings(nn.Module):

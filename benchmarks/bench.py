@@ -44,7 +44,7 @@ from ex2.training.checkpoint import load_checkpoint  # noqa: E402
 from ex2.training.run import Training  # noqa: E402
 from ex2_model import Unet  # noqa: E402
 
-SAMPLER_ROWS = (  # name, settings, times visited; None is every time
+SAMPLER_ROWS = (  # name, settings, timesteps; None is all
     ("ddpm (Eq. 8)", {"sampler": "ddpm"}, (None, 100, 25)),
     ("ddim, eta = 1", {"sampler": "ddim", "eta": 1.0}, (100, 25)),
     ("ddim, eta = 0", {"sampler": "ddim", "eta": 0.0}, (25,)),
@@ -63,7 +63,7 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def in_turns(variants: dict[str, Callable[[], object]], device, rounds: int) -> dict[str, list[float]]:
+def interleaved(variants: dict[str, Callable[[], object]], device, rounds: int) -> dict[str, list[float]]:
     """Seconds of every call of every variant, one of each per round; a first round isn't counted."""
     seconds = {name: [] for name in variants}
     for number in range(rounds + 1):
@@ -213,7 +213,7 @@ def bench_training(config: Config, device, args) -> tuple[list[dict], float]:
     makers.update({name: (our_step, dataclasses.replace(config, **change), device) for name, change in ways.items()})
     steps = {name: in_own_process(*maker) for name, maker in makers.items()}
     best, operations = at_best(device)
-    *seconds, at_peak = in_turns({**steps, "best": best}, device, args.rounds).values()
+    *seconds, at_peak = interleaved({**steps, "best": best}, device, args.rounds).values()
     memory = {name: step("memory") for name, step in steps.items()}
     per_step, first = config.batch_size * operations_per_image(config), next(iter(steps))
     rows = []
@@ -223,7 +223,7 @@ def bench_training(config: Config, device, args) -> tuple[list[dict], float]:
         # The skeleton may take other operations; a CPU's peak is that of float32.
         unknown = name == "skeleton" or (device.type == "cpu" and "bfloat16" in name)
         share = None if unknown else per_step / operations * ratio(at_peak, times)
-        row.update({"fastest": config.batch_size / min(times), "share of peak": share})
+        row.update({"fastest": config.batch_size / min(times), "fraction of peak": share})
         rows.append({**row, "memory of a step, MB": memory[name], f"against {first}": ratio(seconds[0], times)})
     return rows, operations / statistics.median(at_peak)
 
@@ -250,13 +250,13 @@ def bench_calls(config: Config, device, args) -> list[dict]:
     calls = {"plain": lambda: model(x[:half], t[:half], classes[:half]), "guided": lambda: model(x, t, classes)}
     best, operations = at_best(device)
     with torch.no_grad():
-        *seconds, at_peak = in_turns({**calls, "best": best}, device, args.rounds).values()
+        *seconds, at_peak = interleaved({**calls, "best": best}, device, args.rounds).values()
     per_call, rows = half * operations_per_image(config) / 3, []
     for name, times in zip(calls, seconds):
         rate = half / statistics.median(times)
         share = per_call * (2 if name == "guided" else 1) / operations * ratio(at_peak, times)
         row = {"network call": name, "images/s": rate, "slowest": half / max(times), "fastest": half / min(times)}
-        rows.append({**row, "share of peak": share})
+        rows.append({**row, "fraction of peak": share})
     return rows
 
 

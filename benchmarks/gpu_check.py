@@ -75,7 +75,7 @@ def rate(step, images: int) -> float:
 def check_machine(args) -> list[dict]:
     run, operations = bench.at_best(DEVICE)
     run()
-    seconds = bench.in_turns({"best": run}, DEVICE, 3)["best"]
+    seconds = bench.interleaved({"best": run}, DEVICE, 3)["best"]
     name = torch.cuda.get_device_name() if CUDA else platform.processor() or platform.machine()
     peak = operations / statistics.median(seconds) / 1e12
     return [{"device": name, "torch": torch.__version__, "peak, TFLOP/s": peak, "amp": AMP}]
@@ -130,7 +130,7 @@ def check_speed(args, name: str) -> list[dict]:
         }
         row["images/s"] = rate(step, config.batch_size)
         row["against the first"] = row["images/s"] / rows[0]["images/s"] if rows else 1.0
-        row["share of peak"] = row["images/s"] * operations / peak
+        row["fraction of peak"] = row["images/s"] * operations / peak
         rows.append(row)
         save(args, rows)  # what is timed so far stays, if the next one takes too long
         del step

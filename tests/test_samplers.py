@@ -372,7 +372,7 @@ def test_guidance_without_classes_or_of_an_unconditional_model_is_an_error(short
 
 @pytest.mark.parametrize("label", [-1, 11])
 def test_labels_the_model_does_not_know_are_named(short, unet, label):
-    with pytest.raises(ValueError, match=r"0 \.\. 9, got \[3, -?\d+\]"):
+    with pytest.raises(ValueError, match=r"0 .. 9, or 10 for none, got \[3, -?\d+\]"):
         short.sample(unet, 8, batch_size=2, classes=[3, label], steps=2)
 
 

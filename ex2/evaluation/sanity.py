@@ -85,8 +85,8 @@ def check_losses(report: Mapping) -> Iterator[str]:
         gap = float(np.median([of_test / max(own, 1e-9) for of_test, own in zip(test["l2"], train["l2"])]))
         if gap > WORSE:
             yield (
-                f"The loss of test images is {gap:.2g} times that of training images: the model starts to know "
-                "these by heart; train for fewer epochs, or with --dropout 0.1 or more images."
+                f"The loss of test images is {gap:.2g} times that of training images: the model starts to "
+                "memorise these; train for fewer epochs, or with --dropout 0.1 or more images."
             )
 
 

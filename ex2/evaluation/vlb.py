@@ -93,7 +93,7 @@ def bits_per_dim(model, loader: Iterable, diffusor: Diffusion, draws: int, max_i
 
     Monte Carlo over images and timesteps: 1 .. T-1 is cut into strata (`timestep_strata`), and each image draws one
     timestep from each, with its own noise. The sum of stratum size times term is unbiased; its spread over the images
-    gives the standard error. From T - 1 draws on every timestep is visited. The x_zero estimate is clamped, as in
+    gives the standard error. From T - 1 draws on every timestep is evaluated. The x_zero estimate is clamped, as in
     sampling.
 
     Args:

@@ -37,9 +37,9 @@ CAPTIONS = {
     "reverse_strip.png": "Reverse process: the model removes a little noise at a time; large forms come first.",
     "x_zero_strip.png": "The estimate of x_0 at each t: clamped noise at T, then a blurry mean, finally one image.",
     "nearest.png": "Top: samples. Below each: the training image that is nearest to it, by pixels and by features.",
-    "loss_over_t.png": "Loss over the time. Dotted: a run of ours, to compare with. Dashed: the optimal loss, that of "
-    "the ideal denoiser of the training set: a model that comes near it there, but not on test images, has learnt the "
-    "training images by heart as well.",
+    "loss_over_t.png": "Loss over t. Dotted: a run of ours, to compare with. Dashed: the optimal loss, that of "
+    "the ideal denoiser of the training set: a model that comes near it there, but not on test images, has "
+    "memorised the training images.",
     "bits_per_dim.png": "Bits per dimension: most of the VLB comes from the last details, at small t.",
     "schedules.png": "Left: the noise a step adds. Middle: what is left of the image. Right: its log-SNR.",
     "guidance.gif": "A sample per class, from the same noise at every w, from -1 to 5.",

@@ -69,10 +69,11 @@ def add_flags(parser: argparse.ArgumentParser, groups: tuple[str, ...], leave_ou
             continue
         group, name = titles[rules["group"]], f"--{f.name}"
         default = "" if f.default is None else f" (default: {f.default})"
+        text = rules["help"]
         if saved and f.name not in ("dry_run", "num_threads", "cuda"):
-            default = " (default: the checkpoint's)"
+            text, default = text.split(" (default")[0], " (default: the checkpoint's)"
         if "type" not in rules:  # a boolean: an on and an off form
-            group.add_argument(name, action="store_true", default=argparse.SUPPRESS, help=rules["help"] + default)
+            group.add_argument(name, action="store_true", default=argparse.SUPPRESS, help=text + default)
             off = f"--no_{f.name}"
             opposite = rules.get("off", "its opposite")
             group.add_argument(off, dest=f.name, action="store_false", default=argparse.SUPPRESS, help=opposite)
@@ -80,7 +81,7 @@ def add_flags(parser: argparse.ArgumentParser, groups: tuple[str, ...], leave_ou
             if "choices" in rules:
                 default = f": {', '.join(rules['choices'])}{default}"
             kind = {"type": rules["type"], "nargs": rules.get("nargs"), "metavar": f.name.upper()}
-            group.add_argument(name, **kind, default=argparse.SUPPRESS, help=rules["help"] + default)
+            group.add_argument(name, **kind, default=argparse.SUPPRESS, help=text + default)
 
 
 def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:

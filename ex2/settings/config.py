@@ -27,7 +27,7 @@ def names_in(file: str, table: str) -> tuple[str, ...]:
 
 
 WEIGHTS = {"ema": "ema", "raw": "model"}  # choices of the command line -> entries of a checkpoint
-SMALLEST, LARGEST, MOST = 1e-30, 1e9, 10**9  # of numbers that a machine can work with, if a setting says nothing else
+SMALLEST, LARGEST, MAX_INTEGER = 1e-30, 1e9, 10**9  # of a setting that gives no limits of its own
 SWITCH, SEEDS, SCALES = ("auto", "on", "off"), 2**32 - 1, {"minimum": -1000, "maximum": 1000}
 TRAINING_GROUPS = ("data", "diffusion process", "model", "training")  # what a resumed run must have in common
 
@@ -239,8 +239,8 @@ def check_setting(f: dataclasses.Field, value) -> None:
         raise InputError(f"{flag} must be above {rules['above']}, got {value}")
     if isinstance(value, float) and value and not SMALLEST <= abs(value) <= LARGEST:
         raise InputError(f"{flag} must be 0 or between {SMALLEST:g} and {LARGEST:g}, got {value:g}")
-    if isinstance(value, int) and "maximum" not in rules and value > MOST:
-        raise InputError(f"{flag} must be at most {MOST}, got {value}")
+    if isinstance(value, int) and "maximum" not in rules and value > MAX_INTEGER:
+        raise InputError(f"{flag} must be at most {MAX_INTEGER}, got {value}")
 
 
 def config_of(checkpoint: dict, given: dict) -> Config:

@@ -198,7 +198,7 @@ class Training:
             raise Interrupted(self.signals[0])
 
     def after_step(self) -> bool:
-        """Heeds signals, saves from time to time; returns whether the epoch ends, as the time is up."""
+        """Acts on signals, saves from time to time; returns whether the epoch ends, as the time is up."""
         now = time.monotonic() - self.started
         number, self.seconds = all_reduce_max(self.signals[0] if self.signals else 0, now)
         if number:

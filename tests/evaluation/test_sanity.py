@@ -89,7 +89,7 @@ FAULTS = {
     diverged: "that of a guess of zero",
     small_range: "whether their values fill the range",
     below_the_optimum: "below the optimal loss",
-    by_heart: "know these by heart",
+    by_heart: "memorise these",
     no_labels: "labels are wrong, or dropped too often",
     no_guidance: "Guidance has no effect: 11% of samples",
     late_ema: "the EMA is behind",

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -252,6 +253,7 @@ def test_one_empty_folder_among_many_does_not_stop_the_others(tmp_path, three_fa
     assert "0 .. T has T + 1 entries" in out and "none of ex02_diffusion.py" in out
 
 
+@pytest.mark.skipif(signal.getsignal(signal.SIGINT) == signal.SIG_IGN, reason="in the background of a shell")
 def test_ctrl_c_ends_every_submission(tmp_path):
     write(tmp_path, schedules("time.sleep(97.6)"))
     command = [sys.executable, ex2_main.__file__, "check", str(tmp_path)]

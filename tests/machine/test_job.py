@@ -194,7 +194,7 @@ def test_a_signal_waits_for_the_step_and_a_second_one_does_not():
         os.kill(os.getpid(), signal.SIGTERM)
         assert waiting == [signal.SIGTERM]
         with pytest.raises(Interrupted):
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(1)
 
 
@@ -480,7 +480,7 @@ def photographs(tmp_path_factory):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs process groups")
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("name", [n.name for n in ENDING if n.name in ("SIGTERM", "SIGHUP")])
 def test_a_signal_to_the_whole_group_ends_a_training_in_order(photographs, tmp_path, name):
     """The processes that read files while it trains have it, too."""
     data = ["--dataset", "folder", "--data_dir", str(photographs), "--num_workers", "1", "--batch_size", "5"]
