@@ -26,8 +26,8 @@ class SinusoidalPositionEmbeddings(nn.Module):
     1/10000. The fast clocks tell t from t + 1, the slow ones early from late, and every value stays in [-1, 1]. A shift
     of t turns every pair by a fixed angle, whatever t is, so "a little later" means the same everywhere.
 
-    Vaswani et al. 2017, section 3.5 (https://arxiv.org/abs/1706.03762). (B,) -> (B, dim); a ValueError for dim odd or
-    below 4.
+    (B,) -> (B, dim). Vaswani et al. 2017, section 3.5 (https://arxiv.org/abs/1706.03762).
+    Raises ValueError: dim is odd or below 4.
     """
 
     def __init__(self, dim: int):
@@ -44,10 +44,7 @@ class SinusoidalPositionEmbeddings(nn.Module):
 
 
 class WeightStandardizedConv2d(nn.Conv2d):
-    """A convolution whose every filter has mean 0 and variance 1; works well with group norm.
-
-    Qiao et al. 2019 (https://arxiv.org/abs/1903.10520).
-    """
+    """A convolution whose filters have mean 0 and variance 1 (Qiao et al. 2019, https://arxiv.org/abs/1903.10520)."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
