@@ -1,18 +1,23 @@
-"""The training step, the loops, learning rate and averaged weights (2.1, 2.2 d and e)."""
+"""The training step, the loops, learning rate, averaged weights; a training that learns (2.1, 2.2 d and e, 2.4 c)."""
 
+import dataclasses
 import math
 from copy import deepcopy
 from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import random_set
+from tiny import fit, random_set
 
 import ex2_main
+from ex2.data.load import load_splits
 from ex2.data.loader import make_loader
 from ex2.errors import RunError
+from ex2.evaluation.evaluate import template_accuracy
 from ex2.meter import LossMeter
 from ex2.optimisation import EMA, learning_rate
+from ex2.settings.build import build_diffusion
+from ex2.settings.cli import preset_config
 from ex2_diffusion import evenly_spaced
 from ex2_model import Unet
 from ex2_train import loss_over_timesteps, train_step
@@ -255,3 +260,20 @@ def test_evenly_spaced_indices_have_both_ends(length, count):
     indices = evenly_spaced(length, count)
     assert indices == sorted(set(indices)) and len(indices) == min(count, length)
     assert indices[0] == 0 and indices[-1] == length - 1
+
+
+def test_a_quarter_of_quick_draws_most_shapes_of_their_class(tmp_path):
+    """250 of the 1126 steps, after which 99% do. A minute on two cores."""
+    config = preset_config(
+        "quick", results_dir=str(tmp_path), epochs=1, cuda=False, sampler="dpmpp_2m", sample_steps=12
+    )
+    config.run_dir.mkdir()
+    splits = load_splits("shapes", None, 16, seed=0)
+    train = splits.train.subset(torch.arange(250 * config.batch_size))
+    splits = dataclasses.replace(splits, train=train, val=splits.val.subset(torch.arange(100)))
+    diffusor = build_diffusion(config, "cpu")
+    model = fit(config, splits, diffusor)
+    accuracy = template_accuracy(model, diffusor, config)["accuracy"]
+    assert accuracy > 0.6, accuracy  # 0.1 is chance; seeds differ by 0.05
+    unguided = template_accuracy(model, diffusor, dataclasses.replace(config, guidance_scale=-1.0))["accuracy"]
+    assert unguided < 0.3  # without the class, a sample shows the asked one by chance
