@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torchvision.utils import make_grid
+from torch.nn.functional import pad
 
 from ex2.data.images import reverse_transform
 from ex2.machine.files import write_atomically
@@ -47,9 +47,9 @@ def drawing(path: str | Path, size: tuple[float, float], colours: int | None = N
         figure = Figure(figsize=size)
         yield figure
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", **saving)
+        figure.savefig(buffer, format="png", pil_kwargs={"compress_level": 1}, **saving)
     image, buffer = Image.open(buffer).convert("RGB"), io.BytesIO()
-    (image.quantize(colours) if colours else image).save(buffer, "png", optimize=True)
+    (image.quantize(colours) if colours else image).save(buffer, "png")
     write_atomically(Path(path), buffer.getvalue())
 
 
@@ -71,6 +71,18 @@ def as_rgb(images: Tensor) -> Tensor:
     return images.expand(-1, 3, -1, -1)
 
 
+def tile(images: Tensor, columns: int, padding: int) -> np.ndarray:
+    """(height, width, 3) uint8: the images (N, 3, H, W) row by row on white, `padding` pixels apart.
+
+    As torchvision's make_grid does, which takes three seconds to import.
+    """
+    columns = min(columns, len(images))
+    cells = pad(images, (0, padding, 0, padding), value=255)
+    cells = torch.cat((cells, cells.new_full((-len(cells) % columns, *cells.shape[1:]), 255)))
+    grid = cells.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (height, width, 3)
+    return pad(grid, (0, 0, padding, 0, padding, 0), value=255).numpy()
+
+
 def save_images(images: Tensor, paths: Sequence[Path]) -> None:
     """One PNG per image of (N, C, H, W) in [-1, 1], at its own size; one channel becomes three."""
     for image, path in zip(reverse_transform(images), paths):
@@ -90,7 +102,7 @@ def save_grid(images: Tensor, path, columns=None, row_labels=(), column_labels=(
         images, row_labels, labels = images[: rows * columns], row_labels[:rows], labels[: rows * columns]
     tiles = enlarge(reverse_transform(as_rgb(images.cpu())))
     padding = 16 if labels else 2
-    grid = make_grid(tiles, nrow=columns, padding=padding, pad_value=255).permute(1, 2, 0).numpy()
+    grid = tile(tiles, columns, padding)
     height, width = tiles.shape[-2] + padding, tiles.shape[-1] + padding
 
     size = (grid.shape[1] / 100, grid.shape[0] / 100)
@@ -159,7 +171,7 @@ def caption(images: Tensor, text: str) -> np.ndarray:
     """The images (N, 3, H, W) in [-1, 1] as one (H, W, 3) uint8 frame, with `text` in a line above them."""
     tiles = enlarge(reverse_transform(as_rgb(images.cpu())))
     columns = int(np.ceil(np.sqrt(len(tiles))))
-    grid = make_grid(tiles, nrow=columns, padding=2, pad_value=255).permute(1, 2, 0).numpy()
+    grid = tile(tiles, columns, 2)
     bar = Image.new("RGB", (grid.shape[1], 20), "white")
     ImageDraw.Draw(bar).text((4, 4), text, fill="black", font=ImageFont.load_default())
     return np.concatenate((np.asarray(bar), grid))
@@ -174,8 +186,9 @@ def save_process_gif(steps: Sequence[tuple[int, Tensor]], path: str | Path, fps:
 def curve_axes(path: str | Path, count: int) -> Iterator:
     """The axes of `count` plots side by side, over the time or the steps; saved at the end."""
     with drawing(path, (4 * count, 3.6), colours=256, dpi=110) as figure:
-        figure.set_layout_engine("tight")
+        # Fixed margins: matplotlib's "tight" layout draws every figure twice.
         axes = figure.subplots(1, count)
+        figure.subplots_adjust(left=0.22 / count, right=1 - 0.05 / count, bottom=0.14, top=0.91, wspace=0.32)
         for ax in axes:
             ax.grid(alpha=0.3)
             ax.spines[["top", "right"]].set_visible(False)

@@ -13,7 +13,7 @@ import ex2_main
 from ex2.data.load import load_splits
 from ex2.data.loader import make_loader
 from ex2.errors import RunError
-from ex2.evaluation.evaluate import template_accuracy
+from ex2.evaluation import evaluate
 from ex2.meter import LossMeter
 from ex2.optimisation import EMA, learning_rate
 from ex2.settings.build import build_diffusion
@@ -262,18 +262,17 @@ def test_evenly_spaced_indices_have_both_ends(length, count):
     assert indices[0] == 0 and indices[-1] == length - 1
 
 
-def test_a_quarter_of_quick_draws_most_shapes_of_their_class(tmp_path):
+def test_a_quarter_of_quick_draws_most_shapes_of_their_class(tmp_path, monkeypatch):
     """250 of the 1126 steps, after which 99% do. A minute on two cores."""
-    config = preset_config(
-        "quick", results_dir=str(tmp_path), epochs=1, cuda=False, sampler="dpmpp_2m", sample_steps=12
-    )
+    monkeypatch.setattr(evaluate, "ACCURACY_SAMPLES", 80)
+    config = preset_config("quick", results_dir=str(tmp_path), epochs=1, cuda=False, sampler="dpmpp_2m", sample_steps=8)
     config.run_dir.mkdir()
     splits = load_splits("shapes", None, 16, seed=0)
     train = splits.train.subset(torch.arange(250 * config.batch_size))
-    splits = dataclasses.replace(splits, train=train, val=splits.val.subset(torch.arange(100)))
+    splits = dataclasses.replace(splits, train=train, val=splits.val.subset(torch.arange(20)))
     diffusor = build_diffusion(config, "cpu")
     model = fit(config, splits, diffusor)
-    accuracy = template_accuracy(model, diffusor, config)["accuracy"]
-    assert accuracy > 0.6, accuracy  # 0.1 is chance; seeds differ by 0.05
-    unguided = template_accuracy(model, diffusor, dataclasses.replace(config, guidance_scale=-1.0))["accuracy"]
+    accuracy = evaluate.template_accuracy(model, diffusor, config)["accuracy"]
+    assert accuracy > 0.5, accuracy  # 0.1 is chance; seeds differ by 0.1
+    unguided = evaluate.template_accuracy(model, diffusor, dataclasses.replace(config, guidance_scale=-1.0))["accuracy"]
     assert unguided < 0.3  # without the class, a sample shows the asked one by chance

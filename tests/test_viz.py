@@ -17,6 +17,7 @@ from PIL import Image
 
 import ex2_viz as viz
 from ex2.report import metrics
+from ex2.report.metrics import plot_bits_per_dim, plot_comparison, plot_guidance, plot_loss_over_t
 from ex2.training.curves import plot_training
 from ex2_diffusion import SCHEDULES
 
@@ -142,7 +143,7 @@ def test_every_curve_is_drawn_however_many_there_are(tmp_path, monkeypatch):
     real = metrics.curve_axes
     monkeypatch.setattr(metrics, "curve_axes", lambda *args: keep_axes(real(*args), drawn))
     curve = {"t": [0, 9], "l1": [0.5, 0.1], "l2": [0.4, 0.1], "x_zero_l2": [0.1, 0.5]}
-    metrics.plot_loss_over_t({f"run {i}": curve for i in range(12)}, tmp_path / "b.png")
+    plot_loss_over_t({f"run {i}": curve for i in range(12)}, tmp_path / "b.png")
     assert [len(ax.lines) for ax in drawn] == [12] * 3
 
 
@@ -160,11 +161,14 @@ def test_curves_are_drawn(tmp_path):
     plot_training(rows, tmp_path / "a.png")
     curve = {"t": [0, 5, 9], "log_snr": [5, 0, -5], "l1": [0.5, 0.2, 0.1], "l2": [0.4, 0.2, 0.1]}
     curve["x_zero_l2"] = [0.1, 0.2, 0.5]
-    metrics.plot_loss_over_t({"val": curve, "test": curve}, tmp_path / "b.png")
-    metrics.plot_comparison({"x": rows, "y": rows}, {"x": curve, "y": curve}, {"x": "a", "y": "a"}, tmp_path / "c.png")
+    plot_loss_over_t({"val": curve, "test": curve}, tmp_path / "b.png")
+    plot_comparison({"x": rows, "y": rows}, {"x": curve, "y": curve}, {"x": "a", "y": "a"}, tmp_path / "c.png")
     terms = {"decoder": 1.5, "terms": [0.5, 0.1]}
-    metrics.plot_bits_per_dim({"t": [1, 3], "beta": terms, "beta_tilde": terms}, 10, tmp_path / "d.png")
-    for name in ("a.png", "b.png", "c.png", "d.png"):
+    plot_bits_per_dim({"t": [1, 3], "beta": terms, "beta_tilde": terms}, 10, tmp_path / "d.png")
+    quality = {"class_accuracy": 0.5, "precision": 0.6, "recall": 0.7, "frechet_distance": 2.0}
+    scales = [{"guidance_scale": w, **quality} for w in (0, 1)]
+    plot_guidance({"by_scale": scales, "test_images": quality}, tmp_path / "e.png")
+    for name in ("a.png", "b.png", "c.png", "d.png", "e.png"):
         assert np.asarray(Image.open(tmp_path / name)).std() > 5
 
 

@@ -6,10 +6,9 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-import torchvision.transforms.functional as TF
 from torch import Tensor
 
-from ex2.data.decode import PREPARE_VERSION, prepare_image
+from ex2.data.decode import PREPARE_VERSION, as_tensor, prepare_image
 from ex2.data.images import ImageSet
 from ex2.errors import InputError
 
@@ -40,7 +39,7 @@ def load_butterflies(data_dir, image_size: int, square: str, cache_dir, label_co
         rows = rows.select_columns("image").map(prepare_row, fn_kwargs=settings, desc="resizing", with_indices=True)
     except Exception as error:  # as in `read_image`
         raise InputError(f"the butterflies hold an image that can't be read ({error})") from error
-    images = torch.stack([TF.pil_to_tensor(row["image"]) for row in rows])
+    images = torch.stack([as_tensor(row["image"]) for row in rows])
     return ImageSet(images, labels), None, None, class_names
 
 

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-import torchvision.transforms.functional as TF
+import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -26,7 +26,7 @@ def read_image(path: Path, image_size: int, square: str = "crop") -> Tensor:
             warnings.simplefilter("ignore")  # Pillow's, about metadata
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
-                return TF.pil_to_tensor(prepare_image(image, image_size, square))
+                return as_tensor(prepare_image(image, image_size, square))
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise InputError(f"{path} is too large ({str(error).split(',')[0]}): make it smaller") from error
     except Exception as error:  # Pillow raises many kinds for damaged files
@@ -35,6 +35,11 @@ def read_image(path: Path, image_size: int, square: str = "crop") -> Tensor:
                 f"the memory is full, {path} can't be read: free some, or lower --num_workers"
             ) from error
         raise InputError(f"{path} can't be read as an image ({error}): repair or delete it") from error
+
+
+def as_tensor(image: Image.Image) -> Tensor:
+    """(3, H, W) uint8 from an RGB image."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def prepare_image(image: Image.Image, image_size: int, square: str = "crop") -> Image.Image:

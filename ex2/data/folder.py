@@ -7,13 +7,13 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import torch
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ex2.data.images import ImageFiles
 from ex2.data.sets import UNLABELLED
 from ex2.errors import InputError
 
 PARTS = ("train", "val", "test")
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
 def load_folder(data_dir: str | None, image_size: int, square: str = "crop"):
@@ -91,10 +91,10 @@ def find_images(root: Path, folder: Path, classes: dict[str, list[Path]], image_
     paths, labels, skipped = [], [], []
     for label, folders in enumerate(classes.values()):
         entries = sorted(entry for folder in folders for entry in folder.iterdir())
-        found = [path for path in entries if path.suffix.lower() in IMG_EXTENSIONS and path.name[0] != "."]
+        found = [path for path in entries if path.suffix.lower() in IMAGE_ENDINGS and path.name[0] != "."]
         found = [path for path in found if path.is_file()]
         if not found:
-            raise InputError(f"{folders[0]} holds no images ({', '.join(IMG_EXTENSIONS)}): fill or remove it")
+            raise InputError(f"{folders[0]} holds no images ({', '.join(IMAGE_ENDINGS)}): fill or remove it")
         skipped += sorted(set(entries) - set(found))
         paths += found
         labels += [label] * len(found)

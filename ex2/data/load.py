@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from ex2.data.butterflies import load_butterflies
-from ex2.data.cifar10 import load_cifar10
 from ex2.data.folder import load_folder
 from ex2.data.images import DataSplits, ImageFiles, split_off
 from ex2.data.loader import read_all
@@ -34,6 +33,8 @@ def load_splits(
     Raises InputError: the data is missing, damaged, too small or not laid out as expected.
     """
     if name == "cifar10":
+        from ex2.data.cifar10 import load_cifar10  # here, as importing torchvision takes three seconds
+
         loaded = load_cifar10(data_dir, image_size)
     elif name == "shapes":
         loaded = load_shapes(image_size)

@@ -8,8 +8,6 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torchmetrics.image.fid import FrechetInceptionDistance
-from torchmetrics.image.kid import KernelInceptionDistance
 
 from ex2_train import NOISE_SEED
 
@@ -24,6 +22,8 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
     Raises ValueError: no more samples than features, so that a covariance is singular.
     """
+    from torchmetrics.image.fid import FrechetInceptionDistance  # here, as it takes a second: `sample` needs none
+
     width, fewest = a.shape[1], min(len(a), len(b))
     if fewest <= width:
         raise ValueError(f"{fewest} samples are too few for {width} features: take more, or a covariance is singular")
@@ -41,6 +41,8 @@ def kernel_distance(real: Tensor, generated: Tensor) -> tuple[float, float]:
     Binkowski et al. 2018, https://arxiv.org/abs/1801.01401, as torchmetrics computes it, on features (N, D), (M, D).
     Unlike the Fréchet distance it has no bias that grows as samples get fewer.
     """
+    from torchmetrics.image.kid import KernelInceptionDistance
+
     size = min(1000, len(real) // 2, len(generated) // 2)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")  # that it keeps the features in memory: we hand them over from there

@@ -15,7 +15,6 @@ from ex2.evaluation import classifier, tables
 from ex2.evaluation import samples as evaluation_samples
 from ex2.evaluation.classifier import SmallClassifier
 from ex2.evaluation.evaluate import evaluate
-from ex2.report import metrics as report_metrics
 from ex2.report import study
 from ex2.settings.build import build_diffusion, load_data, restore_model
 from ex2.settings.config import Config, config_of
@@ -176,7 +175,6 @@ def test_memorisation_is_checked_at_the_runs_own_scale(results, monkeypatch):
 
     monkeypatch.setattr(evaluation_samples, "sampled_batches", batches)
     monkeypatch.setattr(tables, "print_samples", lambda report: None)
-    monkeypatch.setattr(report_metrics, "plot_guidance", lambda *args: None)
     monkeypatch.setattr(evaluation_samples, "check_memorisation", lambda evaluator, own, *rest: checked.append(own))
     saved = checkpoint.load_checkpoint(results / "cond")
     config = config_of(saved, {})

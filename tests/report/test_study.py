@@ -12,6 +12,7 @@ import torch
 from tiny import TINY
 
 import ex2_main
+from ex2.data import shapes
 from ex2.errors import InputError, Interrupted
 from ex2.evaluation import samples
 from ex2.evaluation.tables import as_markdown
@@ -24,11 +25,17 @@ from ex2.training import run
 
 TWO_EPOCHS = [*TINY, "--schedule", "linear", "--epochs", "2", "--eval_samples", "130"]
 VARY = ["compare", *TWO_EPOCHS, "--vary", "schedule=linear,cosine"]
-pytestmark = pytest.mark.usefixtures("small_shapes")
+pytestmark = pytest.mark.usefixtures("few_shapes")
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, small_shapes):
+def few_shapes(small_shapes):
+    """Enough for features of width 128."""
+    shapes.SHAPES_COUNT.update(train=300, test=140)  # the dict that `small_shapes` takes away again
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, few_shapes):
     """The folder of a comparison that ran through."""
     results = tmp_path_factory.mktemp("results")
     assert ex2_main.main([*VARY, "--results_dir", str(results)]) == 0
