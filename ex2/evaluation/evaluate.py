@@ -6,8 +6,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 
 from ex2.data.images import DataSplits, ImageSet, reverse_transform
@@ -42,11 +40,13 @@ def evaluate(model, splits: DataSplits, diffusor: Diffusion, config: Config, wei
         name: make_loader(getattr(splits, name), config.batch_size * 2, diffusor.device, num_workers=config.num_workers)
         for name in ("val", "test")
     }
-    losses = {}
-    for without, name in itertools.product((False, True) if config.can_guide else (False,), loaders):
-        losses[f"{name}_unconditional" if without else name] = loss_over_timesteps(
-            network, loaders[name], diffusor, timesteps, max_images=count, unconditional=without
-        )
+    sets = {"val": ("val", False), "test": ("test", False)}  # losses of -> (images of, without their classes)
+    if config.can_guide:
+        sets["test_unconditional"] = ("test", True)
+    losses = {
+        name: loss_over_timesteps(network, loaders[part], diffusor, timesteps, max_images=count, unconditional=without)
+        for name, (part, without) in sets.items()
+    }
     if isinstance(splits.train, ImageSet):
         losses.update(losses_of_training(network, splits.train, diffusor, config, timesteps))
     vlb = {"split": "test", "given": "the class" if config.class_free_guidance else "nothing"}
