@@ -44,9 +44,11 @@ def draw_process(model, splits: DataSplits, diffusor: Diffusion, config: Config)
 
     classes = None if model.null_class is None else torch.arange(count) % model.null_class
     how = {"classes": classes, "generator": ImageNoise(config.seed, 0, count, diffusor.device), **config.sampling}
+    steps = how["steps"] or config.timesteps
+    if not config.dry_run:  # an animation needs more steps than a good sample does
+        how["steps"] = steps = min(max(steps, GIF_FRAMES - 1), config.timesteps)
     reverse = diffusor.sample_trajectory(model, config.image_size, count, **how)
-    length = (config.sampling["steps"] or config.timesteps) + 1
-    reverse = thin_trajectory(reverse, length, GIF_FRAMES)
+    reverse = thin_trajectory(reverse, steps + 1, GIF_FRAMES)
     strip = [reverse[i] for i in evenly_spaced(len(reverse), STRIP_COLUMNS)]
     viz.save_strip([(t, x) for t, x, _ in strip], out / "reverse_strip.png", "reverse process: x_t")
     viz.save_strip([(t, x) for t, _, x in strip], out / "x_zero_strip.png", "reverse process: estimate of x_0 at t")

@@ -90,6 +90,7 @@ def test_a_model_that_never_saw_the_null_class_is_not_guided(restored, drawn):
 
 
 def test_animations_are_one_trajectory_in_time_order_with_both_ends(restored, drawn):
+    """Of 41 frames, however few steps a sample takes (here T = 30)."""
     config, model, diffusor = restored
     splits = load.load_splits("shapes", None, 8, 0)
     pictures.draw_process(model, splits, diffusor, config)
@@ -98,9 +99,9 @@ def test_animations_are_one_trajectory_in_time_order_with_both_ends(restored, dr
         assert times == sorted(set(times), reverse=name == "reverse") and (times[0], times[-1]) == (first, last)
         strip = [t for t, _ in drawn[f"{name}_strip.png"]]
         assert (strip[0], strip[-1], len(strip)) == (first, last, 9) and set(strip) <= set(times)
-    whole = list(
-        diffusor.sample_trajectory(model, 8, 4, classes=range(4), generator=ImageNoise(0, 0, 4), **config.sampling)
-    )
+        assert len(times) == 31
+    settings = {**config.sampling, "steps": 30}  # of an animation: 40, or all there are
+    whole = list(diffusor.sample_trajectory(model, 8, 4, classes=range(4), generator=ImageNoise(0, 0, 4), **settings))
     for t, x in drawn["reverse.gif"]:
         match = [other for time, other, _ in whole if time == t]
         torch.testing.assert_close(x, match[0])
