@@ -8,21 +8,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ex2.grading.adapter import Missing
-
 UNIFORM = "uniform noise (torch.rand), Gaussian is asked for (torch.randn)"
 
 
 class Failed(Exception):
-    """The submission's code raised an error, or its process ended.
+    """The submission's code raised an error, or its process ended."""
 
-    Args:
-        verdict: "fails", or "hangs" where it took too long.
-    """
+    verdict = "fails"
 
-    def __init__(self, found: str, verdict: str = "fails"):
-        super().__init__(found)
-        self.verdict = verdict
+
+class Hangs(Failed):
+    """It took too long."""
+
+    verdict = "hangs"
 
 
 @dataclass
@@ -44,28 +42,6 @@ class Fact:
     equation: str
     check: Callable
     advice: bool = False  # good to follow, but a solution without it is not wrong
-
-
-def judge_fact(fact: Fact, name: str, submission) -> dict:
-    """What a fact says of a submission.
-
-    "right", "wrong", "differs" (not as written, as good), "advice", "missing", "fails" (an error in its code), "hangs".
-    """
-    said = {"fact": name, "task": fact.task, "statement": fact.statement, "equation": fact.equation}
-    said.update(verdict="right", found="", expected="", looks_like="")
-    try:
-        submission.begin()
-        fact.check(submission)
-    except Missing as error:
-        said.update(verdict="missing", found=str(error))
-    except Failed as error:
-        said.update(verdict=error.verdict, found=str(error))
-    except Wrong as wrong:
-        kind = "advice" if fact.advice else "differs" if wrong.differs else "wrong"
-        said.update(verdict=kind, found=wrong.found, expected=wrong.expected, looks_like=wrong.looks_like)
-    except Exception as error:  # its answer was of another type or shape
-        said.update(verdict="fails", found=f"an answer that can't be judged: {type(error).__name__}: {error}")
-    return said
 
 
 def check(condition, found: str, expected: str, looks_like: str = "") -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from ex2.grading.adapter import PARTS, PREFIXES, Missing
 from ex2.grading.submission import Submission, pack, unpack
-from ex2.grading.verdicts import Failed
+from ex2.grading.verdicts import Failed, Hangs
 
 START_LIMIT = 120  # seconds until Python and torch are there
 WALL = 10  # seconds on the clock for each second of CPU time: in a busy pool others compute as well
@@ -61,7 +61,7 @@ class Worker:
             except Missing as error:
                 self.broken[part] = error
             except Failed as error:
-                self.broken[part] = Failed(f"import of {part}: {error}", error.verdict)
+                self.broken[part] = type(error)(f"import of {part}: {error}")
 
     def __getattr__(self, name: str):
         return partial(self.call, name)
@@ -98,11 +98,18 @@ class Worker:
     def ask(self, line: str) -> bytes:
         """The answer to a request; raises `Failed`: there is none."""
         if STOPPED.is_set() or self.lost >= MAX_LOST or time.monotonic() > self.last:
-            raise Failed("not tried: what came before took all the time", "hangs")
+            raise Hangs("not tried: what came before took all the time")
         if self.process is None:
             self.start()
-        until = min(self.begun + WALL * self.limit, self.last)
-        return self.exchange(line.encode() + b"\n", until - time.monotonic(), f"{WALL * self.limit:g} s")
+            self.begun = time.monotonic() + START_LIMIT
+        seconds = min(self.begun + WALL * self.limit, self.last) - time.monotonic()
+        answer = self.exchange(line.encode() + b"\n", seconds)
+        if answer.endswith(b"\n"):
+            return answer
+        code = self.lose()
+        if code is not None and -code == getattr(signal, "SIGXCPU", None):
+            raise Hangs(f"no answer within {self.limit:g} s of CPU time")
+        raise Failed("its answer is too long" if answer else "its code ended the program")
 
     def start(self) -> None:
         self.home = tempfile.TemporaryDirectory()
@@ -114,26 +121,16 @@ class Worker:
         streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         own_session = {"start_new_session": os.name == "posix"}
         self.process = subprocess.Popen(command, cwd=self.home.name, env=environment, **streams, **own_session)
-        self.exchange(b"", START_LIMIT, f"{START_LIMIT} s to start")
-        self.begun = time.monotonic()
 
-    def exchange(self, line: bytes, seconds: float, allowed: str) -> bytes:
+    def exchange(self, line: bytes, seconds: float) -> bytes:
         """Writes a line and reads one, in a thread, as the submission need neither read nor write."""
         answers, until = queue.Queue(), time.monotonic() + seconds
         threading.Thread(target=write_and_read, args=(self.process, line, answers), daemon=True).start()
-        answer = None
-        while answer is None and time.monotonic() < until and not STOPPED.is_set():
+        while time.monotonic() < until and not STOPPED.is_set():
             with suppress(queue.Empty):
-                answer = answers.get(timeout=0.5)
-        if answer is None:
-            self.lose()
-            raise Failed(f"no answer within {allowed}", "hangs")
-        if answer.endswith(b"\n"):
-            return answer
-        code = self.lose()
-        if code is not None and -code == getattr(signal, "SIGXCPU", None):
-            raise Failed(f"no answer within {self.limit:g} s of CPU time", "hangs")
-        raise Failed("its answer is too long" if answer else "its code ended the program")
+                return answers.get(timeout=0.5)
+        self.lose()
+        raise Hangs(f"no answer within {WALL * self.limit:g} s")
 
     def lose(self) -> int | None:
         """Ends a process that is of no more use; its exit code, if it had ended by itself."""
