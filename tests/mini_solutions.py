@@ -7,8 +7,7 @@ from contextlib import contextmanager
 import torch
 
 from ex2.grading.adapter import PREFIXES, OnCpu
-from ex2.grading.facts import FACTS
-from ex2.grading.run import judge
+from ex2.grading.run import FACTS, judge
 from ex2.grading.submission import Submission
 from ex2.grading.worker import Worker
 

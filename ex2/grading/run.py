@@ -12,11 +12,12 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 from ex2.errors import InputError, RunError
+from ex2.grading import facts, network_facts
 from ex2.grading.adapter import Missing
-from ex2.grading.facts import FACTS
-from ex2.grading.verdicts import Failed, Wrong
+from ex2.grading.verdicts import Fact, Failed, Wrong
 from ex2.grading.worker import STOPPED, Worker, find_problem, printable
 
+FACTS = {n: f for module in (facts, network_facts) for n, f in vars(module).items() if isinstance(f, Fact)}
 GOOD = ("right", "differs", "advice")
 COLUMNS = {
     "right": ("right",),
@@ -96,13 +97,13 @@ def check_submission(folder: Path, limit: float) -> list[dict]:
         return judge(worker, FACTS)
 
 
-def judge(worker: Worker, facts: Sequence[str]) -> list[dict]:
+def judge(worker: Worker, names: Sequence[str]) -> list[dict]:
     """The verdict on facts, in the order of the sheet.
 
     "right", "wrong", "differs" (not as written, as good), "advice", "missing", "fails" (an error in its code), "hangs".
     """
     verdicts = []
-    for name in sorted(facts, key=lambda name: FACTS[name].task):
+    for name in sorted(names, key=lambda name: FACTS[name].task):
         fact, said = FACTS[name], {"verdict": "right", "found": "", "expected": "", "looks_like": ""}
         try:
             worker.begin()

@@ -259,30 +259,29 @@ def settings_of(tree: ast.AST) -> dict | None:
     text = ast.unparse(tree)  # no comments, no line breaks within a statement
     steps = re.search(r"'--timesteps'.*default=(\d+)[,)]", text)
     used = re.search(r"\bDiffusion\([^,]+, (\w+)[,)]", text)
-    call = r"(\w+)_beta_schedule\(([^()]*)\)$"
-    calls = used and re.findall(rf"\b{used[1]} = lambda \w+: {call}|\bdef {used[1]}\(.*\n *return {call}", text, re.M)
-    if not steps or not calls or len(set(calls)) > 1:
+    schedule = r"(?:(cosine)|(\w+))_beta_schedule\((?:([\d.e-]+), ([\d.e-]+), )?\w+(?:, [\d.]+)?\)$"
+    found = used and set(re.findall(rf"\b{used[1]}(?: = lambda \w+:|\(.*\n *return) {schedule}", text, re.M))
+    if not steps or not found or len(found) > 1:
         return None
-    name, ends = (part for part in calls[0] if part)
-    ends = [] if name == "cosine" else re.findall(r"^([\d.e-]+), ([\d.e-]+),", ends)
-    if name != "cosine" and not ends:
-        return None
-    return {"timesteps": int(steps[1]), "name": name, "ends": [float(end) for pair in ends for end in pair]}
+    cosine, name, *ends = found.pop()
+    plain = cosine or all(ends)
+    return (
+        {"timesteps": int(steps[1]), "name": cosine or name, "ends": [float(end) for end in ends if end]}
+        if plain
+        else None
+    )
 
 
 def count_fid_images(tree: ast.AST) -> int | None:
     """How many samples a Fréchet distance is of, if a function that names one draws them at once; None if not plain."""
     numbers = dict(re.findall(r"(\w+)(?:'.*default)? ?= ?(\d+)\b", ast.unparse(tree)))  # of variables and flags
     for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
-        if not FID.search(ast.dump(function).lower()):
-            continue
         loops = [node for node in ast.walk(function) if isinstance(node, (ast.For, ast.While, ast.ListComp))]
         looped = {id(node) for loop in loops for node in ast.walk(loop)}
-        for call in (node for node in ast.walk(function) if isinstance(node, ast.Call) and id(node) not in looped):
-            if getattr(call.func, "attr", "") == "sample":
-                size = {keyword.arg: keyword.value for keyword in call.keywords}.get("batch_size")
-                size = size or (call.args[2] if len(call.args) > 2 else ast.Constant(None))
-                count = ast.unparse(size).split(".")[-1]
+        for call in ast.walk(function) if FID.search(ast.dump(function).lower()) else ():
+            if id(call) not in looped and getattr(getattr(call, "func", None), "attr", "") == "sample":
+                sizes = [word.value for word in call.keywords if word.arg == "batch_size"] + call.args[2:3]
+                count = ast.unparse(sizes[0]).split(".")[-1] if sizes else ""
                 count = numbers.get(count, count)
                 return int(count) if count.isdigit() else None
     return None

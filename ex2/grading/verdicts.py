@@ -1,4 +1,4 @@
-"""Verdicts: a fact holds of a submission, or says what was found, what was expected, and what that looks like."""
+"""What a fact is: it holds of a submission, or says what was found, what was expected, and what that looks like."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-UNIFORM = "uniform noise (torch.rand), Gaussian is asked for (torch.randn)"
 
 
 class Failed(Exception):
@@ -44,6 +42,11 @@ class Fact:
     advice: bool = False  # good to follow, but a solution without it is not wrong
 
 
+def fact(task: str, statement: str, equation: str = "", advice: bool = False):
+    """Makes a `Fact` of a function."""
+    return lambda function: Fact(task, statement, equation, function, advice)
+
+
 def check(condition, found: str, expected: str, looks_like: str = "") -> None:
     """Raises `Wrong` where a condition does not hold."""
     if not condition:
@@ -77,16 +80,17 @@ def expect(found, expected, slips: Mapping, where: str, rel=2e-3, scale=1e-6, al
     raise Wrong(f"{where} {found:.4g}{at}", f"{expected:.4g}", looks_like, looks_like in allowed)
 
 
-def expect_gaussian(noise: Tensor, what: str) -> None:
-    """Raises `Wrong` unless the noise has the shape of a Gaussian: excess kurtosis 0 (-1.2 for uniform numbers)."""
-    values = noise.double().flatten()
-    kurtosis = ((values - values.mean()) / values.std()).pow(4).mean().item() - 3
-    looks_like = UNIFORM if kurtosis < -1 else ""
-    check(abs(kurtosis) <= 0.3, f"{what} with excess kurtosis {kurtosis:.2f}", "0, of a Gaussian", looks_like)
+def images(value: float, count: int = 4) -> Tensor:
+    """Images (count, 3, 8, 8) of one value."""
+    return torch.full((count, 3, 8, 8), value)
 
 
-def expect_standard_normal(noise: Tensor, what: str) -> None:
-    """Raises `Wrong` for another distribution than N(0, I)."""
-    expect_gaussian(noise, what)
-    expect(noise.mean(), 0.0, {}, f"mean of {what}", scale=0.03)
-    expect(noise.std(), 1.0, {}, f"standard deviation of {what}", rel=0.03)
+def random_images(count: int, size: int = 8) -> Tensor:
+    """One image of noise, `count` times."""
+    return torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0)).repeat(count, 1, 1, 1)
+
+
+def like(x: Tensor, found: Tensor) -> Tensor:
+    """What was found, where it has the shape of x."""
+    check(found.shape == x.shape, f"shape {tuple(found.shape)}", f"{tuple(x.shape)}")
+    return found

@@ -14,8 +14,7 @@ from mini_solutions import RIGHT, write
 import ex2_main
 from ex2.grading import run, worker
 from ex2.grading.adapter import Missing
-from ex2.grading.facts import FACTS
-from ex2.grading.run import as_lines, check_submission, judge
+from ex2.grading.run import FACTS, as_lines, check_submission, judge
 from ex2.grading.verdicts import Fact, Wrong
 
 

@@ -9,8 +9,7 @@ import torch
 from mini_solutions import RIGHT, SLIPS, D, Local, M, P, evaluated, isolated, write
 
 from ex2.grading import submission
-from ex2.grading.facts import FACTS
-from ex2.grading.run import judge
+from ex2.grading.run import FACTS, judge
 from ex2.grading.submission import pack
 
 
