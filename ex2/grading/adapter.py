@@ -103,7 +103,9 @@ class Adapter:
         """Whether a function has an argument of that role."""
         function = self.get(part, names)
         self.where = locate(function) or self.where
-        return bool({*NAMES[role].split(), "kwargs"} & set(inspect.signature(function).parameters))
+        parameters = inspect.signature(function).parameters
+        any_name = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        return any_name or bool(set(NAMES[role].split()) & set(parameters))
 
     def arguments(self, function: Callable, given: Mapping) -> tuple[dict, list[str]]:
         """(name -> value of the arguments of a function, those of unknown meaning, which are None).

@@ -101,7 +101,6 @@ class Worker:
             raise Hangs("not tried: what came before took all the time")
         if self.process is None:
             self.start()
-            self.begun = time.monotonic() + START_LIMIT
         seconds = min(self.begun + WALL * self.limit, self.last) - time.monotonic()
         answer = self.exchange(line.encode() + b"\n", seconds)
         if answer.endswith(b"\n"):
@@ -121,6 +120,8 @@ class Worker:
         streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         own_session = {"start_new_session": os.name == "posix"}
         self.process = subprocess.Popen(command, cwd=self.home.name, env=environment, **streams, **own_session)
+        self.exchange(b"", START_LIMIT)
+        self.begun = time.monotonic()
 
     def exchange(self, line: bytes, seconds: float) -> bytes:
         """Writes a line and reads one, in a thread, as the submission need neither read nor write."""
@@ -130,7 +131,7 @@ class Worker:
             with suppress(queue.Empty):
                 return answers.get(timeout=0.5)
         self.lose()
-        raise Hangs(f"no answer within {WALL * self.limit:g} s")
+        raise Hangs(f"no answer within {seconds:.0f} s")
 
     def lose(self) -> int | None:
         """Ends a process that is of no more use; its exit code, if it had ended by itself."""
