@@ -57,6 +57,15 @@ class OnCpu(TorchFunctionMode):
         return torch.device("cpu")
 
 
+def find_file(folder: Path, part: str) -> Path:
+    """The file of a part, "diffusion", "model" or "main"; or `Missing`."""
+    for prefix in PREFIXES:
+        if (folder / f"{prefix}{part}.py").is_file():
+            return folder / f"{prefix}{part}.py"
+    near = sorted(path.name for path in folder.glob(f"*{part}*.py"))[:3]
+    raise Missing(f"no ex02_{part}.py or ex2_{part}.py" + (f"; is {' or '.join(near)} meant?" if near else ""))
+
+
 class Adapter:
     """A folder with a solution, and its functions.
 
@@ -69,18 +78,10 @@ class Adapter:
         self.folder, self.where, self.adapted, self.modules = folder, "", set(), {}
         OnCpu.used = False
 
-    def path(self, part: str) -> Path:
-        """The file of a part; or `Missing`."""
-        for prefix in PREFIXES:
-            if (self.folder / f"{prefix}{part}.py").is_file():
-                return self.folder / f"{prefix}{part}.py"
-        near = sorted(path.name for path in self.folder.glob(f"*{part}*.py"))[:3]
-        raise Missing(f"no ex02_{part}.py or ex2_{part}.py" + (f"; is {' or '.join(near)} meant?" if near else ""))
-
     def load(self, part: str):
-        """The module of a part, "diffusion", "model" or "main"; or `Missing`."""
+        """The module of a part; or `Missing`."""
         if part not in self.modules:
-            name = self.path(part).stem
+            name = find_file(self.folder, part).stem
             try:
                 self.modules[part] = importlib.import_module(name)
             except ModuleNotFoundError as error:
@@ -96,7 +97,7 @@ class Adapter:
         for name in names.split("."):
             found = getattr(found, name, None)
         if found is None:
-            raise Missing(f"{self.path(part).name} has no {names}")
+            raise Missing(f"{find_file(self.folder, part).name} has no {names}")
         return found
 
     def takes(self, part: str, names: str, role: str) -> bool:

@@ -20,7 +20,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from ex2.grading.adapter import PARTS, PREFIXES, Missing
+from ex2.grading.adapter import PARTS, PREFIXES, Missing, find_file
 from ex2.grading.submission import Submission, pack, unpack
 from ex2.grading.verdicts import Failed, Hangs
 
@@ -55,11 +55,12 @@ class Worker:
         for part in PARTS if not problem else ():
             self.begin()
             try:
+                find_file(folder, part)
                 if part == "main":
                     self.outline = self.call("outline")
                 self.call("load", part=part)
             except Missing as error:
-                self.broken[part] = error
+                self.broken[part] = Missing(printable(error))
             except Failed as error:
                 self.broken[part] = type(error)(f"import of {part}: {error}")
 
