@@ -23,7 +23,8 @@ NAMES = {
     "model": "model denoise_model denoiser net network unet eps_model noise_model denoise_fn model_fn",
     "classes": "classes labels label y c cls class_labels class_label class_cond cond",
     "guidance_scale": "guidance_scale w cfg_scale guidance guidance_weight guide_w scale",
-    "class_free_guidance": "class_free_guidance classifier_free_guidance",
+    "class_free_guidance": "class_free_guidance classifier_free_guidance classifier_free_guidence",
+    "p_uncond": "p_uncond prob_uncond uncond_prob cond_drop_prob drop_prob",
     "t_index": "t_index index i",
     "image_size": "image_size img_size size",
     "img_size": "img_size image_size size",
@@ -116,13 +117,13 @@ class Adapter:
         self.where = locate(function) or self.where
         parameters = inspect.signature(function).parameters
         free = [role for role in given if not set(NAMES.get(role, role).split()) & set(parameters)]
-        values, unknown = {}, []
+        values, unknown, used = {}, [], set()
         for place, (name, parameter) in enumerate(parameters.items()):
             if parameter.kind is parameter.VAR_KEYWORD:
                 values.update({role: given[role] for role in ("classes", "guidance_scale") if role in free})
             if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
                 continue
-            roles = [role for role in given if name in NAMES.get(role, role).split()]
+            roles = [role for role in given if name in NAMES.get(role, role).split() and role not in used]
             if isinstance(parameter.default, str):  # a name: nothing else can stand for it
                 roles = [role for role in roles if isinstance(given[role], str)]
             required = parameter.default is parameter.empty
@@ -130,6 +131,7 @@ class Adapter:
                 roles = [role for role in list(given)[place : place + 1] if role in free]
             if roles:
                 values[name] = given[roles[0]]
+                used.add(roles[0])
                 if name not in (roles[0], "denoise_model", "time"):  # names that the skeleton has, too
                     self.adapted.add(f"{name} of {function.__name__} is taken for {roles[0]}")
             elif name == "device":
@@ -140,25 +142,27 @@ class Adapter:
                 self.adapted.add(f"{name} of {function.__name__} is given as None")
         return values, unknown
 
-    def call(self, function: Callable, optional: Mapping | None = None, **given):
-        """Calls a function with those arguments that it has, by their role; `optional` ones only if it fails without.
+    def call(self, function: Callable, *optional: Mapping, **given):
+        """Calls a function with those arguments that it has, by their role; with `optional` ones if it fails without.
 
         Raises Missing: it is not implemented, returns nothing, or fails and has an argument of unknown meaning.
         """
-        values, _ = self.arguments(function, given)
-        try:
-            result = function(**values)
-        except NotImplementedError as error:
-            raise Missing(f"{function.__name__} is not implemented") from error
-        except Exception as error:
-            values, unknown = self.arguments(function, {**given, **(optional or {})})
-            if unknown:
-                name = ", ".join(unknown)
-                raise Missing(f"{function.__name__} can't be called: what is {name}? ({describe(error)})") from error
-            if not optional:
-                raise
-            result = function(**values)
-            self.adapted.add(f"{function.__name__} is given {', '.join(optional)}, as it fails without")
+        for extra in ({}, *optional):
+            values, unknown = self.arguments(function, {**given, **extra})
+            try:
+                result = function(**values)
+                break
+            except NotImplementedError as error:
+                raise Missing(f"{function.__name__} is not implemented") from error
+            except Exception as error:
+                failure = error
+        else:
+            if not unknown:
+                raise failure
+            text = f"what is {', '.join(unknown)}? ({describe(failure)})"
+            raise Missing(f"{function.__name__} can't be called: {text}") from failure
+        if extra:
+            self.adapted.add(f"{function.__name__} is given {', '.join(extra)}, as it fails without")
         if result is None:
             raise Missing(f"{function.__name__} returns nothing")
         return result

@@ -72,6 +72,8 @@ class Stub(nn.Module):
             eps = torch.where(known, 1.0, self.without).expand_as(x)
         return eps + 0 * self.weight
 
+    predict = forward  # as some call it
+
 
 class Arguments:
     """Stands for the parsed command line: flags that a submission has made up are off."""
@@ -121,11 +123,12 @@ class Submission(Adapter):
         model = Stub(**(stub or {}))
         roles = {role: model if role == "model" else value for role, value in given.items() if value is not None}
         count = roles.get("batch_size") or len(roles.get("x", roles.get("x_zero")))
-        settings, optional = {}, labels_for(count)
+        tuples, labels = [{"image_size": (8, 8)}] if method == "sample" else [], labels_for(count)
+        settings, optional = {}, [labels, *({**labels, **extra} for extra in tuples)]
         if "classes" in roles:
-            settings, optional = {"class_free_guidance": True, "p_uncond": P_UNCOND}, None
+            settings, optional = {"class_free_guidance": True, "p_uncond": P_UNCOND}, tuples
             settings.update({"guidance_scale": roles["guidance_scale"]} if "guidance_scale" in roles else {})
-        result = self.call(getattr(self.diffusion(model, betas, **settings), method), optional, **roles)
+        result = self.call(getattr(self.diffusion(model, betas, **settings), method), *optional, **roles)
         if method == "sample":
             result = self.last_images(result, count)
         result, start = torch.as_tensor(result), None if model.start is None else model.start[:count]
@@ -160,10 +163,12 @@ class Submission(Adapter):
         """What the U-Net makes of images, and the labels as they are afterwards."""
         model = self.unet(p_uncond).train(training)
         seed_all(seed)
-        optional = {"classes": torch.zeros(len(x), dtype=torch.long)} if classes is None else None
+        optional = [{"classes": torch.zeros(len(x), dtype=torch.long)}] if classes is None else []
         given = {} if classes is None else {"classes": classes}
+        if training:  # some take it here
+            given["p_uncond"] = p_uncond
         with torch.no_grad():
-            return {"out": self.call(model.forward, optional, x=x, t=t, **given), "classes": classes}
+            return {"out": self.call(model.forward, *optional, x=x, t=t, **given), "classes": classes}
 
     def run_test(self) -> dict:
         """How the test loop calls the network."""
@@ -175,6 +180,8 @@ class Submission(Adapter):
         given = {"model": model, "testloader": loader, "diffusor": self.diffusion(model)}
         given.update(device=torch.device("cpu"), args=Arguments(), epoch=0)
         values, _ = self.arguments(function, given)
+        if model not in values.values():
+            raise Missing("test takes no model, so that it can't be tried with another")
         try:
             function(**values)
         except Exception:  # what comes after the losses may need flags that only the submission knows
@@ -186,7 +193,7 @@ class Submission(Adapter):
         """(256,) how often each grey is in a saved image of value 0.5 with a black and a white row."""
         function, model = self.get("main", "sample_and_save_images"), Stub()
         diffusor = self.diffusion(model, torch.linspace(1e-4, 0.2, 100))  # some pick out steps of T = 100
-        sampled = self.call(diffusor.sample, labels_for(2), model=model, image_size=8, batch_size=2, channels=3)
+        sampled = self.call(diffusor.sample, labels_for(8), model=model, image_size=8, batch_size=8, channels=3)
         is_list = isinstance(sampled, (list, tuple))
         low = 0.0 if (sampled[-1] if is_list else sampled).min() >= 0 else -1.0  # some scale to [0, 1] in it
 
@@ -197,8 +204,9 @@ class Submission(Adapter):
 
         diffusor.sample = lambda *args, **kwargs: [grey(step) for step in sampled] if is_list else grey(sampled)
         with tempfile.TemporaryDirectory() as folder:
-            given = {"n_images": 2, "diffusor": diffusor, "model": model, "device": torch.device("cpu")}
+            given = {"n_images": 8, "diffusor": diffusor, "model": model, "device": torch.device("cpu")}
             given.update(store_path=folder + os.sep, reverse_transform=reverse_transform, image_size=8)
+            given.update(args=Arguments())
             function(**self.arguments(function, given)[0])
             files = sorted(path for path in Path(folder).rglob("*") if path.suffix in (".png", ".jpg"))
             if not files:
@@ -211,7 +219,9 @@ class Submission(Adapter):
         tree = ast.parse(path.read_bytes(), path.name)
         test = {id(node) for part in tree.body if getattr(part, "name", "") == "test" for node in ast.walk(part)}
         evals = [node for node in ast.walk(tree) if getattr(node, "attr", "") == "eval" and id(node) not in test]
-        return {"eval_elsewhere": bool(evals), "settings": settings_of(tree), "fid_images": count_fid_images(tree)}
+        drops = re.search(r"rand\w*\(.*[<>].*(uncond|drop)", ast.unparse(tree))
+        plain = {"settings": settings_of(tree), "fid_images": count_fid_images(tree)}
+        return {"eval_elsewhere": bool(evals), "drops_elsewhere": bool(drops), **plain}
 
     # ---- the line between the two processes
 

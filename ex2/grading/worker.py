@@ -50,7 +50,7 @@ class Worker:
         self.folder, self.limit, self.process, self.lost, self.requests = folder, limit, None, 0, 0
         self.last = time.monotonic() + START_LIMIT + 2 * WALL * limit  # when all must be done
         # What can't be imported is known once, and not tried for every fact.
-        problem = find_problem(folder)
+        self.outline, problem = {}, find_problem(folder)
         self.broken = dict.fromkeys(PARTS, Missing(problem)) if problem else {}
         for part in PARTS if not problem else ():
             self.begin()

@@ -44,6 +44,14 @@ def test_what_the_sheet_allows_differs_and_is_not_wrong(tmp_path, name):
     assert {said["verdict"] for said in verdicts.values()} == {"differs"}
 
 
+def test_labels_that_the_caller_drops_differ_and_are_not_wrong(tmp_path):
+    caller = "def train(args, classes):\n    classes[torch.rand(len(classes)) < args.p_uncond] = 10\n\n\ndef run(args):"
+    files = {**RIGHT, M: RIGHT[M].replace("elif self.training:", "elif False:")}
+    assert evaluated(write(tmp_path, files), "class_dropped")["class_dropped"]["verdict"] == "wrong"
+    files[P] = RIGHT[P].replace("def run(args):", caller)
+    assert evaluated(write(tmp_path, files), "class_dropped")["class_dropped"]["verdict"] == "differs"
+
+
 def test_there_are_slips_for_nearly_every_fact():
     unseen = {"unet_shape", "linear_schedule", "sample_result", "sample_spread"}
     assert set(FACTS) - {slip[3] for slip in SLIPS.values()} <= unseen
@@ -94,6 +102,37 @@ def test_there_are_slips_for_nearly_every_fact():
             {
                 "    model.eval()\n": "",
                 "def run(args):": "def judge(model, *r):\n    model.eval()\n    test(model, *r)\n\n\ndef run(args):",
+            },
+        ),
+        (D, {"eps = model(x, t)": "eps = model.predict(x, t)", "eps = model(x, t, c": "eps = model.predict(x, t, c"}),
+        (
+            D,
+            {
+                'img_size, device="cuda"):': 'img_size, device="cuda", classifier_free_guidence=False):\n'
+                "        self.conditional = classifier_free_guidence",
+                "denoise_model(x_t, t) if classes is None": "denoise_model(x_t, t) if not self.conditional",
+            },
+        ),
+        (
+            M,
+            {
+                "classes=None):\n        emb": "class_labels=None, cond=True):\n"
+                "        classes = class_labels if cond else None\n        emb",
+            },
+        ),
+        (
+            M,
+            {
+                "time, classes=None)": "time, classes=None, cond_drop_prob=0.0)",
+                "torch.rand(len(x)) < self.p_uncond": "torch.rand(len(x)) < cond_drop_prob",
+            },
+        ),
+        (P, {"device, store_path):": "device, args, store_path):\n    assert not args.run_name"}),
+        (
+            P,
+            {
+                "for i, image in enumerate(diffusor.sample(model, diffusor.img_size, n_images))": "for i, image in "
+                "enumerate([diffusor.sample(model, 32, 8)[0] for _ in range(n_images // 8)])"
             },
         ),
         (P, {"default=1000": "default=STEPS", "def run(args)": "STEPS = 1_0\n\n\ndef run(args)"}),
