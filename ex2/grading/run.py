@@ -9,14 +9,15 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
-from itertools import islice
 from pathlib import Path
 
 from ex2.errors import InputError, RunError
-from ex2.grading.facts import FACTS, verdict
-from ex2.grading.submission import PREFIXES, Missing
-from ex2.grading.worker import Remote, Worker, adopt_orphans, end_all, printable
+from ex2.grading import facts, network_facts
+from ex2.grading.adapter import Missing
+from ex2.grading.verdicts import Fact, Failed, Wrong
+from ex2.grading.worker import STOPPED, Worker, find_problem, printable
 
+FACTS = {n: f for module in (facts, network_facts) for n, f in vars(module).items() if isinstance(f, Fact)}
 GOOD = ("right", "differs", "advice")
 COLUMNS = {
     "right": ("right",),
@@ -46,16 +47,17 @@ def check_submissions(args) -> None:
         if not Path(folder).is_dir():
             raise InputError(f"{folder} is no folder")
     folders = list(dict.fromkeys(Path(folder).resolve() for folder in args.folders))
-    if len(folders) == 1 and find_problem(folders[0]):
+    single = len(folders) == 1
+    if single and find_problem(folders[0]):
         raise InputError(f"{args.folders[0]} holds no submission: {find_problem(folders[0])}")
     rows = judge_all(folders, args)
     if args.json == "-":
         print(json.dumps(rows, indent=2))
     else:
-        print("\n".join(as_lines(rows) if len(folders) == 1 else as_table(rows)))
+        print("\n".join(as_lines(rows) if single else as_table(rows)))
     bad = [row["submission"] for row in rows if row["verdict"] not in GOOD]
-    if bad and len(folders) == 1:
-        raise RunError(f"{len(bad)} of {len(FACTS)} facts are not right in {args.folders[0]}")
+    if bad and single:
+        raise RunError(f"{len(bad)} of {len(rows)} facts are not right in {args.folders[0]}")
     if bad:
         raise RunError(f"{len(set(bad))} of {len(folders)} submissions are not all right")
 
@@ -64,7 +66,6 @@ def judge_all(folders: Sequence[Path], args) -> list[dict]:
     """The verdict on every fact of every submission, several at a time. The CSV file grows with each submission."""
     names = [folder.name for folder in folders]
     names = [printable(f if names.count(f.name) > 1 else f.name) for f in folders]
-    adopt_orphans()
     rows: list[dict] = []
     with ExitStack() as stack, ThreadPoolExecutor(args.jobs) as pool:
         files = {path: stack.enter_context(open_for_writing(path)) for path in {args.csv, args.json} - {None, "-"}}
@@ -83,7 +84,7 @@ def judge_all(folders: Sequence[Path], args) -> list[dict]:
                     print(f"{done} of {len(folders)}: {name}: {counts}", file=sys.stderr, flush=True)
         except BaseException:  # Ctrl-C
             pool.shutdown(wait=False, cancel_futures=True)
-            end_all()
+            STOPPED.set()
             raise
         if args.json in files:
             json.dump(rows, files[args.json], indent=2)
@@ -91,46 +92,35 @@ def judge_all(folders: Sequence[Path], args) -> list[dict]:
 
 
 def check_submission(folder: Path, limit: float) -> list[dict]:
-    """The verdict on every fact of a folder.
-
-    limit: CPU seconds for each fact.
-    """
-    problem = find_problem(folder)
-    if problem:
-        return judge(Absent(problem))
+    """The verdict on every fact of a folder; `limit`: CPU seconds for each."""
     with closing(Worker(folder, limit)) as worker:
-        return judge(worker)
+        return judge(worker, FACTS)
 
 
-class Absent:
-    """Stands for the submission of a folder that holds none."""
+def judge(worker: Worker, names: Sequence[str]) -> list[dict]:
+    """The verdict on facts, in the order of the sheet.
 
-    place, adapted = "", ()
-
-    def __init__(self, problem: str):
-        self.problem = problem
-
-    def begin(self):
-        raise Missing(self.problem)
-
-
-def judge(submission: Remote | Absent, facts: Sequence[str] | None = None) -> list[dict]:
-    """The verdict on every fact, or on some, in the order of the sheet."""
+    "right", "wrong", "differs" (not as written, as good), "advice", "missing", "fails" (an error in its code), "hangs".
+    """
     verdicts = []
-    for name in sorted(facts or FACTS, key=lambda name: FACTS[name].task):
-        said = verdict(submission, name)
+    for name in sorted(names, key=lambda name: FACTS[name].task):
+        fact, said = FACTS[name], {"verdict": "right", "found": "", "expected": "", "looks_like": ""}
+        try:
+            worker.begin()
+            fact.check(worker)
+        except Missing as error:
+            said.update(verdict="missing", found=str(error))
+        except Failed as error:
+            said.update(verdict=error.verdict, found=str(error))
+        except Wrong as error:
+            said.update(vars(error), verdict="advice" if fact.advice else "differs" if error.differs else "wrong")
+            del said["differs"]
+        except Exception as error:  # its answer was of another type or shape
+            said.update(verdict="fails", found=f"an answer that can't be judged: {type(error).__name__}: {error}")
         said.update({key: printable(said[key]) for key in ("found", "looks_like")})
-        verdicts.append({**said, "where": submission.place, "adapted": sorted(submission.adapted)})
+        about = {"fact": name, "task": fact.task, "statement": fact.statement, "equation": fact.equation}
+        verdicts.append({**about, **said, "where": worker.where, "adapted": sorted(worker.adapted)})
     return verdicts
-
-
-def find_problem(folder: Path) -> str | None:
-    """Why nothing in a folder can be judged, with the files that may be meant."""
-    files = [f"{prefix}{part}.py" for prefix in PREFIXES for part in ("diffusion", "model")]
-    if any((folder / name).is_file() for name in files):
-        return None
-    near = [printable(path.relative_to(folder)) for path in islice(folder.rglob("*ex*2*diffusion*.py"), 3)]
-    return f"none of {', '.join(files)}" + (f"; is {' or '.join(sorted(near))} meant?" if near else "")
 
 
 def open_for_writing(path: str):
@@ -178,13 +168,13 @@ def as_table(rows: Sequence[dict]) -> Iterator[str]:
         by_name.setdefault(row["submission"], []).append(row)
         if row["verdict"] != "right":
             cause = row["looks_like"] or row["found"] if row["expected"] else row["found"]
-            where = row["statement"] if row["expected"] else ""
-            causes.setdefault((row["verdict"], where, cause), {})[row["submission"]] = None
+            where = f"{row['statement']}: " if row["expected"] else ""
+            causes.setdefault(f"{row['verdict']:<8} {where}{cause}", {})[row["submission"]] = None
     width = max(map(len, (*by_name, "submission")))
     yield f"{'submission':<{width}}" + "".join(f"{column:>9}" for column in COLUMNS)
     for name, verdicts in by_name.items():
         yield f"{name:<{width}}" + "".join(f"{number:>9}" for number in count(verdicts).values())
     yield ""
-    for (kind, where, cause), names in sorted(causes.items(), key=lambda item: -len(item[1])):
-        yield f"{kind:<8} {where}{': ' if where else ''}{cause}\n{'':9}{len(names)}: {', '.join(names)}"
+    for cause, names in sorted(causes.items(), key=lambda item: -len(item[1])):
+        yield f"{cause}\n{'':9}{len(names)}: {', '.join(names)}"
     yield NOT_PREVENTED

@@ -7,7 +7,6 @@ write files, start programs that use the network, and signal other processes: RE
 from __future__ import annotations
 
 import json
-import math
 import os
 import queue
 import signal
@@ -21,127 +20,96 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from ex2.grading import submission
-from ex2.grading.facts import Failed
-from ex2.grading.submission import PARTS, Missing, pack, unpack
+from ex2.grading.adapter import PARTS, PREFIXES, Missing, find_file
+from ex2.grading.submission import Submission, pack, unpack
+from ex2.grading.verdicts import Failed, Hangs
 
 START_LIMIT = 120  # seconds until Python and torch are there
 WALL = 10  # seconds on the clock for each second of CPU time: in a busy pool others compute as well
 MAX_LOST = 3  # processes of one submission that hang or end: the rest of its facts is not tried
 MAX_ANSWER, MAX_TEXT = 2**23, 300  # bytes, characters
 KEPT = "PATH LANG LC_ALL LD_LIBRARY_PATH PYTHONPATH SYSTEMROOT".split()  # of the user's variables
-RUNNING: set[int] = set()  # processes of submissions
-LOCK = threading.Lock()  # of RUNNING
+PART_OF = {"forward": "model", "run_test": "main", "saved_greys": "main", "outline": "main"}  # others: diffusion
 STOPPED = threading.Event()  # by Ctrl-C
-# Where the function of a call stands.
-PLACES = {
-    "load": "{}",
-    "q_sample": "diffusion.Diffusion.q_sample",
-    "p_sample": "diffusion.Diffusion.p_sample",
-    "guide": "diffusion.Diffusion.{}",
-    "sample": "diffusion.Diffusion.sample",
-    "loss": "diffusion.Diffusion.p_losses",
-    "schedule": "diffusion.{}_beta_schedule",
-    "forward": "model.Unet.forward",
-    "run_test": "main.test",
-    "saved_greys": "main.sample_and_save_images",
-}
+ROOT = str(Path(__file__).parents[2])
+START = f"import sys; sys.path[0] = {ROOT!r}; from ex2.grading.submission import main; main(*sys.argv[1:])"
 
 
-class Remote:
-    """A submission in another process: its methods are those of `ex2.grading.submission.Submission`.
+class Worker:
+    """A submission in a process of its own: it has the methods of `Submission`. A lost process is begun anew.
+
+    Args:
+        limit: CPU seconds for each fact.
 
     Attributes:
-        outline: what is plain in its source.
-        adapted: what had to be done to call the functions of the last fact.
-        place: file and line of the function that was called last.
+        outline: what is plain in the source of its main file.
+        where, adapted: file and line of the function that the last fact called, and what had to be done to call it.
     """
 
-    def __init__(self):
-        self.adapted, self.place, self.requests, self.fresh, self.broken = set(), "", 0, True, {}
-        self.outline = {"lines": {}, "test_is_empty": False, "eval_elsewhere": False, "settings": None}
-        self.outline.update(fid_images=None, missing={})
-        with suppress(Failed):  # a source that Python's parser does not survive: importing it will tell
-            self.outline = self.call("outline")
+    def __init__(self, folder: Path, limit: float):
+        self.folder, self.limit, self.process, self.lost, self.requests = folder, limit, None, 0, 0
+        self.last = time.monotonic() + START_LIMIT + 2 * WALL * limit  # when all must be done
         # What can't be imported is known once, and not tried for every fact.
-        self.broken = {part: Missing(printable(text)) for part, text in self.outline["missing"].items()}
-        for part in sorted({*PARTS} - {*self.broken}, key=PARTS.index):
+        self.outline, problem = {}, find_problem(folder)
+        self.broken = dict.fromkeys(PARTS, Missing(problem)) if problem else {}
+        for part in PARTS if not problem else ():
+            self.begin()
             try:
-                self.begin()
+                find_file(folder, part)
+                if part == "main":
+                    self.outline = self.call("outline")
                 self.call("load", part=part)
-            except Failed as error:
-                self.broken[part] = Failed(f"import of {part}: {error}", error.verdict)
             except Missing as error:
-                self.broken[part] = error
-
-    def ask(self, line: str) -> str | bytes:
-        """The answer to a request; raises `Failed`: there is none."""
-        raise NotImplementedError
-
-    def lose(self) -> None:
-        """Gives the process up: what it says is no answer."""
+                self.broken[part] = Missing(printable(error))
+            except Failed as error:
+                self.broken[part] = type(error)(f"import of {part}: {error}")
 
     def __getattr__(self, name: str):
         return partial(self.call, name)
 
     def begin(self) -> None:
         """Begins a fact, and its time."""
-        self.adapted, self.place, self.fresh = set(), "", True
+        self.where, self.adapted, self.fresh, self.begun = "", set(), True, time.monotonic()
 
     def call(self, name: str, *args, **given):
         """What a method of the submission returns; raises `Missing` or `Failed`."""
-        method = getattr(submission.Submission, name)
-        given.update(zip(method.__code__.co_varnames[1:], args))
-        place = PLACES.get(name, "{}.{}" if name == "takes" else "")
-        place = place.format(*(value for value in given.values() if isinstance(value, str)))
-        part = place.split(".")[0]
+        given.update(zip(getattr(Submission, name).__code__.co_varnames[1:], args))
+        part = given.get("part") or PART_OF.get(name, "diffusion")
         if part in self.broken:
             raise self.broken[part]
-        self.place = self.outline["lines"].get(place, self.place)
         self.requests += 1
         request = {"call": name, "given": given, "id": self.requests, "fresh": self.fresh}
         self.fresh = False
         answer = self.ask(json.dumps(request, default=pack))
         try:
-            answer = json.loads(answer, object_hook=unpack)
+            answer = json.loads(answer)
             if answer["id"] != self.requests:
                 raise ValueError("of another request")
+            self.where = printable(answer["where"])
             self.adapted.update(printable(text) for text in answer["adapted"][:20])
             if "missing" in answer:
                 raise Missing(printable(answer["missing"]))
             if "fails" in answer:
                 raise Failed(printable(answer["fails"]))
-            return answer["value"]
+            return json.loads(answer["value"], object_hook=unpack)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             self.lose()
             raise Failed("its process said something else than an answer") from error
 
-
-class Worker(Remote):
-    """A submission and its process; a new one is begun where it was lost.
-
-    Args:
-        limit: CPU seconds for each fact.
-    """
-
-    def __init__(self, folder: Path, limit: float):
-        self.folder, self.limit, self.process, self.lost = folder, limit, None, 0
-        self.begun, self.last = 0.0, math.inf  # when this fact began, and when all must be done
-        super().__init__()
-
-    def begin(self) -> None:
-        self.begun = time.monotonic()
-        super().begin()
-
     def ask(self, line: str) -> bytes:
+        """The answer to a request; raises `Failed`: there is none."""
         if STOPPED.is_set() or self.lost >= MAX_LOST or time.monotonic() > self.last:
-            raise Failed("not tried: what came before took all the time", "hangs")
+            raise Hangs("not tried: what came before took all the time")
         if self.process is None:
             self.start()
-        # A thread, as the submission need not read what it is asked.
-        threading.Thread(target=write_line, args=(self.process.stdin, line), daemon=True).start()
-        until = min(self.begun + WALL * self.limit, self.last)
-        return self.receive(until - time.monotonic(), f"{WALL * self.limit:g} s")
+        seconds = min(self.begun + WALL * self.limit, self.last) - time.monotonic()
+        answer = self.exchange(line.encode() + b"\n", seconds)
+        if answer.endswith(b"\n"):
+            return answer
+        code = self.lose()
+        if code is not None and -code == getattr(signal, "SIGXCPU", None):
+            raise Hangs(f"no answer within {self.limit:g} s of CPU time")
+        raise Failed("its answer is too long" if answer else "its code ended the program")
 
     def start(self) -> None:
         self.home = tempfile.TemporaryDirectory()
@@ -149,30 +117,22 @@ class Worker(Remote):
         environment.update(HOME=self.home.name, TMPDIR=self.home.name, PYTHONUSERBASE=site.getuserbase())
         environment.update(CUDA_VISIBLE_DEVICES="", MPLBACKEND="Agg", PYTHONDONTWRITEBYTECODE="1")
         environment.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
-        command = [sys.executable, submission.__file__, str(self.folder), str(self.limit)]
+        command = [sys.executable, "-c", START, str(self.folder), str(self.limit)]
         streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         own_session = {"start_new_session": os.name == "posix"}
-        with LOCK:
-            self.process = subprocess.Popen(command, cwd=self.home.name, env=environment, **streams, **own_session)
-            RUNNING.add(self.process.pid)
-        self.answers: queue.Queue = queue.Queue(maxsize=1)
-        threading.Thread(target=read_lines, args=(self.process.stdout, self.answers), daemon=True).start()
-        self.receive(START_LIMIT, f"{START_LIMIT} s to start")
+        self.process = subprocess.Popen(command, cwd=self.home.name, env=environment, **streams, **own_session)
+        self.exchange(b"", START_LIMIT)
         self.begun = time.monotonic()
-        self.last = min(self.last, self.begun + 2 * WALL * self.limit)
 
-    def receive(self, seconds: float, allowed: str) -> bytes:
-        try:
-            line = self.answers.get(timeout=max(seconds, 0.01))
-        except queue.Empty:
-            self.lose()
-            raise Failed(f"no answer within {allowed}", "hangs") from None
-        if line.endswith(b"\n"):
-            return line
-        code = self.lose()
-        if code is not None and -code == getattr(signal, "SIGXCPU", None):
-            raise Failed(f"no answer within {self.limit:g} s of CPU time", "hangs")
-        raise Failed("its answer is too long" if line else "its code ended the program")
+    def exchange(self, line: bytes, seconds: float) -> bytes:
+        """Writes a line and reads one, in a thread, as the submission need neither read nor write."""
+        answers, until = queue.Queue(), time.monotonic() + seconds
+        threading.Thread(target=write_and_read, args=(self.process, line, answers), daemon=True).start()
+        while time.monotonic() < until and not STOPPED.is_set():
+            with suppress(queue.Empty):
+                return answers.get(timeout=0.5)
+        self.lose()
+        raise Hangs(f"no answer within {seconds:.0f} s")
 
     def lose(self) -> int | None:
         """Ends a process that is of no more use; its exit code, if it had ended by itself."""
@@ -188,12 +148,11 @@ class Worker(Remote):
         if self.process is None:
             return
         if os.name == "posix":
-            with suppress(ProcessLookupError):
+            with suppress(OSError):
                 os.killpg(self.process.pid, signal.SIGKILL)
         self.process.kill()
         self.process.wait()
-        RUNNING.discard(self.process.pid)
-        while kill_orphans():
+        while kill_all_of(self.home.name):
             pass
         with suppress(OSError):
             self.process.stdin.close()
@@ -202,51 +161,35 @@ class Worker(Remote):
         self.process = None
 
 
-def write_line(stream, line: str) -> None:
+def write_and_read(process: subprocess.Popen, line: bytes, answers: queue.Queue) -> None:
+    answer = b""
     with suppress(OSError, ValueError):  # it is no more: so there is no answer either
-        stream.write(line.encode() + b"\n")
-        stream.flush()
+        process.stdin.write(line)
+        process.stdin.flush()
+        answer = process.stdout.readline(MAX_ANSWER)
+    answers.put(answer)
 
 
-def read_lines(stream, lines: queue.Queue) -> None:
-    """Puts each answer into the queue; one that is too long, or that nobody waits for, is the last."""
-    with suppress(queue.Full):
-        while True:
-            line = stream.readline(MAX_ANSWER)
-            lines.put_nowait(line)
-            if not line.endswith(b"\n"):
-                return
-
-
-def adopt_orphans() -> None:
-    """Makes processes whose parents end children of this one (Linux), so that none is left behind."""
-    if sys.platform == "linux":
-        import ctypes
-
-        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
-
-
-def kill_orphans() -> int:
-    """Kills children of this process that submissions have left; how many."""
+def kill_all_of(home: str) -> int:
+    """Kills the processes that have a home in their environment (Linux); how many."""
     killed = 0
-    for path in Path("/proc").glob("[0-9]*/stat") if sys.platform == "linux" else ():
-        with LOCK, suppress(OSError):
-            _, parent, _, session = path.read_bytes().rpartition(b")")[2].split()[:4]
-            if int(parent) == os.getpid() and int(session) not in (os.getsid(0), *RUNNING):
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):
+            if home.encode() in path.read_bytes():
                 os.kill(int(path.parent.name), signal.SIGKILL)
-                os.waitpid(int(path.parent.name), 0)
                 killed += 1
     return killed
+
+
+def find_problem(folder: Path) -> str | None:
+    """Why nothing in a folder can be judged, with the files that may be meant."""
+    files = [f"{prefix}{part}.py" for prefix in PREFIXES for part in ("diffusion", "model")]
+    if any((folder / name).is_file() for name in files):
+        return None
+    near = sorted(printable(path.relative_to(folder)) for path in folder.rglob("*ex*2*diffusion*.py"))[:3]
+    return f"none of {', '.join(files)}" + (f"; is {' or '.join(near)} meant?" if near else "")
 
 
 def printable(text) -> str:
     """Text of a submission without control characters, and no more than fits a line or three."""
     return "".join(c if c.isprintable() else "?" for c in str(text)[:MAX_TEXT])
-
-
-def end_all() -> None:
-    """Ends all submissions for good."""
-    STOPPED.set()
-    for pid in tuple(RUNNING):
-        with suppress(OSError):
-            os.kill(pid, signal.SIGKILL if os.name == "posix" else signal.SIGTERM)

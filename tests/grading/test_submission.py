@@ -17,6 +17,7 @@ from mini_solutions import RIGHT, evaluated, write
             "test_loop",
             "empty stub",
         ),
+        ("main", "def test(args):\n    print(args.checkpoint)", "test_loop", "test takes no model"),
         ("model", "class Unet:\n    def forward(self, x, time):\n        pass", "class_matters", "takes no classes"),
     ],
 )
@@ -44,6 +45,7 @@ def test_code_that_raises_is_named_with_its_line(tmp_path):
         ),
         ("        return x\n", "        return [x, x]\n"),
         ("        return x\n", "        return torch.stack([x, x]).numpy()\n"),
+        ("channels, image_size, image_size,", "channels, *image_size,"),
         ('device="cuda"):', "device):"),
         ('img_size, device="cuda"):', 'img_size):\n        device = "cuda"'),
         ("torch.full((batch_size,), i, device=self.device)", 'torch.full((batch_size,), i, device="cuda").cuda()'),

@@ -1,0 +1,183 @@
+"""How a function of a submission is found by the skeleton's name, and called whatever its arguments are called."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import linecache
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+PREFIXES = ("ex02_", "ex2_")
+PARTS = ("diffusion", "model", "main")
+PACKAGES = {"cv2": "opencv-python", "PIL": "pillow", "skimage": "scikit-image", "sklearn": "scikit-learn"}
+# A role, and how submissions call it.
+NAMES = {
+    "x_zero": "x_zero x_0 x0 x_start x",
+    "x": "x x_t img",
+    "t": "t time time_step timestep ts",
+    "noise": "noise eps",
+    "model": "model denoise_model denoiser net network unet eps_model noise_model denoise_fn model_fn",
+    "classes": "classes labels label y c cls class_labels class_label class_cond cond",
+    "guidance_scale": "guidance_scale w cfg_scale guidance guidance_weight guide_w scale",
+    "class_free_guidance": "class_free_guidance classifier_free_guidance classifier_free_guidence",
+    "p_uncond": "p_uncond prob_uncond uncond_prob cond_drop_prob drop_prob",
+    "t_index": "t_index index i",
+    "image_size": "image_size img_size size",
+    "img_size": "img_size image_size size",
+    "get_noise_schedule": "get_noise_schedule noise_schedule schedule beta_schedule",
+    "n_images": "n_images num_images n",
+    "testloader": "testloader test_loader loader dataloader",
+    "store_path": "store_path save_path path folder",
+    "reverse_transform": "reverse_transform rtransform transform",
+}
+
+
+class Missing(Exception):
+    """A part of the exercise that isn't there, is an empty stub, or can't be called."""
+
+
+class OnCpu(TorchFunctionMode):
+    """The CPU in place of a GPU that a submission insists on."""
+
+    used = False
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.cuda:
+            OnCpu.used = True
+            return args[0]
+        return function(*map(self.swap, args), **{name: self.swap(value) for name, value in (kwargs or {}).items()})
+
+    def swap(self, value):
+        if not isinstance(value, (str, torch.device)) or not str(value).startswith("cuda"):
+            return value
+        OnCpu.used = True
+        return torch.device("cpu")
+
+
+def find_file(folder: Path, part: str) -> Path:
+    """The file of a part, "diffusion", "model" or "main"; or `Missing`."""
+    for prefix in PREFIXES:
+        if (folder / f"{prefix}{part}.py").is_file():
+            return folder / f"{prefix}{part}.py"
+    near = sorted(path.name for path in folder.glob(f"*{part}*.py"))[:3]
+    raise Missing(f"no ex02_{part}.py or ex2_{part}.py" + (f"; is {' or '.join(near)} meant?" if near else ""))
+
+
+class Adapter:
+    """A folder with a solution, and its functions.
+
+    Attributes:
+        where: file and line of the function that was called last.
+        adapted: what had to be done to call it.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.where, self.adapted, self.modules = folder, "", set(), {}
+        OnCpu.used = False
+
+    def load(self, part: str):
+        """The module of a part; or `Missing`."""
+        if part not in self.modules:
+            name = find_file(self.folder, part).stem
+            try:
+                self.modules[part] = importlib.import_module(name)
+            except ModuleNotFoundError as error:
+                package = str(error.name).split(".")[0]
+                if package.startswith(PREFIXES):
+                    raise Missing(f"{name}.py needs {package}.py, which isn't there") from error
+                raise Missing(f"{package} isn't installed: pip install {PACKAGES.get(package, package)}") from error
+        return self.modules[part]
+
+    def get(self, part: str, names: str):
+        """A function or class, "Diffusion.p_sample" for example; or `Missing`."""
+        found = self.load(part)
+        for name in names.split("."):
+            found = getattr(found, name, None)
+        if found is None:
+            raise Missing(f"{find_file(self.folder, part).name} has no {names}")
+        return found
+
+    def takes(self, part: str, names: str, role: str) -> bool:
+        """Whether a function has an argument of that role."""
+        function = self.get(part, names)
+        self.where = locate(function) or self.where
+        parameters = inspect.signature(function).parameters
+        any_name = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        return any_name or bool(set(NAMES[role].split()) & set(parameters))
+
+    def arguments(self, function: Callable, given: Mapping) -> tuple[dict, list[str]]:
+        """(name -> value of the arguments of a function, those of unknown meaning, which are None).
+
+        An argument of an unknown name has the role that the skeleton has in its place, where no other name has it.
+        """
+        self.where = locate(function) or self.where
+        parameters = inspect.signature(function).parameters
+        free = [role for role in given if not set(NAMES.get(role, role).split()) & set(parameters)]
+        values, unknown, used = {}, [], set()
+        for place, (name, parameter) in enumerate(parameters.items()):
+            if parameter.kind is parameter.VAR_KEYWORD:
+                values.update({role: given[role] for role in ("classes", "guidance_scale") if role in free})
+            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                continue
+            roles = [role for role in given if name in NAMES.get(role, role).split() and role not in used]
+            if isinstance(parameter.default, str):  # a name: nothing else can stand for it
+                roles = [role for role in roles if isinstance(given[role], str)]
+            required = parameter.default is parameter.empty
+            if not roles and required and name != "device":
+                roles = [role for role in list(given)[place : place + 1] if role in free]
+            if roles:
+                values[name] = given[roles[0]]
+                used.add(roles[0])
+                if name not in (roles[0], "denoise_model", "time"):  # names that the skeleton has, too
+                    self.adapted.add(f"{name} of {function.__name__} is taken for {roles[0]}")
+            elif name == "device":
+                values[name] = torch.device("cpu")
+            elif required:
+                values[name] = None
+                unknown.append(name)
+                self.adapted.add(f"{name} of {function.__name__} is given as None")
+        return values, unknown
+
+    def call(self, function: Callable, *optional: Mapping, **given):
+        """Calls a function with those arguments that it has, by their role; with `optional` ones if it fails without.
+
+        Raises Missing: it is not implemented, returns nothing, or fails and has an argument of unknown meaning.
+        """
+        for extra in ({}, *optional):
+            values, unknown = self.arguments(function, {**given, **extra})
+            try:
+                result = function(**values)
+                break
+            except NotImplementedError as error:
+                raise Missing(f"{function.__name__} is not implemented") from error
+            except Exception as error:
+                failure = error
+        else:
+            if not unknown:
+                raise failure
+            text = f"what is {', '.join(unknown)}? ({describe(failure)})"
+            raise Missing(f"{function.__name__} can't be called: {text}") from failure
+        if extra:
+            self.adapted.add(f"{function.__name__} is given {', '.join(extra)}, as it fails without")
+        if result is None:
+            raise Missing(f"{function.__name__} returns nothing")
+        return result
+
+
+def describe(error: BaseException) -> str:
+    """The first line of a message."""
+    return str(error).strip().split("\n")[0][:200]
+
+
+def locate(function: Callable) -> str:
+    """File and line of a function, or of the `__init__` of a class; "" where it has none."""
+    code = getattr(inspect.unwrap(function.__init__ if inspect.isclass(function) else function), "__code__", None)
+    if code is None:
+        return ""
+    lines = range(code.co_firstlineno, code.co_firstlineno + 9)  # decorators come before
+    starts = [line for line in lines if linecache.getline(code.co_filename, line).lstrip().startswith("def ")]
+    return f"{Path(code.co_filename).name}:{min(starts, default=code.co_firstlineno)}"
