@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ex2 import samplers
 from ex2_diffusion import SCHEDULES, Diffusion, subsample_timesteps
 
 diffusers = pytest.importorskip("diffusers", reason="an extra to compare with")
@@ -52,8 +53,12 @@ def test_ddim_is_that_of_ddim_scheduler(diffusor, eta):
     torch.testing.assert_close(ours, x, rtol=1e-3, atol=1e-3)
 
 
-def test_dpm_solver_is_that_of_dpm_solver_scheduler(diffusor):
-    """DPM-Solver++(2M), midpoint, on our subsequence of timesteps; on all of them diffusers divides by 0."""
+def test_dpm_solver_is_that_of_dpm_solver_scheduler(diffusor, monkeypatch):
+    """DPM-Solver++(2M) on our subsequence of timesteps; on all of them diffusers divides by 0.
+
+    They take the middle of a step in log-SNR, we in the angle; here ours is given theirs.
+    """
+    monkeypatch.setattr(samplers, "angle", lambda process, i: process.log_snr[i].item())
     settings = {"algorithm_type": "dpmsolver++", "solver_type": "midpoint", "final_sigmas_type": "zero"}
     scheduler = scheduler_of(diffusers.DPMSolverMultistepScheduler, diffusor, **settings)
     scheduler.set_timesteps(timesteps=subsample_timesteps(1000, 20).flip(0).tolist())
@@ -63,3 +68,23 @@ def test_dpm_solver_is_that_of_dpm_solver_scheduler(diffusor):
     for t in scheduler.timesteps:
         x = scheduler.step(model(x, t.expand(2)), t, x).prev_sample
     torch.testing.assert_close(ours, x, rtol=1e-3, atol=1e-3)
+
+
+def test_ipndm_is_that_of_ipndm_scheduler(diffusor):
+    """What it calls betas are the factors of the noise, and its model's output is v, not eps."""
+    timesteps = subsample_timesteps(1000, 20).flip(0)
+    sigmas = diffusor.sqrt_one_minus_alphas_bar[timesteps]
+    scheduler = diffusers.IPNDMScheduler(trained_betas=[*sigmas.tolist(), 0.0])
+    scheduler.set_timesteps(20)
+    noise = torch.Generator().manual_seed(3)
+    trajectory = diffusor.sample_trajectory(model, 8, 2, sampler="ipndm", steps=20, clamp=False, generator=noise)
+    x = None
+    for (t, ours, _), of_theirs in zip(trajectory, [*scheduler.timesteps, None]):
+        x = ours if x is None else x
+        torch.testing.assert_close(ours, x, rtol=1e-3, atol=1e-2)
+        if t > 0:  # our last step is of first order
+            signal, sigma = diffusor.sqrt_alphas_bar[t], diffusor.sqrt_one_minus_alphas_bar[t]
+            v = (model(x, torch.full((2,), t)) - sigma * x) / signal
+            x = scheduler.step(v, of_theirs, x).prev_sample
+        else:
+            break
