@@ -158,7 +158,7 @@ def ddim_step(process, index: int, eps: Tensor, x_zero: Tensor, draw, eta: float
 
 
 def angle(process, index: int) -> float:
-    """The angle whose cosine and sine are the factors of x_zero and eps in x_t (Salimans and Ho 2022); 0 is no noise."""
+    """The angle whose cosine and sine are the factors of x_zero and eps in x_t (Salimans and Ho 2022)."""
     alpha_bar = process.alphas_bar_exact[index]
     return math.atan2(math.sqrt(1 - alpha_bar), math.sqrt(alpha_bar))
 

@@ -1,4 +1,4 @@
-"""All samplers on data with a known answer, one pixel of N(mean, deviation^2); docs/exact.md has every number (2.2 b)."""
+"""All samplers on data with a known answer, one pixel of N(mean, deviation^2), as in docs/exact.md (2.2 b)."""
 
 import math
 import sys
