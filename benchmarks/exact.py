@@ -9,6 +9,7 @@ are drawn. Where diffusers is installed, its schedulers with their defaults stan
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from collections.abc import Callable
@@ -21,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ex2.evaluation.tables import as_markdown  # noqa: E402
 from ex2.noise import ImageNoise  # noqa: E402
-from ex2_diffusion import SCHEDULES, Diffusion, extract  # noqa: E402
+from ex2_diffusion import SCHEDULES, Diffusion  # noqa: E402
 
 STEPS = (5, 8, 10, 15, 25, 50, 334, 501, 999, 1000)
 DATA = ((0.0, 0.5), (0.6, 0.2))  # (mean, deviation)
@@ -44,7 +45,7 @@ DIFFUSERS = {  # scheduler -> settings other than the betas; the rest are its de
     "UniPCMultistepScheduler": {},
     "DEISMultistepScheduler": {},
 }
-SAMPLES = 50_000
+SAMPLES = 20_000
 
 
 class UnitNoise(ImageNoise):
@@ -61,12 +62,17 @@ class UnitNoise(ImageNoise):
 
 
 def exact_noise(process: Diffusion, mean: float, deviation: float) -> Callable[[Tensor, Tensor], Tensor]:
-    """(x_t, t) -> E[eps | x_t] for data N(mean, deviation^2) per pixel."""
+    """(x_t, t) -> E[eps | x_t] for data N(mean, deviation^2) per pixel.
+
+    Between two timesteps, which some schedulers of diffusers visit, sigma / alpha is linear in t, as it is there.
+    """
+    ratios = torch.tensor([math.sqrt(1 / alpha_bar - 1) for alpha_bar in process.alphas_bar_exact])
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
-        alpha_bar = extract(process.alphas_bar, t, x.shape)
-        variance = alpha_bar * deviation**2 + 1 - alpha_bar
-        return (1 - alpha_bar).sqrt() * (x - alpha_bar.sqrt() * mean) / variance
+        ratio = torch.lerp(ratios[t.floor().long()], ratios[t.ceil().long()], (t - t.floor()).float())
+        alpha = (1 + ratio**2).rsqrt().reshape(-1, 1, 1, 1)
+        sigma = ratio.reshape(-1, 1, 1, 1) * alpha
+        return sigma * (x - alpha * mean) / (alpha**2 * deviation**2 + sigma**2)
 
     return predict
 
@@ -100,13 +106,13 @@ def their_moments(process: Diffusion, model, steps: int, name: str) -> tuple[flo
     import diffusers
 
     kind = getattr(diffusers, name.partition(",")[0])
-    scheduler = kind(trained_betas=process.betas.numpy(), **DIFFUSERS[name])
+    scheduler = kind(process.timesteps, trained_betas=process.betas.numpy(), **DIFFUSERS[name])
     scheduler.set_timesteps(steps)
     torch.manual_seed(0)
     x = torch.randn(SAMPLES, 1, 1, 1) * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
         scaled = scheduler.scale_model_input(x, t)
-        x = scheduler.step(model(scaled, torch.full((SAMPLES,), int(t))), t, x).prev_sample
+        x = scheduler.step(model(scaled, torch.full((SAMPLES,), float(t))), t, x).prev_sample
     return x.mean().item(), x.std().item()
 
 
@@ -124,8 +130,8 @@ def rows(process: Diffusion, names, measure: Callable[[str, int], tuple[float, f
 
 def tables(timesteps: int, mean: float, deviation: float, diffusers_version: str | None) -> dict[str, list[dict]]:
     """Title -> table of all samplers and schedules, unclamped and clamped, and of diffusers where it is there."""
-    kinds = ["exact, not clamped", f"{SAMPLES} samples, x_zero clamped"]
-    kinds += [f"diffusers {diffusers_version}, defaults, {SAMPLES} samples"] if diffusers_version else []
+    kinds = ["exact, not clamped", f"{SAMPLES:,} samples, x_zero clamped"]
+    kinds += [f"diffusers {diffusers_version}, defaults, {SAMPLES:,} samples"] if diffusers_version else []
     found = {kind: [] for kind in kinds}
     for schedule, betas in SCHEDULES.items():
         process = Diffusion(timesteps, betas, 1, "cpu")
@@ -148,9 +154,9 @@ def main() -> None:
     except ImportError:
         version = None
     print(
-        f"# Samplers on data with a known answer\n\nMean and deviation by number of steps; `{__file__.split('/')[-1]}`"
+        "# Samplers on data with a known answer\n\nMade by `python benchmarks/exact.py > docs/exact.md`: mean and "
+        "deviation of the samples by number of steps.\n[Which sampler?](samplers.md) says what they mean."
     )
-    print("made this page. [Which sampler?](samplers.md) says what it means.")
     for timesteps in (1000, 100):
         for mean, deviation in DATA:
             for title, table in tables(timesteps, mean, deviation, version).items():

@@ -12,7 +12,7 @@ from ex2_diffusion import SCHEDULES, Diffusion
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-from exact import DATA, SETTINGS, STEPS, exact_noise, moments, sampled_moments  # noqa: E402
+from exact import DATA, SAMPLES, SETTINGS, STEPS, exact_noise, moments, sampled_moments  # noqa: E402
 
 NOISE = 1 / math.sqrt(500)  # relative standard error of the difference of the deviations of twice 500 samples
 LARGEST = {  # relative error of the deviation, from 15 steps on
@@ -76,7 +76,7 @@ def test_moments_are_those_of_samples(cosine, name):
     """Where clamping changes nothing: x_zero lies within [-1, 1] but for one value in 2 million."""
     model = exact_noise(cosine, 0.0, 0.2)
     exact, drawn = (measure(cosine, model, 10, **SETTINGS[name]) for measure in (moments, sampled_moments))
-    assert drawn == pytest.approx(exact, abs=4 * 0.2 / math.sqrt(50_000))
+    assert drawn == pytest.approx(exact, abs=4 * 0.2 / math.sqrt(SAMPLES))
 
 
 # ------------------------------------------------------------------ iPNDM
