@@ -76,7 +76,7 @@ def tilted_density(guidance_scale: float) -> Tensor:
 
 def draw_exact_guidance(path: Path) -> None:
     """For each w the density of the class, that of p(x | c)^(1+w) / p(x)^w, and those of guided samples."""
-    edges = GRID[::20].float()
+    edges = GRID[::30].float()
     curves = {}
     for w in SCALES:
         curves[w] = {"the class: w = 0": (GRID, tilted_density(0.0)), TILTED: (GRID, tilted_density(w))}
