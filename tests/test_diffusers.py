@@ -1,5 +1,8 @@
 """Our samplers beside those of Hugging Face's diffusers, where it is installed (2.2 b)."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -84,3 +87,16 @@ def test_ipndm_is_that_of_ipndm_scheduler():
         v = (model(x, torch.full((2,), t)) - diffusor.sqrt_one_minus_alphas_bar[t] * x) / diffusor.sqrt_alphas_bar[t]
         x = scheduler.step(v, of_theirs, x).prev_sample
     assert t == 0
+
+
+def test_the_example_gives_our_samples(run):
+    """The code of docs/other-libraries.md, on a tiny run: guided samples of all classes, clamped, on 25 timesteps."""
+    text = (Path(__file__).resolve().parents[1] / "docs" / "other-libraries.md").read_text("utf-8")
+    code = re.search(r"```python\n(.*?)```", text, re.S)[1]
+    assert '"results/quick"' in code
+    shown = {}
+    exec(code.replace('"results/quick"', repr(str(run))), shown)
+    diffusor, network, classes = shown["diffusor"], shown["model"], shown["classes"]
+    how = {"classes": classes, "guidance_scale": 1.0, "steps": 25, "generator": torch.Generator().manual_seed(0)}
+    ours = diffusor.sample(network, shown["config"].image_size, len(classes), **how)
+    torch.testing.assert_close(ours, shown["x"], rtol=1e-3, atol=1e-3)
