@@ -213,6 +213,17 @@ def plot_schedules(schedules: Mapping[str, Tensor], path: str | Path) -> None:
             ax.legend()
 
 
+def plot_guided_densities(curves: Mapping[float, Mapping[str, tuple]], path: str | Path) -> None:
+    """2.4: densities of one pixel for each guidance scale, w -> label -> (x, density)."""
+    with curve_axes(path, len(curves)) as axes:
+        for ax, (w, lines) in zip(axes, curves.items()):
+            for label, (x, density) in lines.items():
+                ax.plot(x, density, label=label)
+            ax.set(title=f"w = {w:g}", xlabel="pixel", xlim=(-1, 3))
+        axes[0].set_ylabel("density")
+        axes[-1].legend(fontsize="small")
+
+
 def plot_time_embedding(embedding: Tensor, path: str | Path) -> None:
     """2.1: the positional encoding (T, dim) of the timesteps; each row is a sine or cosine over t."""
     with drawing(path, (8, 3.2), colours=256, dpi=80) as figure:

@@ -1,9 +1,13 @@
 """Our samplers beside those of Hugging Face's diffusers, where it is installed (2.2 b)."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
-from ex2_diffusion import SCHEDULES, Diffusion, subsample_timesteps
+from ex2 import samplers
+from ex2_diffusion import SCHEDULES, Diffusion, linear_beta_schedule, subsample_timesteps
 
 diffusers = pytest.importorskip("diffusers", reason="an extra to compare with")
 
@@ -52,8 +56,12 @@ def test_ddim_is_that_of_ddim_scheduler(diffusor, eta):
     torch.testing.assert_close(ours, x, rtol=1e-3, atol=1e-3)
 
 
-def test_dpm_solver_is_that_of_dpm_solver_scheduler(diffusor):
-    """DPM-Solver++(2M), midpoint, on our subsequence of timesteps; on all of them diffusers divides by 0."""
+def test_dpm_solver_is_that_of_dpm_solver_scheduler(diffusor, monkeypatch):
+    """DPM-Solver++(2M) on our subsequence of timesteps; on all of them diffusers divides by 0.
+
+    They take the middle of a step in log-SNR, we in the angle; here ours is given theirs.
+    """
+    monkeypatch.setattr(samplers, "angle", lambda process, i: process.log_snr[i].item())
     settings = {"algorithm_type": "dpmsolver++", "solver_type": "midpoint", "final_sigmas_type": "zero"}
     scheduler = scheduler_of(diffusers.DPMSolverMultistepScheduler, diffusor, **settings)
     scheduler.set_timesteps(timesteps=subsample_timesteps(1000, 20).flip(0).tolist())
@@ -63,3 +71,32 @@ def test_dpm_solver_is_that_of_dpm_solver_scheduler(diffusor):
     for t in scheduler.timesteps:
         x = scheduler.step(model(x, t.expand(2)), t, x).prev_sample
     torch.testing.assert_close(ours, x, rtol=1e-3, atol=1e-3)
+
+
+def test_ipndm_is_that_of_ipndm_scheduler():
+    """What it calls betas are the factors of the noise, in float32, and its model's output is v, not eps."""
+    diffusor = Diffusion(1000, lambda count: linear_beta_schedule(1e-4, 0.01, count), 8, "cpu")
+    sigmas = diffusor.sqrt_one_minus_alphas_bar[subsample_timesteps(1000, 20).flip(0)]
+    scheduler = diffusers.IPNDMScheduler(trained_betas=[*sigmas.tolist(), 0.0])
+    scheduler.set_timesteps(20)
+    noise = torch.Generator().manual_seed(3)
+    *trajectory, _ = diffusor.sample_trajectory(model, 8, 2, sampler="ipndm", steps=20, clamp=False, generator=noise)
+    x = trajectory[0][1]
+    for (t, ours, _), of_theirs in zip(trajectory, scheduler.timesteps):  # our last step, from 0, is of first order
+        torch.testing.assert_close(ours, x, rtol=1e-3, atol=1e-3)
+        v = (model(x, torch.full((2,), t)) - diffusor.sqrt_one_minus_alphas_bar[t] * x) / diffusor.sqrt_alphas_bar[t]
+        x = scheduler.step(v, of_theirs, x).prev_sample
+    assert t == 0
+
+
+def test_the_example_gives_our_samples(run):
+    """The code of docs/other-libraries.md, on a tiny run: guided samples of all classes, clamped, on 25 timesteps."""
+    text = (Path(__file__).resolve().parents[1] / "docs" / "other-libraries.md").read_text("utf-8")
+    code = re.search(r"```python\n(.*?)```", text, re.S)[1]
+    assert '"results/quick"' in code
+    shown = {}
+    exec(code.replace('"results/quick"', repr(str(run))), shown)
+    diffusor, network, classes = shown["diffusor"], shown["model"], shown["classes"]
+    how = {"classes": classes, "guidance_scale": 1.0, "steps": 25, "generator": torch.Generator().manual_seed(0)}
+    ours = diffusor.sample(network, shown["config"].image_size, len(classes), **how)
+    torch.testing.assert_close(ours, shown["x"], rtol=1e-3, atol=1e-3)

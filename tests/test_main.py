@@ -30,7 +30,7 @@ def test_train_writes_every_file_of_the_run(run):
     names = {path.name for path in run.iterdir()}
     curves = {f"{name}.png" for name in ("training", "loss_over_t", "bits_per_dim", "schedules", "time_embedding")}
     pictures = {"forward_strip.png", "forward.gif", "reverse_strip.png", "reverse.gif", "x_zero_strip.png"}
-    guidance = {"class_grid.png", "guidance_grid.png", "guidance.gif"}
+    guidance = {"class_grid.png", "guidance_grid.png", "guidance.gif", "guidance_exact.png"}
     files = {"commands.txt", "config.json", "log.csv", "ckpt.pt", "test_metrics.json"}
     assert names - {".lock"} == curves | pictures | guidance | files
     rows = list(csv.DictReader((run / "log.csv").open()))

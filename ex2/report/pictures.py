@@ -16,6 +16,7 @@ from ex2.machine.files import file_name_of, number_name
 from ex2.machine.processes import is_main, world_size
 from ex2.machine.progress import track
 from ex2.noise import ImageNoise, sample_in_batches
+from ex2.report.exact_guidance import draw_exact_guidance
 from ex2.settings.config import GUIDANCE_SCALES, Config
 from ex2_diffusion import SCHEDULES, Diffusion, evenly_spaced, thin_trajectory
 
@@ -89,6 +90,7 @@ def draw_samples(model, class_names, diffusor: Diffusion, config: Config) -> Non
     grid = torch.stack([by_scale[w] for w in GUIDANCE_SCALES], dim=1).flatten(0, 1)
     columns = [f"w = {w:g}" for w in GUIDANCE_SCALES]
     viz.save_grid(grid, config.run_dir / "guidance_grid.png", len(columns), class_names, columns)
+    draw_exact_guidance(config.run_dir / "guidance_exact.png")
 
 
 def sample_and_save_images(

@@ -40,7 +40,7 @@ def test_presets_build_a_model_and_a_process(name):
         ("--timesteps 50 --sample_steps 51", "--sample_steps must be at most --timesteps"),
         ("--schedule quadratic", "linear, cosine, sigmoid; got 'quadratic'"),
         ("--dataset mnist", "cifar10, shapes, folder, butterflies; got 'mnist'"),
-        ("--sampler euler", "ddpm, ddim, dpmpp_2m, heun; got 'euler'"),
+        ("--sampler euler", "ddpm, ddim, dpmpp_2m, heun, ipndm; got 'euler'"),
         ("--loss_type l3", "l1, l2; got 'l3'"),
         ("--dim 10", "10 channels into 4 groups"),
         ("--dim_mults 1 0", "--dim_mults must be at least 1"),
