@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 LIVE = Path(__file__).resolve().parents[1] / "ex2" / "live"
-mini_racer = pytest.importorskip(
-    "py_mini_racer", reason="pip install -r requirements-extras.txt: mini-racer runs the JavaScript"
-)
+INSTALL = "pip install -r requirements-extras.txt"
+mini_racer = pytest.importorskip("py_mini_racer", reason=f"{INSTALL}: mini-racer runs the JavaScript")
 
 
 class Engine:
