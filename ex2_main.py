@@ -4,6 +4,7 @@ python ex2_main.py --epochs 50 --schedule cosine          train, then test, then
 python ex2_main.py test --checkpoint results/DDPM         losses, bits per dimension, quality of samples (2.2 e)
 python ex2_main.py sample --checkpoint results/DDPM       images of chosen classes (2.2 b, 2.4)
 python ex2_main.py compare --vary schedule=linear,cosine  a run for every combination, side by side (2.2, 2.3, 2.4)
+python ex2_main.py export --checkpoint results/DDPM       the model in a page that samples, or as safetensors, ONNX
 python ex2_main.py report                                 everything under results/ as one page
 python ex2_main.py check DIR                              any solution of the exercise, checked against its equations
 
@@ -173,6 +174,21 @@ def run_sample(args) -> None:
     print(f"done: see {out}/")
 
 
+def run_export(args) -> None:
+    """`export`: a checkpoint as a page that samples in the browser, as safetensors or as ONNX."""
+    from ex2.live.export import export
+    from ex2.settings.build import restore_model
+    from ex2.training.start import make_run_dir, open_checkpoint, record_command
+
+    if args.weights_as and args.format != "page":
+        raise InputError(f"--weights_as is for --format page; {args.format} keeps float32")
+    checkpoint, config, _ = open_checkpoint(args)
+    model = restore_model(checkpoint, config, "cpu", args.weights)
+    make_run_dir(config.run_dir)
+    record_command(config.run_dir, args)
+    export(model, checkpoint["class_names"], config, args.format, args.weights_as or "float16", args.called)
+
+
 def run_report(args) -> None:
     """`report`: everything under a results folder as one page, in the order of the sheet."""
     from ex2.report.page import write_page
@@ -194,6 +210,7 @@ COMMANDS = {
     "test": run_test,
     "sample": run_sample,
     "compare": run_compare,
+    "export": run_export,
     "report": run_report,
     "check": run_check,
 }
