@@ -148,7 +148,7 @@ def run_sample(args) -> None:
     from ex2.machine.processes import broadcast_from_main
     from ex2.report.pictures import sample_at_scales
     from ex2.settings.build import build_diffusion, restore_model
-    from ex2.training.start import make_run_dir, next_free, open_checkpoint, record_command
+    from ex2.training.start import make_run_dir, next_free, open_checkpoint, open_start_image, record_command
 
     checkpoint, config, device = open_checkpoint(args)
     if not 1 <= args.n_images <= MAX_SAMPLES:
@@ -162,12 +162,13 @@ def run_sample(args) -> None:
     out = config.run_dir if args.out else broadcast_from_main(lambda: next_free(config.run_dir / "samples"), "folder")
     if args.out and broadcast_from_main(lambda: any(out.rglob("*.png")), "folder"):
         raise InputError(f"--out: {out} holds images of an earlier call: empty it, or choose another folder")
-    make_run_dir(out)
     diffusor = build_diffusion(config, device)
+    start = open_start_image(args, config, diffusor)
+    make_run_dir(out)
     model = inference_model(restore_model(checkpoint, config, device, args.weights), config, device)
     record_command(out, args)
     classes = None if chosen is None else [chosen[i % len(chosen)] for i in range(count)]
-    sample_at_scales(count, scales, diffusor, model, config, out, classes, names)
+    sample_at_scales(count, scales, diffusor, model, config, out, classes, names, start)
     if len(scales) > 1:
         given = " ".join(f"{w:g}" for w in scales)
         print(f"their metrics: python ex2_main.py test --checkpoint {args.checkpoint} --eval_scales {given}")

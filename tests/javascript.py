@@ -1,5 +1,6 @@
 """The JavaScript of the live page in V8, without a browser: numbers go in and out as arrays."""
 
+import base64
 import json
 from pathlib import Path
 
@@ -29,6 +30,13 @@ class Engine:
         buffer = self.context.eval(f"var {name}_buffer = new ArrayBuffer({flat.nbytes}); {name}_buffer")
         buffer[:] = flat.tobytes()
         self.context.eval(f"var {name} = new Float32Array({name}_buffer); undefined")
+
+    def put_bytes(self, name, text):
+        """Makes a global Uint8Array of what is written in base64."""
+        content = base64.b64decode(text)
+        buffer = self.context.eval(f"var {name}_buffer = new ArrayBuffer({len(content)}); {name}_buffer")
+        buffer[:] = content
+        self.context.eval(f"var {name} = new Uint8Array({name}_buffer); undefined")
 
     def floats(self, code):
         """A Float32Array that a line gives."""

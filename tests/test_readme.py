@@ -94,6 +94,7 @@ def test_every_flag_that_is_named_exists():
         "csv",
         "jobs",
     }
+    flags -= {"format", "weights_as", "start_image", "start_fraction"}  # of export and sample
     flags -= {"weights", "classes", "n_images", "out", "preset", "signal", "max"}  # of commands, SLURM and torchrun
     names = {f.name for f in dataclasses.fields(Config)}
     assert {flag.replace("no_", "", 1) if flag.startswith("no_") else flag for flag in flags} <= names

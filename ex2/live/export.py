@@ -9,7 +9,9 @@ from __future__ import annotations
 import base64
 import copy
 import hashlib
+import inspect
 import json
+import warnings
 from pathlib import Path
 
 import torch
@@ -23,7 +25,7 @@ from ex2.noise import ImageNoise
 from ex2.settings.build import build_diffusion
 from ex2.settings.config import Config
 from ex2_diffusion import guided_eps
-from ex2_model import Unet, WeightStandardizedConv2d
+from ex2_model import LinearAttention, Unet, WeightStandardizedConv2d
 
 LARGEST_PAGE = 200e6  # bytes of inlined text: browsers take more, but a phone or a mail doesn't
 SCRIPTS = ("kernel", "weights", "unet", "diffusion", "apng", "worker", "page")
@@ -185,47 +187,42 @@ def write_safetensors(path: Path, model: Unet, about: dict) -> None:
     write_atomically(path, save(state, metadata={"format": "pt", "settings": json.dumps(about)}))
 
 
-class NoisePrediction(nn.Module):
-    """The network call with all its inputs: eps (B, C, H, W) of x (B, C, H, W), t (B,) and, if it has some, classes."""
-
-    def __init__(self, model: Unet):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor, t: Tensor, classes: Tensor | None = None) -> Tensor:
-        return self.model(x, t, classes)
-
-
 def write_onnx(path: Path, model: Unet, image_size: int) -> None:
-    """The call eps = f(x, t, classes) by torch's exporter, for batches of any size; see docs/export.md.
+    """The call eps = f(x, time, classes) by torch's exporter, for batches of any size; see docs/export.md.
 
-    Raises InputError: onnx or onnxscript is not installed.
+    Raises InputError: onnx or onnxscript is not installed, or torch is too old.
     """
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise InputError(f"--format onnx needs packages: pip install onnx onnxscript ({error})") from error
-    inputs = {"x": torch.zeros(2, model.channels, image_size, image_size), "t": torch.zeros(2, dtype=torch.long)}
+    if "dynamo" not in inspect.signature(torch.onnx.export).parameters:
+        raise InputError(f"--format onnx needs torch 2.5 or newer, this is {torch.__version__}")
+    inputs = {"x": torch.zeros(2, model.channels, image_size, image_size), "time": torch.zeros(2, dtype=torch.long)}
     if model.null_class is not None:
         inputs["classes"] = torch.zeros(2, dtype=torch.long)
     batch = torch.export.Dim("batch")
-    program = torch.onnx.export(
-        plain(model),
-        tuple(inputs.values()),
-        dynamo=True,
-        input_names=list(inputs),
-        output_names=["eps"],
-        dynamic_shapes={name: {0: batch} for name in inputs},
-        verbose=False,
-    )
+    names = {"input_names": list(inputs), "output_names": ["eps"]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about the name of the batch, which it keeps
+        program = torch.onnx.export(
+            plain(model),
+            tuple(inputs.values()),
+            dynamo=True,
+            dynamic_shapes={name: {0: batch} for name in inputs},
+            verbose=False,
+            **names,
+        )
     write_atomically(path, program.model_proto.SerializeToString())
 
 
 def plain(model: Unet) -> Unet:
-    """The same function for a tracer: convolutions with standardised weights in place of those that keep them."""
+    """The same function for a tracer: ordinary convolutions with standardised weights, attention to a whole batch."""
     copied = copy.deepcopy(model)
     for module in list(copied.modules()):
+        if isinstance(module, LinearAttention):
+            module.in_parts = False
         for name, child in module.named_children():
             if isinstance(child, WeightStandardizedConv2d):
                 conv = nn.Conv2d(child.in_channels, child.out_channels, child.kernel_size, padding=child.padding)

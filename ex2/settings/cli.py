@@ -135,7 +135,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add_flags(sample, ("run", "sampling"), (*RUN_FLAGS_OF_TRAIN, "guidance_scale"), saved=True)
     help = "w of Eq. 11; several are drawn from the same noise (default: 1 for class-conditional models)"
     sample.add_argument("--guidance_scale", dest="scales", type=float, nargs="+", help=help)
-    sample.add_argument("--start_image", type=path, metavar="FILE", help="noise this image and denoise it, as the classes")
+    sample.add_argument(
+        "--start_image", type=path, metavar="FILE", help="noise this image and denoise it, as the classes"
+    )
     help = "of T, how far the start image is noised (default: 0.6); the more, the less is left of it"
     sample.add_argument("--start_fraction", type=float, help=help)
 
