@@ -187,7 +187,7 @@ def run_export(args) -> None:
     model = restore_model(checkpoint, config, "cpu", args.weights)
     make_run_dir(config.run_dir)
     record_command(config.run_dir, args)
-    export(model, checkpoint["class_names"], config, args.format, args.weights_as or "float16", args.called)
+    export(model, checkpoint, config, args.format, args.weights_as or "float16", args.called)
 
 
 def run_report(args) -> None:

@@ -33,25 +33,26 @@ HERE = Path(__file__).parent
 TEMPLATES = Environment(loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True)
 
 
-def export(model: Unet, class_names: list[str], config: Config, format: str, weights_as: str, command: str) -> Path:
+def export(model: Unet, checkpoint: dict, config: Config, format: str, weights_as: str, command: str) -> Path:
     """Writes the model into the folder of its run, and says so. Returns the file.
 
     Args:
         model: in eval mode, on the CPU.
-        class_names: of its labels.
-        config: its settings.
+        checkpoint: it is of.
+        config: its settings; the file goes to its run folder.
         format: "page", "safetensors" or "onnx".
         weights_as: how the page holds them: "float16", "int8" or "float32".
         command: that was called, for the page.
 
     Raises InputError: a page that would be too large, or a package that isn't there.
     """
+    about = describe(model, checkpoint, config)
     if format == "page":
         path = config.run_dir / "live.html"
-        write_page(path, model, class_names, config, weights_as, command)
+        write_page(path, model, about, config, weights_as, command)
     elif format == "safetensors":
         path = config.run_dir / "model.safetensors"
-        write_safetensors(path, model, describe(model, class_names, config))
+        write_safetensors(path, model, about)
     else:
         path = config.run_dir / "model.onnx"
         write_onnx(path, model, config.image_size)
@@ -59,17 +60,17 @@ def export(model: Unet, class_names: list[str], config: Config, format: str, wei
     return path
 
 
-def describe(model: Unet, class_names: list[str], config: Config) -> dict:
+def describe(model: Unet, checkpoint: dict, config: Config) -> dict:
     """What one has to know of a model to sample from its weights: the settings of network, process and sampling."""
     names = ("image_size", "dim", "dim_mults", "timesteps", "schedule", "sampler", "sample_steps", "eta")
     return {
-        "name": config.run_name,
+        "name": checkpoint["config"]["run_name"],
         **{name: getattr(config, name) for name in names},
         "levels": len(config.dim_mults),
         "groups": model.mid_block1.block1.norm.num_groups,
         "channels": model.channels,
         "null_class": model.null_class,
-        "class_names": class_names if model.null_class is not None else [],
+        "class_names": checkpoint["class_names"] if model.null_class is not None else [],
         "can_guide": config.can_guide,
         "guidance_scale": config.sampling["guidance_scale"],
         "guidance_interval": config.guidance_interval,
@@ -80,7 +81,7 @@ def describe(model: Unet, class_names: list[str], config: Config) -> dict:
 # ------------------------------------------------------------------ the page
 
 
-def write_page(path: Path, model: Unet, class_names: list[str], config: Config, weights_as: str, command: str) -> None:
+def write_page(path: Path, model: Unet, about: dict, config: Config, weights_as: str, command: str) -> None:
     """live.html, and a line about what rounding the weights costs."""
     parameters, content, rounded = encode_weights(model.state_dict(), weights_as)
     size = len(content) * 4 / 3
@@ -91,17 +92,16 @@ def write_page(path: Path, model: Unet, class_names: list[str], config: Config, 
     error = rounding_error(model, rounded, config)
     rounding = f"Its weights are kept as {weights_as}: the predicted noise differs by {error:.2g} of its size."
     print(rounding)
-    about = {**describe(model, class_names, config), "weights": parameters}
     scripts = {name: Markup((HERE / f"{name}.js").read_text("utf-8")) for name in SCRIPTS}
     style = Markup((HERE / "live.css").read_text("utf-8"))
     page = TEMPLATES.get_template("live.html").render(
-        title=config.run_name,
+        title=about["name"],
         size=config.image_size,
         timesteps=config.timesteps,
         parameters=about["parameters"],
         classes=about["class_names"],
         can_guide=config.can_guide,
-        config=about,
+        config={**about, "weights": parameters},
         weights=base64.b64encode(content).decode(),
         scripts=scripts,
         style=style,

@@ -56,6 +56,7 @@ let workers = [];
 function request() {
   describe_settings();
   if (workers.length === 0) return;
+  document.body.dataset.state = "busy";
   if (running?.quick) {
     waiting = true;
     return;
@@ -95,8 +96,8 @@ function receive({ data }) {
   else if (running === shown) show();
   if (!done) return;
   describe_work();
-  [shown.quick, running] = [false, null];
-  document.body.dataset.done = shown.id;
+  running = null;
+  document.body.dataset.state = "idle";
   if (waiting) request();
 }
 
@@ -156,7 +157,7 @@ function draw_images(canvas, images, range = 1) {
       picture.data[to + 3] = 255;
     }
   });
-  canvas.getContext("2d").putImageData(picture, 0, 0);
+  canvas.getContext("2d", { willReadFrequently: true }).putImageData(picture, 0, 0);
 }
 
 /** The step of a cell at a place of the timeline, or its latest one. */

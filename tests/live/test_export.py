@@ -87,10 +87,10 @@ def test_float16_is_read_bit_by_bit():
 
 def test_a_class_name_is_no_markup(tmp_path, trained, model):
     checkpoint = load_checkpoint(trained)
-    config = config_of(checkpoint, {"results_dir": str(tmp_path), "run_name": "a&b"})
-    config.run_dir.mkdir()
-    names = ["</script><script>alert(1)</script>", *checkpoint["class_names"][1:]]
-    page = export.export(model, names, config, "page", "int8", "python <b>").read_text("utf-8")
+    config = config_of(checkpoint, {"results_dir": str(tmp_path.parent), "run_name": tmp_path.name})
+    checkpoint["class_names"][0] = "</script><script>alert(1)</script>"
+    checkpoint["config"]["run_name"] = "a&b"
+    page = export.export(model, checkpoint, config, "page", "int8", "python <b>").read_text("utf-8")
     assert "<script>alert" not in page and "python &lt;b&gt;" in page and "<title>a&amp;b:" in page
 
 
