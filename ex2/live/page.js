@@ -422,7 +422,7 @@ function describe_settings() {
   const t = run.timesteps - 1;
   $("fraction-value").textContent = `${run.model_timesteps[t] + 1} of ${config.timesteps}`;
   const [signal, noise] = [run.sqrt_alphas_bar[t], run.sqrt_one_minus_alphas_bar[t]].map((value) => value.toFixed(3));
-  $("forward").textContent = `Eq. 4: xₜ = ${signal} x₀ + ${noise} ε. From there the reverse process goes back, as the class above.`;
+  $("forward").textContent = `Eq. 4: xₜ = ${signal} x₀ + ${noise} ε. From there the reverse process goes back, as the chosen class.`;
 }
 
 function prepare_form() {
@@ -435,11 +435,13 @@ function prepare_form() {
   Object.assign($("steps"), { max: STEPS.length - 1, value: STEPS.indexOf(own_steps) });
   $("eta").value = config.eta;
 
-  $("settings").addEventListener("submit", (event) => event.preventDefault());
-  $("settings").addEventListener("input", (event) => {
-    if (event.target.id === "brush") describe_settings();
-    else if (event.target.id !== "file") request();
-  });
+  for (const form of document.forms) {
+    form.addEventListener("submit", (event) => event.preventDefault());
+    form.addEventListener("input", (event) => {
+      if (event.target.id === "brush") describe_settings();
+      else if (event.target.id !== "file") request();
+    });
+  }
   $("reseed").addEventListener("click", () => {
     $("seed").value = Math.floor(Math.random() * 1e6);
     request();
@@ -489,11 +491,11 @@ function prepare_sources() {
 
 /** A picture may be dropped anywhere: it becomes the one to start from. */
 function prepare_dropping() {
-  document.addEventListener("dragover", (event) => { event.preventDefault(); $("settings").classList.add("dropping"); });
-  document.addEventListener("dragleave", () => $("settings").classList.remove("dropping"));
+  document.addEventListener("dragover", (event) => { event.preventDefault(); $("start").classList.add("dropping"); });
+  document.addEventListener("dragleave", () => $("start").classList.remove("dropping"));
   document.addEventListener("drop", (event) => {
     event.preventDefault();
-    $("settings").classList.remove("dropping");
+    $("start").classList.remove("dropping");
     if (!event.dataTransfer.files[0]) return;
     document.querySelector("input[name=start][value=picture]").checked = true;
     take_file(event.dataTransfer.files[0]);
