@@ -20,7 +20,9 @@ function png_chunk(name, content) {
 
 /** The bytes of numbers, given as [how many bytes, number] pairs, the largest byte first. */
 const big_endian = (...fields) =>
-  Uint8Array.from(fields.flatMap(([size, value]) => Array.from({ length: size }, (_, i) => (value >>> (8 * (size - 1 - i))) & 255)));
+  Uint8Array.from(
+    fields.flatMap(([size, value]) => Array.from({ length: size }, (_, i) => (value >>> (8 * (size - 1 - i))) & 255)),
+  );
 
 /** Rows of RGBA pixels as a PNG file keeps them: a filter byte (0: none) before each, then compressed. */
 async function compress_rows({ width, height, data }) {
@@ -40,7 +42,12 @@ async function encode_apng(frames, milliseconds) {
   ];
   let number = 0; // of the chunks that belong to the animation
   for (const [i, frame] of frames.entries()) {
-    const place = [[4, width], [4, height], [4, 0], [4, 0]];
+    const place = [
+      [4, width],
+      [4, height],
+      [4, 0],
+      [4, 0],
+    ];
     chunks.push(png_chunk("fcTL", big_endian([4, number++], ...place, [2, milliseconds[i]], [2, 1000], [2, 0])));
     const pixels = await compress_rows(frame);
     if (i === 0) {

@@ -1,7 +1,7 @@
 // The diffusion process of ex2_diffusion.py and the samplers of ex2/samplers.py in JavaScript, under the same names.
 //
-// Equations are the exercise sheet's. Images are Float32Arrays in [-1, 1], tables are arrays of ordinary numbers. Code t
-// is the paper's t - 1. Everything is for one image: a picture of many is as many calls.
+// Equations are the exercise sheet's. Images are Float32Arrays in [-1, 1], tables are arrays of ordinary numbers. Code
+// t is the paper's t - 1. Everything is for one image: a picture of many is as many calls.
 
 /** A new image whose every number is f(i). */
 function image(length, f) {
@@ -40,7 +40,7 @@ function guided_eps(model, x, t, label, guidance_scale) {
 
 /** A forward process q with fixed betas, and the reverse process p that a noise-predicting model drives. */
 class Diffusion {
-  /** betas (T,); model_timesteps (T,): the t that the model is given, where this is a subsequence of another process. */
+  /** betas (T,); model_timesteps (T,): the t that the model is given, of a subsequence of another process. */
   constructor(betas, model_timesteps = betas.map((_, t) => t)) {
     [this.timesteps, this.model_timesteps, this.betas] = [betas.length, model_timesteps, betas];
     const alphas = betas.map((beta) => 1 - beta);
@@ -59,7 +59,10 @@ class Diffusion {
 
   /** x_t ~ q(x_t | x_zero), Eqs. 4 and 5. */
   q_sample(x_zero, t, noise) {
-    return image(x_zero.length, (i) => this.sqrt_alphas_bar[t] * x_zero[i] + this.sqrt_one_minus_alphas_bar[t] * noise[i]);
+    return image(
+      x_zero.length,
+      (i) => this.sqrt_alphas_bar[t] * x_zero[i] + this.sqrt_one_minus_alphas_bar[t] * noise[i],
+    );
   }
 
   /** Eq. 4 solved for x_zero: the image that `eps` turned into `x_t`. */
@@ -152,7 +155,10 @@ function ddim_step(process, index, eps, x_zero, draw, eta) {
   const variance = eta ** 2 * process.posterior_variance[index];
   const direction = Math.sqrt(Math.max(0, 1 - alpha_bar_prev - variance));
   const z = eta > 0 && index > 0 ? draw() : new Float32Array(x_zero.length);
-  return image(x_zero.length, (i) => Math.sqrt(alpha_bar_prev) * x_zero[i] + direction * eps[i] + Math.sqrt(variance) * z[i]);
+  return image(
+    x_zero.length,
+    (i) => Math.sqrt(alpha_bar_prev) * x_zero[i] + direction * eps[i] + Math.sqrt(variance) * z[i],
+  );
 }
 
 /** x_zero extrapolated to the middle of the step in log-SNR, from its estimates at `index` and at the one before. */
@@ -164,7 +170,7 @@ function second_order_x_zero(process, index, x_zero, x_zero_before) {
 }
 
 /**
- * Algorithm 2 step by step: yields {index, t, x, x_zero, eps, output}, last {index: -1, t: -1, x, x_zero} of the sample.
+ * Algorithm 2 step by step: yields {index, t, x, x_zero, eps, output}, last the sample as {index: -1, t: -1, x, x_zero}.
  *
  * eps is the noise that the step takes, of the clamped x_zero estimate; `output` is what the network said.
  * settings: {label, guidance_scale, guidance_interval, sampler, steps, eta}, and {start_image, start_fraction} to start
@@ -195,7 +201,8 @@ function* sample_trajectory(diffusion, model, settings, draw) {
 /** Standard normal noise: a function that gives `length` new numbers at every call, the same ones for the same seed. */
 function noise_of(seed, length) {
   let state = seed >>> 0;
-  const uniform = () => { // mulberry32
+  const uniform = () => {
+    // mulberry32
     state = (state + 0x6d2b79f5) >>> 0;
     let z = Math.imul(state ^ (state >>> 15), state | 1);
     z ^= z + Math.imul(z ^ (z >>> 7), z | 61);

@@ -28,7 +28,7 @@ from ex2_diffusion import guided_eps
 from ex2_model import LinearAttention, Unet, WeightStandardizedConv2d
 
 LARGEST_PAGE = 200e6  # bytes of inlined text: browsers take more, but a phone or a mail doesn't
-SCRIPTS = ("kernel", "weights", "unet", "diffusion", "apng", "worker", "page")
+SCRIPTS = ("kernel", "weights", "unet", "diffusion", "worker", "apng", "page", "painting")
 HERE = Path(__file__).parent
 TEMPLATES = Environment(loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True)
 

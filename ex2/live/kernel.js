@@ -20,12 +20,12 @@ const KERNEL_BYTES = Uint8Array.from(
 );
 
 /** Whether this browser's WebAssembly has SIMD. */
-const hasSimd = () => typeof WebAssembly === "object" && WebAssembly.validate(KERNEL_BYTES);
+const has_simd = () => typeof WebAssembly === "object" && WebAssembly.validate(KERNEL_BYTES);
 
-const roundUp = (count, multiple) => Math.ceil(count / multiple) * multiple;
+const round_up = (count, multiple) => Math.ceil(count / multiple) * multiple;
 
-/** The product of kernel.wat in plain JavaScript, for browsers without SIMD: the same arguments, some 50 times slower. */
-function plainProduct(memory, w, x, y, K, M, N) {
+/** The product of kernel.wat in JavaScript, for browsers without SIMD: the same arguments, some 50 times slower. */
+function plain_product(memory, w, x, y, K, M, N) {
   const floats = new Float32Array(memory);
   [w, x, y] = [w / 4, x / 4, y / 4];
   for (let k = 0; k < K; k++) {
@@ -48,7 +48,7 @@ class Kernel {
       this.multiply = instance.exports.product;
     } else {
       this.memory = new ArrayBuffer(bytes);
-      this.multiply = (...given) => plainProduct(this.memory, ...given);
+      this.multiply = (...given) => plain_product(this.memory, ...given);
     }
     this.used = 0; // bytes that are handed out; to set it back frees what came after
   }
@@ -56,25 +56,25 @@ class Kernel {
   /** `size` new float32 numbers, of any values. A RangeError where the memory is full. */
   floats(size) {
     const start = this.used;
-    this.used = roundUp(start + 4 * size, 16);
+    this.used = round_up(start + 4 * size, 16);
     return new Float32Array(this.memory, start, size);
   }
 
   /** y (K, N) = w (K, M) x (M, N), where all three lie in this memory. What does not fill the tiles is padded. */
   product(w, x, y, K, M, N) {
-    const [rows, columns, before] = [roundUp(K, 4), roundUp(N, 8), this.used];
-    const paddedW = rows === K ? w : this.padded(w, K, M, rows, M);
-    const paddedX = columns === N ? x : this.padded(x, M, N, M, columns);
-    const paddedY = rows === K && columns === N ? y : this.floats(rows * columns);
-    this.multiply(paddedW.byteOffset, paddedX.byteOffset, paddedY.byteOffset, rows, M, columns);
-    for (let k = 0; paddedY !== y && k < K; k++) y.set(paddedY.subarray(k * columns, k * columns + N), k * N);
+    const [rows, columns, before] = [round_up(K, 4), round_up(N, 8), this.used];
+    const padded_w = rows === K ? w : this.padded(w, K, M, rows, M);
+    const padded_x = columns === N ? x : this.padded(x, M, N, M, columns);
+    const padded_y = rows === K && columns === N ? y : this.floats(rows * columns);
+    this.multiply(padded_w.byteOffset, padded_x.byteOffset, padded_y.byteOffset, rows, M, columns);
+    for (let k = 0; padded_y !== y && k < K; k++) y.set(padded_y.subarray(k * columns, k * columns + N), k * N);
     this.used = before;
   }
 
   /** A copy of a matrix (rows, columns) with zeros around it. */
-  padded(matrix, rows, columns, newRows, newColumns) {
-    const copy = this.floats(newRows * newColumns).fill(0);
-    for (let i = 0; i < rows; i++) copy.set(matrix.subarray(i * columns, (i + 1) * columns), i * newColumns);
+  padded(matrix, rows, columns, new_rows, new_columns) {
+    const copy = this.floats(new_rows * new_columns).fill(0);
+    for (let i = 0; i < rows; i++) copy.set(matrix.subarray(i * columns, (i + 1) * columns), i * new_columns);
     return copy;
   }
 }

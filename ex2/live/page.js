@@ -14,6 +14,17 @@ const SPOKEN = { x: "the noisy image x_t", x_zero: "the estimate of x_0", output
 const QUICK = 400; // milliseconds: a run that takes less is finished before a newer one starts
 const minus = (text) => String(text).replace("-", "−");
 
+/** A new element with properties or attributes, and children. */
+function make(tag, properties = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [key, value] of Object.entries(properties)) {
+    if (key in element) element[key] = value;
+    else element.setAttribute(key, value);
+  }
+  element.append(...children);
+  return element;
+}
+
 // ---------------------------------------------------------------- settings
 
 /** The numbers of steps that the slider offers: those of the run, round ones, all T. */
@@ -22,17 +33,20 @@ const STEPS = [...new Set([2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 50, 100, 200, 500, 
   .filter((steps) => steps <= config.timesteps)
   .sort((a, b) => a - b);
 
-const painting = new Float32Array(length).fill(1); // the picture to start from, in [-1, 1]
 const checked = (name) => document.querySelector(`input[name=${name}]:checked`)?.value;
 
 /** Everything that a run depends on, as the form says now. */
 function read_settings() {
   const label = checked("label") ?? "none";
-  const labels = label === "all" ? config.class_names.map((_, i) => i) : Array($("count").value * 1).fill(label === "none" ? null : label * 1);
+  const labels =
+    label === "all"
+      ? config.class_names.map((_, i) => i)
+      : Array($("count").value * 1).fill(label === "none" ? null : label * 1);
   const scale = (id) => ($(id) ? $(id).value * 1 : 0);
   const rows = [{ guidance_scale: scale("scale"), sampler: $("sampler").value }];
   if ($("compare").checked) rows.push({ guidance_scale: scale("scale2"), sampler: $("sampler2").value });
-  const start = checked("start") === "picture" ? { start_image: painting, start_fraction: $("fraction").value * 1 } : {};
+  const start =
+    checked("start") === "picture" ? { start_image: painting, start_fraction: $("fraction").value * 1 } : {};
   return { labels, rows, steps: STEPS[$("steps").value], eta: $("eta").value * 1, seed: $("seed").value * 1, start };
 }
 
@@ -44,9 +58,8 @@ function process_of({ steps, start }) {
 
 // ---------------------------------------------------------------- runs
 
-let settings, process;
 let shown = { frames: [], settings: null }; // the run on the screen
-let running = null; // the one that is computed: {id, settings, process, frames, left, quick}
+let running = null; // the one that is computed: {id, settings, process, frames, left (cells to go), quick}
 let waiting = false; // whether settings changed while a quick run was computed
 let [position, follows] = [0, true]; // on the timeline; whether it stays at the last step
 let milliseconds = 30; // of a network call
@@ -62,17 +75,23 @@ function request() {
     return;
   }
   waiting = false;
-  settings = read_settings();
-  process = process_of(settings);
-  const cells = settings.rows.flatMap((row) => settings.labels.map((label, i) => ({ ...row, label, seed: settings.seed * 100 + i })));
-  const calls = cells.reduce((sum, { label, guidance_scale }) => sum + (label === null || guidance_scale % 1 === 0 && guidance_scale <= 0 ? 1 : 2), 0);
+  const settings = read_settings();
+  const process = process_of(settings);
+  const cells = settings.rows.flatMap((row) =>
+    settings.labels.map((label, i) => ({ ...row, label, seed: settings.seed * 100 + i })),
+  );
+  const calls_of = ({ label, guidance_scale }) => (label === null || [0, -1].includes(guidance_scale) ? 1 : 2);
+  const calls = cells.reduce((sum, cell) => sum + calls_of(cell), 0);
   const expected = (calls * process.timesteps * milliseconds) / Math.min(workers.length, cells.length);
   const id = (running?.id ?? shown.id ?? 0) + 1;
-  running = { id, settings, process, frames: cells.map(() => []), left: cells.length, quick: expected < QUICK && shown.settings !== null };
+  const quick = expected < QUICK && shown.settings !== null;
+  running = { id, settings, process, frames: cells.map(() => []), left: cells.length, quick };
   if (!running.quick) show_run(running); // each step as it comes
   const common = { steps: settings.steps, eta: settings.eta, ...settings.start };
   const jobs = cells.map((cell, i) => ({ ...cell, ...common, cell: i }));
-  workers.forEach((worker, w) => worker.postMessage({ run: id, length, jobs: jobs.filter((_, i) => i % workers.length === w) }));
+  workers.forEach((worker, w) =>
+    worker.postMessage({ run: id, length, jobs: jobs.filter((_, i) => i % workers.length === w) }),
+  );
 }
 
 /** Makes a run the one on the screen. */
@@ -85,8 +104,8 @@ function show_run(run) {
   show();
 }
 
+/** Takes a step of a cell from a Worker. */
 function receive({ data }) {
-  if (data.ready) return;
   if (data.run !== running?.id) return; // of a run that was given up
   milliseconds = data.milliseconds || milliseconds;
   running.frames[data.cell].push(data.step);
@@ -105,13 +124,15 @@ function receive({ data }) {
 async function start_workers() {
   const text = atob($("bytes").textContent);
   const bytes = Uint8Array.from(text, (letter) => letter.charCodeAt(0));
-  const simd = hasSimd();
+  const simd = has_simd();
   const sources = ["kernel", "weights", "unet", "diffusion", "worker"].map((id) => $(id).textContent);
   const address = URL.createObjectURL(new Blob(sources, { type: "text/javascript" }));
   const count = config.parameters < 5e6 ? Math.min(4, navigator.hardwareConcurrency || 1) : 1;
   const started = Array.from({ length: count }, () => {
     const worker = new Worker(address);
-    worker.onerror = (error) => { $("status").textContent = `The network can't be computed here: ${error.message}`; };
+    worker.onerror = (error) => {
+      $("status").textContent = `The network can't be computed here: ${error.message}`;
+    };
     worker.postMessage({ config, bytes, simd });
     return new Promise((resolve) => {
       worker.onmessage = () => {
@@ -129,9 +150,9 @@ async function start_workers() {
 function describe_work() {
   const speed = `${milliseconds.toPrecision(2)} ms a network call`;
   const cores = workers.length === 1 ? "one Worker" : `${workers.length} Workers`;
-  $("status").textContent = hasSimd()
+  $("status").textContent = has_simd()
     ? `${speed}, ${cores}, WebAssembly SIMD`
-    : `${speed}, ${cores}. This browser has no WebAssembly SIMD, so plain JavaScript computes: the same pictures, much slower.`;
+    : `${speed}, ${cores}. This browser has no WebAssembly SIMD: JavaScript computes the same, much slower.`;
 }
 
 // ---------------------------------------------------------------- pictures
@@ -173,20 +194,13 @@ function make_rows() {
   const key = JSON.stringify([rows.length, rows.length > 1 ? rows.map(name) : 0]);
   if ($("rows").dataset.key === key) return;
   $("rows").dataset.key = key;
-  $("rows").replaceChildren(...rows.map((row, r) => {
-    const element = document.createElement("div");
-    element.className = "row";
-    if (rows.length > 1) element.append(Object.assign(document.createElement("p"), { textContent: name(row) }));
-    for (const [kind, caption] of Object.entries(KINDS)) {
-      const canvas = Object.assign(document.createElement("canvas"), { tabIndex: 0 });
-      canvas.setAttribute("role", "img");
-      Object.assign(canvas.dataset, { kind, row: r });
-      const figure = document.createElement("figure");
-      figure.append(canvas, Object.assign(document.createElement("figcaption"), { innerHTML: `<b>${caption}</b>` }));
-      element.append(figure);
-    }
-    return element;
-  }));
+  const picture = (kind, row) => {
+    const canvas = make("canvas", { tabIndex: 0, role: "img", "data-kind": kind, "data-row": row });
+    return make("figure", {}, canvas, make("figcaption", { innerHTML: `<b>${KINDS[kind]}</b>` }));
+  };
+  const title = (row) => (rows.length > 1 ? [make("p", { textContent: name(row) })] : []);
+  const pictures = (r) => Object.keys(KINDS).map((kind) => picture(kind, r));
+  $("rows").replaceChildren(...rows.map((row, r) => make("div", { className: "row" }, ...title(row), ...pictures(r))));
 }
 
 /** Draws the step of the timeline. */
@@ -198,7 +212,10 @@ function show() {
   if (!frame) return;
   const T = config.timesteps;
   const at = Math.min(position, shown.frames[0].length - 1);
-  $("when").textContent = frame.t < 0 ? `t = 0: the sample, after ${at} steps` : `t = ${frame.t + 1} of ${T}: before step ${at + 1} of ${shown.process.timesteps}`;
+  $("when").textContent =
+    frame.t < 0
+      ? `t = 0: the sample, after ${at} steps`
+      : `t = ${frame.t + 1} of ${T}: before step ${at + 1} of ${shown.process.timesteps}`;
   $("time").setAttribute("aria-valuetext", $("when").textContent);
   for (const canvas of document.querySelectorAll("#rows canvas")) {
     const { kind, row } = canvas.dataset;
@@ -214,7 +231,9 @@ function show() {
 
 /** The classes on the screen, in words. */
 function what_is_shown() {
-  const names = [...new Set(shown.settings.labels)].map((label) => (label === null ? "without a class" : config.class_names[label]));
+  const names = [...new Set(shown.settings.labels)].map((label) =>
+    label === null ? "without a class" : config.class_names[label],
+  );
   return config.class_names.length ? names.join(", ") : "a sample";
 }
 
@@ -236,17 +255,18 @@ function show_pixel() {
   $("sigma").textContent = index > 0 ? number(run.sqrt_betas[index], 4) : "0";
   const mean = run.ddpm_mean(x, index, eps);
   const names = channels === 3 ? ["red", "green", "blue"] : ["grey"];
-  $("numbers").replaceChildren(...names.map((name, c) => {
-    const n = (c * size + pixel.i) * size + pixel.j;
-    const row = document.createElement("tr");
-    row.append(Object.assign(document.createElement("th"), { scope: "row", textContent: name }));
-    for (const values of [x, eps, x_zero, mean, next]) row.append(Object.assign(document.createElement("td"), { textContent: number(values[n]) }));
-    return row;
-  }));
+  const cells = (n) => [x, eps, x_zero, mean, next].map((values) => make("td", { textContent: number(values[n]) }));
+  const row = (name, c) =>
+    make("tr", {}, make("th", { scope: "row", textContent: name }), ...cells((c * size + pixel.i) * size + pixel.j));
+  $("numbers").replaceChildren(...names.map(row));
   const { sampler } = shown.settings.rows[pixel.row] ?? shown.settings.rows[0];
-  const own = sampler === "ddpm" ? "xₜ₋₁ is this mean and σₜ z." : `${sampler} takes xₜ₋₁ from the same ε by a step of its own; ddpm takes this one.`;
+  const own =
+    sampler === "ddpm"
+      ? "xₜ₋₁ is this mean and σₜ z."
+      : `${sampler} takes xₜ₋₁ from the same ε by a step of its own; ddpm takes this one.`;
   const subsequence = run.timesteps < config.timesteps ? " Its factors are those of the subsequence of timesteps." : "";
-  $("pixel-note").textContent = `Pixel (${pixel.j}, ${pixel.i}) at t = ${t + 1}. ε is the predicted noise after x₀ was clamped to [−1, 1]. ${own}${subsequence}`;
+  const noise = "ε is the predicted noise after x₀ was clamped to [−1, 1].";
+  $("pixel-note").textContent = `Pixel (${pixel.j}, ${pixel.i}) at t = ${t + 1}. ${noise} ${own}${subsequence}`;
 }
 
 /** Chooses the pixel under the pointer. */
@@ -254,7 +274,10 @@ function point_at(event) {
   const canvas = event.target.closest("#rows canvas");
   if (!canvas) return;
   const box = canvas.getBoundingClientRect();
-  const [x, y] = [((event.clientX - box.left) / box.width) * canvas.width, ((event.clientY - box.top) / box.height) * canvas.height].map(Math.floor);
+  const [x, y] = [
+    ((event.clientX - box.left) / box.width) * canvas.width,
+    ((event.clientY - box.top) / box.height) * canvas.height,
+  ].map(Math.floor);
   const count = cells_of(0).length;
   const step = size + (count > 1 ? 1 : 0);
   const cell = Math.floor(y / step) * columns_of(count) + Math.floor(x / step);
@@ -267,140 +290,55 @@ function point_at(event) {
 const ARROWS = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
 const within = (value) => Math.min(size - 1, Math.max(0, value));
 
-// ---------------------------------------------------------------- a picture to start from
-
-const COLOURS = ["#ffffff", "#000000", "#808080", "#d62828", "#f3a712", "#2a9d4a", "#2667c9", "#8e3bb0"];
-let colour = COLOURS[3];
-const cursor = { i: Math.floor(size / 2), j: Math.floor(size / 2) };
-
-function draw_painting() {
-  draw_images($("painting"), [painting]);
-}
-
-/** Paints a round spot. */
-function paint(i, j) {
-  const radius = ($("brush").value * size) / 32;
-  const numbers = [1, 3, 5].map((at) => parseInt(colour.slice(at, at + 2), 16) / 127.5 - 1);
-  for (let y = 0; y < size; y++) {
-    for (let x = 0; x < size; x++) {
-      if ((y - i) ** 2 + (x - j) ** 2 > radius ** 2) continue;
-      for (let c = 0; c < channels; c++) painting[(c * size + y) * size + x] = numbers[c];
-    }
-  }
-  draw_painting();
-  request();
-}
-
-/** Takes the centre of an image file as the picture. */
-async function take_file(file) {
-  try {
-    const bitmap = await createImageBitmap(file);
-    const side = Math.min(bitmap.width, bitmap.height);
-    const small = Object.assign(document.createElement("canvas"), { width: size, height: size }).getContext("2d");
-    small.imageSmoothingQuality = "high";
-    small.fillStyle = "#fff";
-    small.fillRect(0, 0, size, size);
-    small.drawImage(bitmap, (bitmap.width - side) / 2, (bitmap.height - side) / 2, side, side, 0, 0, size, size);
-    const { data } = small.getImageData(0, 0, size, size);
-    for (let n = 0; n < size * size; n++) for (let c = 0; c < channels; c++) painting[c * size * size + n] = data[4 * n + c] / 127.5 - 1;
-    draw_painting();
-    request();
-  } catch {
-    $("status").textContent = `${file.name} can't be read as a picture`;
-  }
-}
-
-/** Paints with the pointer, from where it was to where it is. */
-function paint_at(event) {
-  const box = $("painting").getBoundingClientRect();
-  paint(((event.clientY - box.top) / box.height) * size - 0.5, ((event.clientX - box.left) / box.width) * size - 0.5);
-}
-
-function prepare_painting() {
-  const canvas = $("painting");
-  canvas.addEventListener("pointerdown", (event) => { canvas.setPointerCapture(event.pointerId); paint_at(event); });
-  canvas.addEventListener("pointermove", (event) => { if (event.buttons) paint_at(event); });
-  canvas.addEventListener("keydown", (event) => {
-    const move = ARROWS[event.key];
-    if (move) [cursor.i, cursor.j] = [within(cursor.i + move[0]), within(cursor.j + move[1])];
-    else if (event.key === " ") paint(cursor.i, cursor.j);
-    else return;
-    event.preventDefault();
-    if (move) draw_cursor();
-  });
-  const palette = document.querySelector(".palette");
-  palette.append(...COLOURS.map((value) => {
-    const button = Object.assign(document.createElement("button"), { type: "button" });
-    button.style.background = value;
-    button.setAttribute("role", "radio");
-    button.setAttribute("aria-label", value);
-    button.setAttribute("aria-checked", value === colour);
-    button.addEventListener("click", () => {
-      colour = value;
-      for (const other of palette.children) other.setAttribute("aria-checked", other === button);
-    });
-    return button;
-  }));
-  $("clear").addEventListener("click", () => {
-    for (let c = 0; c < channels; c++) painting.fill(parseInt(colour.slice(1 + 2 * c, 3 + 2 * c), 16) / 127.5 - 1, c * size * size, (c + 1) * size * size);
-    draw_painting();
-    request();
-  });
-  $("take").addEventListener("click", () => {
-    painting.set(frame_at(0, Infinity).x.map((value) => Math.min(1, Math.max(-1, value))));
-    draw_painting();
-    request();
-  });
-  $("file").addEventListener("change", () => { if ($("file").files[0]) take_file($("file").files[0]); });
-  draw_painting();
-}
-
-/** Shows where the arrow keys have moved the brush. */
-function draw_cursor() {
-  draw_painting();
-  const context = $("painting").getContext("2d");
-  context.fillStyle = colour;
-  context.fillRect(cursor.j, cursor.i, 1, 1);
-}
-
 // ---------------------------------------------------------------- files
 
-function save(blob, ending) {
+/** Saves a PNG file under a name that says what it shows. */
+function save(blob) {
   const { rows, labels, seed } = shown.settings;
   const label = new Set(labels).size > 1 ? "all" : labels[0] === null ? "" : config.class_names[labels[0]];
-  const parts = [config.name, label, config.can_guide ? `w=${rows[0].guidance_scale}` : "", `seed=${seed}`].filter(Boolean);
-  const link = document.createElement("a");
-  link.download = `${parts.join("-").replace(/[^\p{L}\p{N}=._-]+/gu, "_")}.${ending}`;
-  link.href = URL.createObjectURL(blob);
+  const scale = config.can_guide ? `w=${rows[0].guidance_scale}` : "";
+  const parts = [config.name, label, scale, `seed=${seed}`].filter(Boolean);
+  const name = parts.join("-").replace(/[^\p{L}\p{N}=._-]+/gu, "_");
+  const link = make("a", { download: `${name}.png`, href: URL.createObjectURL(blob) });
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
 }
 
 /** All pictures of a kind at a step, the rows below each other, enlarged so that they can be seen. */
 function enlarged(kinds, step) {
-  const drawn = kinds.map((kind) => shown.settings.rows.map((_, row) => {
-    const canvas = document.createElement("canvas");
-    draw_images(canvas, cells_of(row).map((cell) => frame_at(cell, step)[kind]));
-    return canvas;
-  }));
+  const drawn = kinds.map((kind) =>
+    shown.settings.rows.map((_, row) => {
+      const canvas = make("canvas");
+      const images = cells_of(row).map((cell) => frame_at(cell, step)[kind]);
+      draw_images(canvas, images);
+      return canvas;
+    }),
+  );
   const { width, height } = drawn[0][0];
   const factor = Math.max(1, Math.round(256 / width));
-  const whole = Object.assign(document.createElement("canvas"), { width: factor * (width + 1) * kinds.length - factor, height: factor * (height + 1) * drawn[0].length - factor });
+  const whole = make("canvas", {
+    width: factor * (width + 1) * kinds.length - factor,
+    height: factor * (height + 1) * drawn[0].length - factor,
+  });
   const context = whole.getContext("2d");
   context.imageSmoothingEnabled = false;
-  drawn.forEach((rows, k) => rows.forEach((canvas, r) => {
-    context.drawImage(canvas, k * factor * (width + 1), r * factor * (height + 1), factor * width, factor * height);
-  }));
+  drawn.forEach((rows, k) =>
+    rows.forEach((canvas, r) => {
+      context.drawImage(canvas, k * factor * (width + 1), r * factor * (height + 1), factor * width, factor * height);
+    }),
+  );
   return whole;
 }
 
+/** Saves all steps so far of x_t and of the x_0 estimate beside it. */
 async function save_animation() {
   const last = Math.min(...shown.frames.map((frames) => frames.length)) - 1;
   const frames = Array.from({ length: last + 1 }, (_, step) => {
     const canvas = enlarged(["x", "x_zero"], step);
     return canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
   });
-  save(await encode_apng(frames, frames.map((_, step) => (step === last ? 2000 : 100))), "png");
+  const durations = frames.map((_, step) => (step === last ? 2000 : 100)); // milliseconds
+  save(await encode_apng(frames, durations));
 }
 
 // ---------------------------------------------------------------- the form
@@ -412,7 +350,9 @@ function describe_settings() {
   $("steps-value").textContent = chosen.steps === config.timesteps ? `${chosen.steps} (all)` : chosen.steps;
   const stochastic = chosen.rows.some(({ sampler }) => sampler !== "ddpm");
   $("eta").disabled = !stochastic;
-  $("eta-help").textContent = stochastic ? "0: noise alone decides, nothing is drawn on the way. 1: fresh noise at each step." : "ddpm draws fresh noise at each step, as in Eq. 8.";
+  $("eta-help").textContent = stochastic
+    ? "0: noise alone decides, nothing is drawn on the way. 1: fresh noise at each step."
+    : "ddpm draws fresh noise at each step, as in Eq. 8.";
   $("count").disabled = checked("label") === "all";
   $("second").hidden = !$("compare").checked;
   const from_picture = checked("start") === "picture";
@@ -422,15 +362,18 @@ function describe_settings() {
   const t = run.timesteps - 1;
   $("fraction-value").textContent = `${run.model_timesteps[t] + 1} of ${config.timesteps}`;
   const [signal, noise] = [run.sqrt_alphas_bar[t], run.sqrt_one_minus_alphas_bar[t]].map((value) => value.toFixed(3));
-  $("forward").textContent = `Eq. 4: xₜ = ${signal} x₀ + ${noise} ε. From there the reverse process goes back, as the chosen class.`;
+  $("forward").textContent =
+    `Eq. 4: xₜ = ${signal} x₀ + ${noise} ε. From there the reverse process goes back, as the chosen class.`;
 }
 
+/** Sets the form to the settings of the run, and listens to it. */
 function prepare_form() {
   for (const id of ["sampler", "sampler2"]) {
     $(id).append(...Object.keys(SAMPLERS).map((name) => new Option(name)));
     $(id).value = config.sampler in SAMPLERS ? config.sampler : "dpmpp_2m";
   }
-  if ($("scale")) [$("scale").value, $("scale2").value] = [config.guidance_scale, Math.min(5, config.guidance_scale + 2)];
+  if ($("scale"))
+    [$("scale").value, $("scale2").value] = [config.guidance_scale, Math.min(5, config.guidance_scale + 2)];
   else $("sampler2").value = $("sampler").value === "ddpm" ? "ddim" : "ddpm";
   Object.assign($("steps"), { max: STEPS.length - 1, value: STEPS.indexOf(own_steps) });
   $("eta").value = config.eta;
@@ -446,10 +389,11 @@ function prepare_form() {
     $("seed").value = Math.floor(Math.random() * 1e6);
     request();
   });
-  $("save-png").addEventListener("click", () => enlarged(["x"], position).toBlob((blob) => save(blob, "png")));
+  $("save-png").addEventListener("click", () => enlarged(["x"], position).toBlob(save));
   $("save-apng").addEventListener("click", save_animation);
 }
 
+/** The slider over the steps, its button, and the pixel under the pointer. */
 function prepare_timeline() {
   let timer = null;
   const last = () => shown.frames[0].length - 1;
@@ -463,12 +407,21 @@ function prepare_timeline() {
     timer = null;
     $("play").textContent = "Play";
   };
-  $("time").addEventListener("input", () => { pause(); go_to($("time").value * 1); });
+  $("time").addEventListener("input", () => {
+    pause();
+    go_to($("time").value * 1);
+  });
   $("play").addEventListener("click", () => {
     if (timer) return pause();
     if (position >= last()) go_to(0);
     $("play").textContent = "Pause";
-    timer = setInterval(() => { if (position >= last()) pause(); else go_to(position + 1); }, Math.max(30, Math.min(150, 4000 / last())));
+    timer = setInterval(
+      () => {
+        if (position >= last()) pause();
+        else go_to(position + 1);
+      },
+      Math.max(30, Math.min(150, 4000 / last())),
+    );
   });
   for (const kind of ["pointermove", "pointerdown"]) $("rows").addEventListener(kind, point_at);
   $("rows").addEventListener("keydown", (event) => {
@@ -480,32 +433,24 @@ function prepare_timeline() {
   });
 }
 
+/** The sources of the page, to read. */
 function prepare_sources() {
   const [chips, code] = [document.querySelector("#sources .chips"), document.querySelector("#sources pre")];
-  for (const id of ["unet", "diffusion", "kernel", "weights", "worker", "page", "apng"]) {
-    const button = Object.assign(document.createElement("button"), { type: "button", textContent: `${id}.js` });
-    button.addEventListener("click", () => { code.textContent = $(id).textContent; });
+  for (const id of ["unet", "diffusion", "kernel", "weights", "worker", "page", "painting", "apng"]) {
+    const button = make("button", { type: "button", textContent: `${id}.js` });
+    button.addEventListener("click", () => {
+      code.textContent = $(id).textContent;
+    });
     chips.append(button);
   }
 }
 
-/** A picture may be dropped anywhere: it becomes the one to start from. */
-function prepare_dropping() {
-  document.addEventListener("dragover", (event) => { event.preventDefault(); $("start").classList.add("dropping"); });
-  document.addEventListener("dragleave", () => $("start").classList.remove("dropping"));
-  document.addEventListener("drop", (event) => {
-    event.preventDefault();
-    $("start").classList.remove("dropping");
-    if (!event.dataTransfer.files[0]) return;
-    document.querySelector("input[name=start][value=picture]").checked = true;
-    take_file(event.dataTransfer.files[0]);
-  });
-}
-
-prepare_form();
-prepare_timeline();
-prepare_painting();
-prepare_dropping();
-prepare_sources();
-describe_settings();
-start_workers();
+addEventListener("DOMContentLoaded", () => {
+  prepare_form();
+  prepare_timeline();
+  prepare_painting();
+  prepare_dropping();
+  prepare_sources();
+  describe_settings();
+  start_workers();
+});

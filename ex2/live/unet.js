@@ -5,7 +5,7 @@
 // `forward`; a matrix product is the only thing that the kernel computes, all else are loops.
 
 /** x of ex2_model.py's comments: `channels` pictures of side x side numbers; their values are not set yet. */
-function newTensor(kernel, channels, side) {
+function new_tensor(kernel, channels, side) {
   return { data: kernel.floats(channels * side * side), channels, side };
 }
 
@@ -16,7 +16,7 @@ function keep(kernel, parameter) {
   return copy;
 }
 
-/** Turns the time t into pairs of sines and cosines, from fast to slow: the positional encoding. Rounded as in torch. */
+/** Turns the time t into sines and cosines, from fast to slow: the positional encoding. Rounded as in torch. */
 class SinusoidalPositionEmbeddings {
   constructor(dim) {
     const half = dim / 2;
@@ -69,7 +69,7 @@ class Conv2d {
   }
 
   forward(x) {
-    const y = newTensor(this.kernel, this.filters, x.side);
+    const y = new_tensor(this.kernel, this.filters, x.side);
     const [before, pixels] = [this.kernel.used, x.side * x.side];
     const seen = this.size === 1 ? x.data : this.neighbourhoods(x);
     this.kernel.product(this.weight, seen, y.data, this.filters, seen.length / pixels, pixels);
@@ -111,9 +111,9 @@ class WeightStandardizedConv2d extends Conv2d {
 /** Subtracts the mean of `values` and divides by the root of their variance, in place. */
 function standardize(values) {
   let [sum, squares] = [0, 0];
-  for (const value of values) sum += value;
+  for (let i = 0; i < values.length; i++) sum += values[i];
   const mean = sum / values.length;
-  for (const value of values) squares += (value - mean) ** 2;
+  for (let i = 0; i < values.length; i++) squares += (values[i] - mean) ** 2;
   const factor = 1 / Math.sqrt(squares / values.length + 1e-5);
   for (let i = 0; i < values.length; i++) values[i] = (values[i] - mean) * factor;
 }
@@ -126,7 +126,8 @@ class GroupNorm {
 
   forward(x) {
     const [pixels, length] = [x.side * x.side, x.data.length / this.groups];
-    for (let group = 0; group < this.groups; group++) standardize(x.data.subarray(group * length, (group + 1) * length));
+    for (let group = 0; group < this.groups; group++)
+      standardize(x.data.subarray(group * length, (group + 1) * length));
     for (let c = 0; c < x.channels; c++) {
       for (let n = c * pixels; n < (c + 1) * pixels; n++) x.data[n] = x.data[n] * this.weight[c] + this.bias[c];
     }
@@ -141,12 +142,12 @@ class Block {
     this.norm = new GroupNorm(state, `${name}.norm`, groups);
   }
 
-  /** scaleShift: a scale for each channel, then a shift for each; or nothing. */
-  forward(x, scaleShift) {
+  /** scale_shift: a scale for each channel, then a shift for each; or nothing. */
+  forward(x, scale_shift) {
     x = this.norm.forward(this.proj.forward(x));
     const pixels = x.side * x.side;
     for (let c = 0; c < x.channels; c++) {
-      const [scale, shift] = scaleShift ? [scaleShift[c] + 1, scaleShift[x.channels + c]] : [1, 0];
+      const [scale, shift] = scale_shift ? [scale_shift[c] + 1, scale_shift[x.channels + c]] : [1, 0];
       for (let n = c * pixels; n < (c + 1) * pixels; n++) x.data[n] = silu(x.data[n] * scale + shift);
     }
     return x;
@@ -176,14 +177,14 @@ function add(x, y) {
 
 /** The channels of x, then those of y. */
 function concatenate(kernel, x, y) {
-  const both = newTensor(kernel, x.channels + y.channels, x.side);
+  const both = new_tensor(kernel, x.channels + y.channels, x.side);
   both.data.set(x.data);
   both.data.set(y.data, x.data.length);
   return both;
 }
 
 /** exp(x) / sum exp(x) along every row of a matrix, in place. */
-function softmaxOfRows(matrix, rows, columns) {
+function softmax_of_rows(matrix, rows, columns) {
   for (let i = 0; i < rows; i++) {
     let [largest, sum] = [-Infinity, 0];
     for (let n = i * columns; n < (i + 1) * columns; n++) if (matrix[n] > largest) largest = matrix[n];
@@ -204,7 +205,7 @@ function transpose(kernel, matrix, rows, columns, factor = 1) {
 const [HEADS, DIM_HEAD] = [4, 32];
 
 /** Calls `attend` with queries, keys, values and the place of the output of each head, all (DIM_HEAD, pixels). */
-function forEachHead(qkv, out, attend) {
+function for_each_head(qkv, out, attend) {
   const size = DIM_HEAD * qkv.side * qkv.side;
   for (let head = 0; head < HEADS; head++) {
     const part = (i, from) => from.data.subarray((i * HEADS + head) * size, (i * HEADS + head + 1) * size);
@@ -222,12 +223,12 @@ class Attention {
 
   forward(x) {
     const [kernel, pixels] = [this.kernel, x.side * x.side];
-    const [qkv, out] = [this.to_qkv.forward(x), newTensor(this.kernel, HEADS * DIM_HEAD, x.side)];
-    forEachHead(qkv, out, (q, k, v, result) => {
+    const [qkv, out] = [this.to_qkv.forward(x), new_tensor(this.kernel, HEADS * DIM_HEAD, x.side)];
+    for_each_head(qkv, out, (q, k, v, result) => {
       const before = kernel.used;
       const weights = kernel.floats(pixels * pixels); // (queries, keys)
       kernel.product(transpose(kernel, q, DIM_HEAD, pixels, DIM_HEAD ** -0.5), k, weights, pixels, DIM_HEAD, pixels);
-      softmaxOfRows(weights, pixels, pixels);
+      softmax_of_rows(weights, pixels, pixels);
       kernel.product(v, transpose(kernel, weights, pixels, pixels), result, DIM_HEAD, pixels, pixels);
       kernel.used = before;
     });
@@ -246,12 +247,12 @@ class LinearAttention {
 
   forward(x) {
     const [kernel, pixels] = [this.kernel, x.side * x.side];
-    const [qkv, out] = [this.to_qkv.forward(x), newTensor(this.kernel, HEADS * DIM_HEAD, x.side)];
-    forEachHead(qkv, out, (q, k, v, result) => {
+    const [qkv, out] = [this.to_qkv.forward(x), new_tensor(this.kernel, HEADS * DIM_HEAD, x.side)];
+    for_each_head(qkv, out, (q, k, v, result) => {
       const before = kernel.used;
-      softmaxOfRows(k, DIM_HEAD, pixels); // over the positions
+      softmax_of_rows(k, DIM_HEAD, pixels); // over the positions
       const queries = transpose(kernel, q, DIM_HEAD, pixels); // (pixels, DIM_HEAD)
-      softmaxOfRows(queries, pixels, DIM_HEAD); // over the dimensions of the head
+      softmax_of_rows(queries, pixels, DIM_HEAD); // over the dimensions of the head
       const context = kernel.floats(DIM_HEAD * DIM_HEAD);
       kernel.product(v, transpose(kernel, k, DIM_HEAD, pixels), context, DIM_HEAD, pixels, DIM_HEAD);
       const scaled = transpose(kernel, queries, pixels, DIM_HEAD, DIM_HEAD ** -0.5);
@@ -271,7 +272,7 @@ class Residual {
   }
 
   forward(x) {
-    const copy = newTensor(this.kernel, x.channels, x.side);
+    const copy = new_tensor(this.kernel, x.channels, x.side);
     copy.data.set(x.data);
     return add(this.fn.forward(this.norm.forward(copy)), x);
   }
@@ -280,7 +281,7 @@ class Residual {
 /** Halves height and width: 2x2 pixels become 4 channels, then a 1x1 convolution. */
 class Downsample extends Conv2d {
   forward(x) {
-    const [side, small] = [x.side, newTensor(this.kernel, x.channels * 4, x.side / 2)];
+    const [side, small] = [x.side, new_tensor(this.kernel, x.channels * 4, x.side / 2)];
     let to = 0;
     for (let c = 0; c < x.channels; c++) {
       for (const corner of [0, 1, side, side + 1]) {
@@ -296,7 +297,7 @@ class Downsample extends Conv2d {
 /** Doubles height and width by repeating pixels, then a 3x3 convolution. */
 class Upsample extends Conv2d {
   forward(x) {
-    const large = newTensor(this.kernel, x.channels, x.side * 2);
+    const large = new_tensor(this.kernel, x.channels, x.side * 2);
     const side = large.side;
     let to = 0;
     for (let c = 0; c < x.channels; c++) {
@@ -318,7 +319,11 @@ class Unet {
     [this.kernel, this.state, this.null_class] = [kernel, state, config.null_class];
 
     this.init_conv = new Conv2d(kernel, state, "init_conv");
-    this.time_mlp = [new SinusoidalPositionEmbeddings(dim), new Linear(state, "time_mlp.1"), new Linear(state, "time_mlp.3")];
+    this.time_mlp = [
+      new SinusoidalPositionEmbeddings(dim),
+      new Linear(state, "time_mlp.1"),
+      new Linear(state, "time_mlp.3"),
+    ];
     this.downs = [];
     this.ups = [];
     for (let i = 0; i < levels; i++) {
@@ -339,7 +344,9 @@ class Unet {
   /** The class embedding (emb_dim,), or the null token for `null_class`. */
   embed_classes(label) {
     if (!Number.isInteger(label) || label < 0 || label > this.null_class) {
-      throw new RangeError(`class ${label}: this model has 0 .. ${this.null_class - 1}, and ${this.null_class} for none`);
+      throw new RangeError(
+        `class ${label}: this model has 0 .. ${this.null_class - 1}, and ${this.null_class} for none`,
+      );
     }
     const { data, shape } = this.state["class_emb.weight"];
     const width = shape[1];
@@ -357,7 +364,7 @@ class Unet {
       emb = emb.map((value, i) => value + embedded[i]);
     }
 
-    let h = newTensor(kernel, this.init_conv.channels, Math.sqrt(x.length / this.init_conv.channels));
+    let h = new_tensor(kernel, this.init_conv.channels, Math.sqrt(x.length / this.init_conv.channels));
     h.data.set(x);
     h = this.init_conv.forward(h);
     const [first, skips] = [h, []];
@@ -383,7 +390,7 @@ class Unet {
 }
 
 /** A network in as little memory as it takes: it is doubled until a call fits. */
-function buildUnet(config, state, simd) {
+function build_unet(config, state, simd) {
   for (let bytes = 2 ** 24; ; bytes *= 2) {
     try {
       const model = new Unet(new Kernel(bytes, simd), config, state);

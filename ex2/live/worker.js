@@ -3,11 +3,15 @@
 let [model, diffusion, interval, newest] = [null, null, null, 0];
 
 /** Lets messages in that came meanwhile. */
-const next_task = () => new Promise((resolve) => {
-  const { port1, port2 } = new MessageChannel();
-  port1.onmessage = () => { port1.close(); resolve(); };
-  port2.postMessage(null);
-});
+const next_task = () =>
+  new Promise((resolve) => {
+    const { port1, port2 } = new MessageChannel();
+    port1.onmessage = () => {
+      port1.close();
+      resolve();
+    };
+    port2.postMessage(null);
+  });
 
 /** A network that counts its calls and the milliseconds they take. */
 function measured(network) {
@@ -32,7 +36,11 @@ async function draw_samples(run, jobs, length) {
   while (trajectories.length) {
     for (const [cell, trajectory] of [...trajectories]) {
       const { value: step, done } = trajectory.next();
-      if (done) trajectories.splice(trajectories.findIndex(([other]) => other === cell), 1);
+      if (done)
+        trajectories.splice(
+          trajectories.findIndex(([other]) => other === cell),
+          1,
+        );
       else postMessage({ run, cell, step, milliseconds: model.milliseconds / model.count });
       await next_task();
       if (newest !== run) return;
@@ -43,7 +51,7 @@ async function draw_samples(run, jobs, length) {
 self.onmessage = ({ data }) => {
   if (data.bytes) {
     const { config, bytes, simd } = data;
-    model = measured(buildUnet(config, decode_weights(config.weights, bytes), simd));
+    model = measured(build_unet(config, decode_weights(config.weights, bytes), simd));
     diffusion = new Diffusion(SCHEDULES[config.schedule](config.timesteps));
     interval = config.guidance_interval;
     postMessage({ ready: true });

@@ -51,7 +51,7 @@ def test_the_page_holds_the_model(trained, model, inputs, tmp_path, weights_as, 
         engine.context.eval(scripts[name] + "\n;undefined")
     engine.put_bytes("bytes", re.search(r'id="bytes">(.*?)</script>', page).group(1))
     engine.context.eval(f"""var config = {json.dumps(about)};
-        var model = buildUnet(config, decode_weights(config.weights, bytes), true); undefined""")
+        var model = build_unet(config, decode_weights(config.weights, bytes), true); undefined""")
     x, time, classes = inputs
     with torch.no_grad():
         wanted = model(x, time, classes)

@@ -174,7 +174,7 @@ def test_a_painted_or_dropped_picture_is_noised_and_denoised(driver, tmp_path):
     driver.click("from a picture")
     white = driver.pictures()[0]
     assert white[..., :3].mean() > 128
-    box = driver.page.locator("#painting").bounding_box()
+    box = driver.page.locator("#easel").bounding_box()
     driver.page.mouse.move(box["x"] + 20, box["y"] + 20)
     driver.page.mouse.down()
     driver.page.mouse.move(box["x"] + 100, box["y"] + 100, steps=4)
@@ -229,11 +229,11 @@ def test_every_control_has_a_name_and_the_keyboard_reaches_it(driver):
     unnamed = driver.page.locator("input, select, button, canvas").evaluate_all("""all => all.filter(e =>
         !(e.labels?.length || e.getAttribute("aria-label") || e.textContent.trim())).map(e => e.id)""")
     assert unnamed == []
-    before = driver.page.locator("#painting").evaluate("canvas => canvas.toDataURL()")
-    driver.page.locator("#painting").press("ArrowDown")
-    driver.page.locator("#painting").press(" ")
+    before = driver.page.locator("#easel").evaluate("canvas => canvas.toDataURL()")
+    driver.page.locator("#easel").press("ArrowDown")
+    driver.page.locator("#easel").press(" ")
     driver.settle()
-    assert driver.page.locator("#painting").evaluate("canvas => canvas.toDataURL()") != before
+    assert driver.page.locator("#easel").evaluate("canvas => canvas.toDataURL()") != before
     driver.page.locator("#scale").press("ArrowRight")
     driver.settle()
     assert driver.page.inner_text("#scale-value") == "1.25"

@@ -35,7 +35,7 @@ def build(model, settings, size, simd=True):
     engine.put_state("state", model)
     config = {"dim": settings["dim"], "levels": len(settings["dim_mults"]), "groups": 4, "channels": 3}
     config |= {"image_size": size, "null_class": model.null_class}
-    engine.context.eval(f"var model = buildUnet({json.dumps(config)}, state, {json.dumps(simd)}); undefined")
+    engine.context.eval(f"var model = build_unet({json.dumps(config)}, state, {json.dumps(simd)}); undefined")
     return engine
 
 
@@ -67,7 +67,7 @@ def test_every_block_is_that_of_torch():
     engine.put("x", x)
     engine.put("emb", emb)
     engine.context.eval("""function given() {
-        const tensor = newTensor(model.kernel, 16, 8);
+        const tensor = new_tensor(model.kernel, 16, 8);
         tensor.data.set(x);
         return tensor;
     }""")
