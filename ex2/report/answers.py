@@ -172,16 +172,16 @@ def read_frames(path: Path) -> list[Image.Image]:
         return []
 
 
-def sections(runs: Sequence[Run], studies: Sequence[Study], live: Sequence[Path] = ()) -> list[Section]:
+def sections(runs: Sequence[Run], studies: Sequence[Study], live: Sequence[tuple[str, Path]] = ()) -> list[Section]:
     """The page: its opening, the sub-tasks in the order of the sheet, and the commands.
 
-    live: pages of `export` in which models sample.
+    live: pages of `export` in which models sample, (name, file) each.
     """
     null = [study for study in studies if {"null_token", "p_uncond"} & set(study.varied)]
     training = [study for study in studies if set(study.varied) - {"schedule", "null_token", "p_uncond"}]
     schedule = [study for study in studies if "schedule" in study.varied]
     opening = Section("samples", "Denoising diffusion: results")
-    opening.parts += [Part(TRY_IT, links=[(f"{path.parent.name}/{path.name}", path) for path in live])] if live else []
+    opening.parts += [Part(TRY_IT, links=list(live))] if live else []
     for run in runs[:1]:
         command = f"python ex2_main.py export --checkpoint {shlex.quote(run.folder.as_posix())}"
         opening.miss("a page in which a model samples", command, not live)

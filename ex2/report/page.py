@@ -112,7 +112,8 @@ def write_page(results_dir: Path) -> None:
     studies = [study for study in studies if study.varied and any(study.runs.values())]
     if not runs and not studies:
         raise InputError(f"no run in {results_dir}: train one first, for example python ex2_main.py --preset quick")
-    live = [path for folder in (results_dir, *(run.folder for run in runs)) if (path := folder / "live.html").is_file()]
+    live = [folder / "live.html" for folder in (results_dir, *(run.folder for run in runs))]
+    live = [(path.relative_to(results_dir).as_posix(), path) for path in live if path.is_file()]
     content = sections(runs, studies, live)
     page = TEMPLATES.get_template("page.html").render(sections=content, link=partial(link, results_dir))
     write_atomically(results_dir / "index.html", page.encode("utf-8", "replace"))
