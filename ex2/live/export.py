@@ -11,6 +11,7 @@ import copy
 import hashlib
 import inspect
 import json
+import logging
 import warnings
 from pathlib import Path
 
@@ -204,6 +205,7 @@ def write_onnx(path: Path, model: Unet, image_size: int) -> None:
         inputs["classes"] = torch.zeros(2, dtype=torch.long)
     batch = torch.export.Dim("batch")
     names = {"input_names": list(inputs), "output_names": ["eps"]}
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it warns of every Split
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the name of the batch, which it keeps
         program = torch.onnx.export(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from javascript import INSTALL, LIVE, Engine
 
+from ex2_diffusion import SCHEDULES, Diffusion
 from ex2_model import Unet
 
 NETWORKS = {
@@ -57,6 +58,22 @@ def test_eps_is_that_of_torch(name, simd):
             wanted = model(x, torch.tensor([time]), classes)
         found = engine.floats(f"model.forward(x, {time}, {'undefined' if classes is None else label})")
         assert relative_difference(found, wanted) < 1e-5
+
+
+def test_a_whole_trajectory_of_ddim_is_that_of_torch():
+    size, settings = NETWORKS["learned null token"]
+    model, process = random_model(settings), Diffusion(1000, SCHEDULES["cosine"], size, "cpu")
+    engine = build(model, settings, size)
+    g = torch.Generator().manual_seed(0)
+    how = {"classes": [1], "guidance_scale": 1.0, "sampler": "ddim", "steps": 10}
+    wanted = list(process.sample_trajectory(model, size, 1, generator=g, **how))
+    engine.put("noise", wanted[0][1])
+    engine.context.eval("""
+        var settings = {label: 1, guidance_scale: 1, guidance_interval: [0, 1], sampler: "ddim", steps: 10, eta: 0};
+        var process = new Diffusion(SCHEDULES.cosine(1000));
+        var found = [...sample_trajectory(process, model, settings, () => noise)]; undefined""")
+    for i, (_, x, _) in enumerate(wanted):
+        assert abs(engine.floats(f"found[{i}].x") - x.numpy().ravel()).max() < 1e-3
 
 
 def test_every_block_is_that_of_torch():
