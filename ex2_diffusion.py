@@ -6,6 +6,7 @@ noisy image, eps the noise, alphas_bar the cumulative product of alphas = 1 - be
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Iterator, Sequence
@@ -290,6 +291,14 @@ class Diffusion:
         thinned.model_timesteps = self.model_timesteps[timesteps.to(self.device)]
         return thinned
 
+    def until(self, count: int) -> Diffusion:
+        """The process up to `count` noising steps, for samples that start in the middle of it."""
+        part = copy.copy(self)
+        part.timesteps = int((self.model_timesteps < count).sum())
+        if part.timesteps < 1:
+            raise ValueError(f"none of the {self.timesteps} sampling steps lies within the first {count} timesteps")
+        return part
+
     @torch.no_grad()
     def sample_trajectory(
         self,
@@ -306,6 +315,8 @@ class Diffusion:
         generator: NoiseSource = None,
         clamp: bool = True,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
+        start_image: Tensor | None = None,
+        start_fraction: float = 1.0,
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Algorithm 2 of Ho et al. 2020, step by step: yields (t, x_t, x_zero estimate), last (-1, sample, sample).
 
@@ -322,6 +333,9 @@ class Diffusion:
             clamp: clamp every x_zero estimate to [-1, 1] (`clamp_eps`); without it cosine schedules blow up.
             guidance_interval: fractions of T between which samples are guided, elsewhere w is 0 (Kynkäänniemi et al.
                 2024, https://arxiv.org/abs/2404.07724).
+            start_image: (C, H, W) in [-1, 1]; all samples start from it with noise (Eq. 4), not from noise alone
+                (SDEdit, Meng et al. 2022, https://arxiv.org/abs/2108.01073). None starts from noise.
+            start_fraction: of T, how far the start image is noised: the more, the less is left of it.
 
         Raises:
             ValueError: an argument is out of range.
@@ -350,8 +364,16 @@ class Diffusion:
 
         shape = (batch_size, channels, image_size, image_size)
         draw = partial(randn, shape, self.device, generator)
+        x_start = draw()
+        if start_image is not None:
+            check_images(start_image)
+            if not 0 < start_fraction <= 1:
+                raise ValueError(f"start_fraction is a fraction of T, above 0 and at most 1; got {start_fraction:g}")
+            process = process.until(round(start_fraction * self.timesteps))
+            t = torch.full((batch_size,), process.timesteps - 1, device=self.device)
+            x_start = process.q_sample(start_image.to(self.device).expand(shape), t, x_start)
         options = {"eta": eta} if takes_eta(sampler) else {}
-        for index, x, x_zero in SAMPLERS[sampler](process, predict, draw(), draw, **options):
+        for index, x, x_zero in SAMPLERS[sampler](process, predict, x_start, draw, **options):
             if index < 0 and not finite:
                 advice = "lower --guidance_scale, or try --weights raw"
                 raise FloatingPointError(f"sampling diverged (noise not finite): {advice}")

@@ -4,6 +4,7 @@ python ex2_main.py --epochs 50 --schedule cosine          train, then test, then
 python ex2_main.py test --checkpoint results/DDPM         losses, bits per dimension, quality of samples (2.2 e)
 python ex2_main.py sample --checkpoint results/DDPM       images of chosen classes (2.2 b, 2.4)
 python ex2_main.py compare --vary schedule=linear,cosine  a run for every combination, side by side (2.2, 2.3, 2.4)
+python ex2_main.py export --checkpoint results/DDPM       the model in a page that samples, or as safetensors, ONNX
 python ex2_main.py report                                 everything under results/ as one page
 python ex2_main.py check DIR                              any solution of the exercise, checked against its equations
 
@@ -147,7 +148,7 @@ def run_sample(args) -> None:
     from ex2.machine.processes import broadcast_from_main
     from ex2.report.pictures import sample_at_scales
     from ex2.settings.build import build_diffusion, restore_model
-    from ex2.training.start import make_run_dir, next_free, open_checkpoint, record_command
+    from ex2.training.start import make_run_dir, next_free, open_checkpoint, open_start_image, record_command
 
     checkpoint, config, device = open_checkpoint(args)
     if not 1 <= args.n_images <= MAX_SAMPLES:
@@ -161,16 +162,32 @@ def run_sample(args) -> None:
     out = config.run_dir if args.out else broadcast_from_main(lambda: next_free(config.run_dir / "samples"), "folder")
     if args.out and broadcast_from_main(lambda: any(out.rglob("*.png")), "folder"):
         raise InputError(f"--out: {out} holds images of an earlier call: empty it, or choose another folder")
-    make_run_dir(out)
     diffusor = build_diffusion(config, device)
+    start = open_start_image(args, config, diffusor)
+    make_run_dir(out)
     model = inference_model(restore_model(checkpoint, config, device, args.weights), config, device)
     record_command(out, args)
     classes = None if chosen is None else [chosen[i % len(chosen)] for i in range(count)]
-    sample_at_scales(count, scales, diffusor, model, config, out, classes, names)
+    sample_at_scales(count, scales, diffusor, model, config, out, classes, names, start)
     if len(scales) > 1:
         given = " ".join(f"{w:g}" for w in scales)
         print(f"their metrics: python ex2_main.py test --checkpoint {args.checkpoint} --eval_scales {given}")
     print(f"done: see {out}/")
+
+
+def run_export(args) -> None:
+    """`export`: a checkpoint as a page that samples in the browser, as safetensors or as ONNX."""
+    from ex2.live.export import export
+    from ex2.settings.build import restore_model
+    from ex2.training.start import make_run_dir, open_checkpoint, record_command
+
+    if args.weights_as and args.format != "page":
+        raise InputError(f"--weights_as is for --format page; {args.format} keeps float32")
+    checkpoint, config, _ = open_checkpoint(args)
+    model = restore_model(checkpoint, config, "cpu", args.weights)
+    make_run_dir(config.run_dir)
+    record_command(config.run_dir, args)
+    export(model, checkpoint, config, args.format, args.weights_as or "float16", args.called)
 
 
 def run_report(args) -> None:
@@ -194,6 +211,7 @@ COMMANDS = {
     "test": run_test,
     "sample": run_sample,
     "compare": run_compare,
+    "export": run_export,
     "report": run_report,
     "check": run_check,
 }

@@ -148,6 +148,7 @@ class LinearAttention(nn.Module):
     def __init__(self, dim: int, heads: int = 4, dim_head: int = 32):
         super().__init__()
         self.heads, self.scale = heads, dim_head**-0.5
+        self.in_parts = True  # a CPU takes a batch in parts; no tracer can
         self.to_qkv = nn.Conv2d(dim, heads * dim_head * 3, 1, bias=False)
         self.to_out = nn.Sequential(nn.Conv2d(heads * dim_head, dim, 1), nn.GroupNorm(1, dim))
         nn.init.zeros_(self.to_out[1].weight)  # see `attention`
@@ -157,7 +158,7 @@ class LinearAttention(nn.Module):
         pixels, norm = flatten_positions(x), self.to_out[1]  # (B, H*W, C)
         # Queries and keys are the largest tensors of all: a CPU waits for its memory unless they stay in its cache.
         size = max(1, CACHED_ELEMENTS // (height * width * self.to_qkv.out_channels // 3))
-        parts = pixels.split(size) if x.device.type == "cpu" else [pixels]
+        parts = pixels.split(size) if x.device.type == "cpu" and self.in_parts else [pixels]
         out = torch.cat([self.attend(part) for part in parts])  # (B, H*W, C)
         return norm(unflatten_positions(out, height, width))
 
@@ -166,7 +167,7 @@ class LinearAttention(nn.Module):
         project, _ = self.to_out
         w_q, w_k, w_v = self.to_qkv.weight.flatten(1).chunk(3)  # 3 x (heads*dim_head, C)
         q = F.linear(x, w_q).unflatten(-1, (self.heads, -1)).softmax(dim=-1).flatten(2)  # (B, H*W, heads*dim_head)
-        k = (w_k.expand(len(x), -1, -1) @ x.transpose(1, 2)).softmax(dim=-1)  # (B, heads*dim_head, H*W)
+        k = (w_k.expand(x.shape[0], -1, -1) @ x.transpose(1, 2)).softmax(dim=-1)  # (B, heads*dim_head, H*W)
 
         seen = (k @ x).unflatten(1, (self.heads, -1))  # (B, heads, dim_head, C)
         w_v = w_v.unflatten(0, (self.heads, -1))  # (heads, dim_head, C)
@@ -352,7 +353,7 @@ class Unet(nn.Module):
             raise ValueError("this U-Net is unconditional and takes no classes (train with class_free_guidance)")
         emb = self.time_mlp(time)  # (B, 4 dim)
         if self.class_free_guidance:
-            emb = emb + self.embed_classes(classes, len(x))
+            emb = emb + self.embed_classes(classes, x.shape[0])  # not len(x), which a tracer takes for a constant
 
         if x.device.type == "cpu" or self.compiled:  # faster so; on a GPU only compiled group norms keep it
             x = x.contiguous(memory_format=torch.channels_last)

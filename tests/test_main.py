@@ -91,6 +91,20 @@ def test_several_guidance_scales_start_from_the_same_noise(run, tmp_path):
     assert np.array_equal(free, imageio.imread(tmp_path / "ring" / "images" / "0000_ring.png"))
 
 
+def test_samples_start_from_an_image_at_any_scale(run, tmp_path):
+    imageio.imwrite(tmp_path / "start.png", np.full((30, 40, 3), (255, 0, 0), np.uint8))
+    command = ["sample", "--no_cuda", "--checkpoint", str(run), "--n_images", "2", "--classes", "moon", "--eta", "0"]
+    command += ["--sampler", "ddim", "--start_image", str(tmp_path / "start.png")]
+    for fraction in ("0.1", "1"):
+        out = ["--guidance_scale", "0", "2", "--out", str(tmp_path / fraction), "--start_fraction", fraction]
+        assert ex2_main.main([*command, *out]) == 0
+    names = sorted(path.name for path in (tmp_path / "1").iterdir())
+    assert names == ["commands.txt", "guidance_grid.png", "start.png", "w=0", "w=2"]
+    little, much = (imageio.imread(tmp_path / name / "w=0" / "images" / "0000_moon.png") for name in ("0.1", "1"))
+    red = np.array([255, 0, 0])
+    assert np.abs(little - red).mean() < 50 < np.abs(much - red).mean()
+
+
 def test_calls_of_sample_do_not_mix(run):
     for folder in ("001", "002"):
         assert ex2_main.main(["sample", "--no_cuda", "--checkpoint", str(run), "--n_images", "1"]) == 0
@@ -172,6 +186,11 @@ def test_program_runs_from_anywhere_and_reports_errors_on_one_line(tmp_path):
         (["--n_images", "100000000000"], "--n_images must be at least 1 and at most 100000"),
         (["--out", "/"], "--out: / is no folder"),
         (["--sample_steps", "31"], "--sample_steps must be at most"),
+        (["--start_image", "no.png"], "--start_image: there is no file no.png"),
+        (["--start_image", __file__, "--start_fraction", "0"], "--start_fraction must be above 0"),
+        (["--start_image", __file__, "--start_fraction", "0.01"], "--start_fraction 0.01 is too little"),
+        (["--start_image", __file__], "can't be read as an image"),
+        (["--start_fraction", "0.5"], "--start_fraction says how far --start_image is noised"),
     ],
 )
 def test_bad_requests_for_samples(run, flags, message, capsys):

@@ -420,3 +420,45 @@ def test_a_model_in_training_mode_samples_as_in_eval_mode_and_stays_in_it(short)
         images.append(short.sample(model, 8, 40, classes=torch.arange(40) % 3, steps=3, generator=noise))
         assert model.training == mode
     assert torch.equal(*images)
+
+
+# ------------------------------------------------------------------ samples that start from an image
+
+
+def image_of_ramp():
+    return torch.linspace(-1, 1, 48).reshape(3, 4, 4)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("fraction", [0.05, 0.6, 1.0])
+def test_samples_from_an_image_start_at_eq_4_and_take_the_timesteps_below(linear, gaussian, sampler, fraction):
+    image, g = image_of_ramp(), torch.Generator().manual_seed(3)
+    how = {"sampler": sampler, "steps": 20, "start_image": image, "start_fraction": fraction}
+    steps = list(linear.sample_trajectory(gaussian(linear), 4, 2, generator=g, **how))
+    allowed = [t for t in subsample_timesteps(1000, 20).tolist() if t + 1 <= fraction * 1000]
+    assert [t for t, _, _ in steps] == [*reversed(allowed), -1]
+    noise = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(3))
+    wanted = linear.q_sample(image.expand(2, -1, -1, -1), torch.full((2,), allowed[-1]), noise)
+    torch.testing.assert_close(steps[0][1], wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_the_more_an_image_is_noised_the_less_is_left_of_it(linear, gaussian):
+    """For data N(0, 1), DDIM keeps x_t, so a sample has the correlation sqrt(abar_t) with its start image."""
+    image = image_of_ramp() / image_of_ramp().std(unbiased=False) / 2
+    for fraction in (0.05, 0.3, 1.0):
+        how = {"sampler": "ddim", "start_image": image, "start_fraction": fraction, "clamp": False}
+        generator = torch.Generator().manual_seed(0)
+        x = linear.sample(gaussian(linear), 4, 400, generator=generator, **how)
+        left = (x * image).mean() / image.square().mean()
+        assert left == pytest.approx(linear.sqrt_alphas_bar[round(fraction * 1000) - 1].item(), abs=0.03)
+
+
+@pytest.mark.parametrize("fraction", [0.0, -0.1, 1.1, math.nan])
+def test_a_start_fraction_out_of_range_is_refused(linear, gaussian, fraction):
+    with pytest.raises(ValueError, match="start_fraction is a fraction of T"):
+        linear.sample(gaussian(linear), 4, start_image=image_of_ramp(), start_fraction=fraction)
+
+
+def test_a_start_fraction_below_every_sampling_step_is_refused(linear, gaussian):
+    with pytest.raises(ValueError, match="none of the 1 sampling steps"):
+        linear.sample(gaussian(linear), 4, steps=1, start_image=image_of_ramp(), start_fraction=0.5)

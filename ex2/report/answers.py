@@ -51,6 +51,7 @@ CAPTIONS = {
     "study/samples.png": "Samples of every setting, a row for each; a column starts from the same noise.",
     "study/curves.png": "Losses over the steps and, right, over the noise level: there schedules can be compared.",
 }
+TRY_IT = "Turn the knobs yourself, in your browser, from one file:"
 WHY_IT_STOPS = (
     "Why does the loss stop falling so early? The noise of large t is soon learnt; that of small t can't be told from "
     "the image's own detail, however long one trains. Samples get better while the mean hardly moves. Is a validation "
@@ -122,12 +123,13 @@ class Study:
 
 @dataclass
 class Part:
-    """A piece of a section: text, and a table, pictures that it is the caption of, or commands."""
+    """A piece of a section: text, and a table, pictures that it is the caption of, commands, or links."""
 
     text: str = ""
     table: list[dict] = field(default_factory=list)
     pictures: list[tuple[str, Path]] = field(default_factory=list)  # (whose, file)
     commands: list[str] = field(default_factory=list)
+    links: list[tuple[str, Path]] = field(default_factory=list)  # (text, file)
 
 
 @dataclass
@@ -173,12 +175,19 @@ def read_frames(path: Path) -> list[Image.Image]:
         return []
 
 
-def sections(runs: Sequence[Run], studies: Sequence[Study]) -> list[Section]:
-    """The page: its opening, the sub-tasks in the order of the sheet, and the commands."""
+def sections(runs: Sequence[Run], studies: Sequence[Study], live: Sequence[tuple[str, Path]] = ()) -> list[Section]:
+    """The page: its opening, the sub-tasks in the order of the sheet, and the commands.
+
+    live: pages of `export` in which models sample, (name, file) each.
+    """
     null = [study for study in studies if {"null_token", "p_uncond"} & set(study.varied)]
     training = [study for study in studies if set(study.varied) - {"schedule", "null_token", "p_uncond"}]
     schedule = [study for study in studies if "schedule" in study.varied]
     opening = Section("samples", "Denoising diffusion: results")
+    opening.parts += [Part(TRY_IT, links=list(live))] if live else []
+    for run in runs[:1]:
+        command = f"python ex2_main.py export --checkpoint {shlex.quote(run.folder.as_posix())}"
+        opening.miss("a page in which a model samples", command, not live)
     opening.show("class_grid.png", [run for run in runs if run.config.class_free_guidance])
     opening.show("samples.png", [run for run in runs if not run.config.class_free_guidance])
     opening.show("reverse.gif", runs)

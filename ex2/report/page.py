@@ -112,7 +112,9 @@ def write_page(results_dir: Path) -> None:
     studies = [study for study in studies if study.varied and any(study.runs.values())]
     if not runs and not studies:
         raise InputError(f"no run in {results_dir}: train one first, for example python ex2_main.py --preset quick")
-    content = sections(runs, studies)
+    live = [folder / "live.html" for folder in (results_dir, *(run.folder for run in runs))]
+    live = [(path.relative_to(results_dir).as_posix(), path) for path in live if path.is_file()]
+    content = sections(runs, studies, live)
     page = TEMPLATES.get_template("page.html").render(sections=content, link=partial(link, results_dir))
     write_atomically(results_dir / "index.html", page.encode("utf-8", "replace"))
     write_atomically(results_dir / "report.md", "\n".join(as_text(content, results_dir)).encode("utf-8", "replace"))
@@ -161,6 +163,8 @@ def as_text(content: list[Section], results_dir: Path) -> Iterator[str]:
             yield f"{escape(part.text)}\n" if part.text else ""
             if part.table:
                 yield as_markdown([{escape(k): escape(format_cell(v)) for k, v in row.items()} for row in part.table])
+            for text, path in part.links:
+                yield f"[{escape(text)}]({link(results_dir, path)})\n"
             for whose, path in part.pictures:
                 yield f"![{escape(whose)}]({link(results_dir, path)})\n"
             for command in part.commands:

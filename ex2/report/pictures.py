@@ -131,13 +131,28 @@ def sample_and_save_images(
     return images
 
 
-def sample_at_scales(count, scales, diffusor, model, config: Config, out: Path, classes, class_names) -> None:
-    """2.4 c: `count` samples at each guidance scale, from the same noise; several have a folder each, and one grid."""
+def save_start(diffusor: Diffusion, config: Config, start: dict, path: Path) -> None:
+    """The start image as the model sees it, and noised as the first sample starts from it (Eq. 4)."""
+    image = start["start_image"][None]
+    process = diffusor.respace(config.sampling["steps"]).until(round(start["start_fraction"] * config.timesteps))
+    t = torch.tensor([process.timesteps - 1])
+    x_t = process.to("cpu").q_sample(image, t, ImageNoise(config.seed, 0, 1).draw(image.shape))
+    labels = ["start image", f"x_t, t = {int(process.model_timesteps[t]) + 1}"]
+    viz.save_grid(torch.cat((image, x_t)), path, 2, column_labels=labels)
+
+
+def sample_at_scales(count, scales, diffusor, model, config: Config, out: Path, classes, class_names, start) -> None:
+    """2.4 c: `count` samples at each guidance scale, from the same noise; several have a folder each, and one grid.
+
+    start: what they start from, of `open_start_image`.
+    """
+    if start and is_main():
+        save_start(diffusor, config, start, out / "start.png")
     common = {"classes": classes, "class_names": class_names, "seed": config.seed, "batch_size": config.sample_batch}
     rows = []
     for scale in scales:
         folder = out if len(scales) == 1 else out / f"w={number_name(scale)}"
-        how = {**common, **dataclasses.replace(config, guidance_scale=scale).sampling}
+        how = {**common, **dataclasses.replace(config, guidance_scale=scale).sampling, **start}
         images = sample_and_save_images(count, diffusor, model, diffusor.device, folder, **how)
         rows.append(images[:GRID_IMAGES].clone())  # so that the others need not be kept
     if len(scales) > 1 and is_main():

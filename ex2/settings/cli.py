@@ -110,7 +110,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         epilog="Flags without a command are train's; `ex2_main.py train --help` lists them.",
     )
     commands = parser.add_subparsers(
-        dest="command", metavar="{train,test,sample,compare,report,check}", parser_class=OneLineParser
+        dest="command", metavar="{train,test,sample,compare,export,report,check}", parser_class=OneLineParser
     )
 
     train = commands.add_parser("train", help="train, test and draw every picture (what runs when no command is named)")
@@ -135,6 +135,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add_flags(sample, ("run", "sampling"), (*RUN_FLAGS_OF_TRAIN, "guidance_scale"), saved=True)
     help = "w of Eq. 11; several are drawn from the same noise (default: 1 for class-conditional models)"
     sample.add_argument("--guidance_scale", dest="scales", type=float, nargs="+", help=help)
+    sample.add_argument(
+        "--start_image", type=path, metavar="FILE", help="noise this image and denoise it, as the classes"
+    )
+    help = "of T, how far the start image is noised (default: 0.6); the more, the less is left of it"
+    sample.add_argument("--start_fraction", type=float, help=help)
 
     compare = commands.add_parser("compare", help="train and evaluate a run for every combination of settings")
     compare.add_argument("--preset", **preset)
@@ -144,6 +149,14 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     compare.add_argument("--seeds", type=int, default=1, help=help)
     add_samples_flags(compare, "the run's own")
     add_flags(compare, all_groups, ("save_model",))
+
+    export = commands.add_parser("export", help="a checkpoint as a page that samples, as safetensors or as ONNX")
+    add_checkpoint_flags(export)
+    export.add_argument("--out", type=path, help="folder for the file (default: the run's folder)")
+    formats = {"choices": ("page", "safetensors", "onnx"), "default": "page"}
+    export.add_argument("--format", **formats, help="live.html (default), model.safetensors or model.onnx")
+    help = "how live.html holds the weights (default: float16; int8 is half as large, float32 exact)"
+    export.add_argument("--weights_as", choices=("float16", "int8", "float32"), help=help)
 
     report = commands.add_parser("report", help="everything under a results folder as one page")
     report.add_argument("--results_dir", type=path, default="results", help="folder of all runs (default: results)")
@@ -174,7 +187,7 @@ def refuse(word: str, command: str, known: set[str], settings: set[str]) -> None
     """Raises the InputError for a word of the command line that a command doesn't know."""
     name = word.split("=")[0]
     if name.startswith("--") and name[2:].replace("no_", "", 1) in settings:
-        if command in ("test", "sample"):
+        if command in ("test", "sample", "export"):
             raise InputError(f"{name} is fixed by the checkpoint and can't be given to {command}: train with it")
         raise InputError(f"{name} is not for {command}")
     near = difflib.get_close_matches(name, known, 1, cutoff=0.75)

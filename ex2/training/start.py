@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
+from ex2.data.decode import read_image
+from ex2.data.images import to_model_range
 from ex2.errors import InputError
 from ex2.machine.files import append_command
 from ex2.machine.job import computes_in_bfloat16, pick_device
@@ -36,6 +38,25 @@ def open_checkpoint(args):
     config = config_of(checkpoint, now)
     check_buildable(config)
     return checkpoint, config, pick_device(config.cuda, config.num_threads)
+
+
+def open_start_image(args, config, diffusor) -> dict:
+    """`start_image` and `start_fraction` of `Diffusion.sample_trajectory` by the flags of `sample`; {} without them."""
+    if not args.start_image:
+        if args.start_fraction is not None:
+            raise InputError("--start_fraction says how far --start_image is noised: give both")
+        return {}
+    fraction, path = 0.6 if args.start_fraction is None else args.start_fraction, Path(args.start_image)
+    if not 0 < fraction <= 1:
+        raise InputError(f"--start_fraction must be above 0 and at most 1, got {fraction:g}")
+    if not path.is_file():
+        raise InputError(f"--start_image: there is no file {path}")
+    try:
+        diffusor.respace(config.sampling["steps"]).until(round(fraction * config.timesteps))
+    except ValueError as error:
+        raise InputError(f"--start_fraction {fraction:g} is too little: {error}") from error
+    image = to_model_range(read_image(path, config.image_size, config.square))
+    return {"start_image": image, "start_fraction": fraction}
 
 
 def run_dir_of(checkpoint: str) -> Path:

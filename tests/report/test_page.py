@@ -68,6 +68,17 @@ def test_pictures_and_a_sentence_for_each_sub_task_open_the_page(results):
     assert all(title in text for title in ("- **2.1 The network", "- **2.5 Butterflies and other pictures** plain (32"))
 
 
+def test_a_page_in_which_a_model_samples_is_linked_first_or_missing(results):
+    command = "python ex2_main.py export --checkpoint "
+    assert all("a page in which a model samples. " in found and command in found for found in written(results))
+    (results / "live.html").write_text("")
+    (results / "guided" / "live.html").write_text("")
+    page, text = written(results)
+    links = ["live.html", "guided/live.html"]
+    assert re.findall(r'<a href="(.*?)"', page)[:2] == links and page.index("live.html") < page.index("<figure")
+    assert re.findall(r"(?<!!)\[.*?\]\((\S+)\)", text)[:2] == links and command not in page + text
+
+
 def test_what_explains_a_picture_and_what_made_it_is_said_once(results):
     make_run(results / "another")
     page, text = written(results)

@@ -67,7 +67,7 @@ def test_help_of_train_explains_every_setting(capsys):
         assert f"--{f.name} " in text and f.metadata["help"] in text
 
 
-@pytest.mark.parametrize("command", [[], ["test"], ["sample"]])
+@pytest.mark.parametrize("command", [[], ["test"], ["sample"], ["export"]])
 def test_help_of_the_others(command, capsys):
     with pytest.raises(SystemExit) as done:
         ex2_main.main([*command, "--help"])
