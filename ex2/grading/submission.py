@@ -193,7 +193,8 @@ class Submission(Adapter):
         """(256,) how often each grey is in a saved image of value 0.5 with a black and a white row."""
         function, model = self.get("main", "sample_and_save_images"), Stub()
         diffusor = self.diffusion(model, torch.linspace(1e-4, 0.2, 100))  # some pick out steps of T = 100
-        sampled = self.call(diffusor.sample, labels_for(8), model=model, image_size=8, batch_size=8, channels=3)
+        optional = labels_for(8), {**labels_for(8), "image_size": (8, 8)}
+        sampled = self.call(diffusor.sample, *optional, model=model, image_size=8, batch_size=8, channels=3)
         is_list = isinstance(sampled, (list, tuple))
         low = 0.0 if (sampled[-1] if is_list else sampled).min() >= 0 else -1.0  # some scale to [0, 1] in it
 
