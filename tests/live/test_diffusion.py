@@ -30,6 +30,13 @@ def test_subsequences_of_every_length_are_those_of_the_program(engine):
     assert all(row == subsample_timesteps(1000, i + 1).tolist() for i, row in enumerate(found))
 
 
+def test_the_part_up_to_every_timestep_is_that_of_the_program(engine):
+    process = Diffusion(1000, SCHEDULES["linear"], 4, "cpu").respace(30)
+    engine.context.eval("var process = new Diffusion(SCHEDULES.linear(1000)).respace(30); undefined")
+    found = engine.run("Array.from({length: 1000}, (_, i) => process.until(i + 1).timesteps)")
+    assert found == [process.until(count).timesteps for count in range(1, 1001)]
+
+
 class Model:
     """A made-up noise predictor with three classes and a null class, for both languages."""
 
