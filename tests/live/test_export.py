@@ -77,6 +77,14 @@ def test_weights_become_smaller_and_what_that_costs_is_said(trained, tmp_path, c
     assert errors["float32"] == 0 < errors["float16"] < 1e-3 < errors["int8"] < 0.1
 
 
+def test_int8_is_at_most_half_a_step_of_its_channel_away():
+    state = {"weight": torch.randn(5, 4, 3, 3) * torch.tensor([1e-4, 1e-2, 1.0, 100.0, 0.0]).reshape(5, 1, 1, 1)}
+    parameters, content, rounded = export.encode_weights(state, "int8")
+    largest = state["weight"].abs().amax((1, 2, 3), keepdim=True)
+    assert ((rounded["weight"] - state["weight"]).abs() <= largest / 253.9).all()
+    assert parameters == [["weight", "int8", [5, 4, 3, 3]]] and len(content) == 5 * 4 + 180
+
+
 def test_float16_is_read_bit_by_bit():
     every = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(torch.float16)
     finite = every.isfinite()

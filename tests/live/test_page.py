@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from javascript import INSTALL
 from PIL import Image
+from tiny import ROOT
 
 import ex2_main
 
@@ -237,3 +238,12 @@ def test_every_control_has_a_name_and_the_keyboard_reaches_it(driver):
     driver.page.locator("#scale").press("ArrowRight")
     driver.settle()
     assert driver.page.inner_text("#scale-value") == "1.25"
+
+
+def test_the_page_of_the_showcase_samples_and_is_small_enough_to_be_sent(browser):
+    path = ROOT / "results" / "showcase" / "live.html"
+    assert path.stat().st_size < 4e6
+    driver = Driver(browser, path.as_uri(), 420)
+    assert driver.page.inner_text("#when") == "t = 0: the sample, after 30 steps"
+    assert driver.pictures()[0].shape == (16, 16, 4) and driver.said == []
+    driver.page.close()
