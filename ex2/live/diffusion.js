@@ -161,10 +161,12 @@ function ddim_step(process, index, eps, x_zero, draw, eta) {
   );
 }
 
-/** x_zero extrapolated to the middle of the step in log-SNR, from its estimates at `index` and at the one before. */
+/** The angle whose cosine and sine are the factors of x_zero and eps in x_t; Salimans and Ho 2022. */
+const angle = (process, t) => Math.atan2(process.sqrt_one_minus_alphas_bar[t], process.sqrt_alphas_bar[t]);
+
+/** x_zero in the middle of the next step's angle, extrapolated from its estimates at `index` and at the one before. */
 function second_order_x_zero(process, index, x_zero, x_zero_before) {
-  const log_snr = (t) => Math.log(process.alphas_bar[t] / (1 - process.alphas_bar[t]));
-  const [after, now, before] = [index - 1, index, index + 1].map(log_snr);
+  const [after, now, before] = [index - 1, index, index + 1].map((t) => angle(process, t));
   const factor = (after - now) / (2 * (now - before));
   return image(x_zero.length, (i) => x_zero[i] + factor * (x_zero[i] - x_zero_before[i]));
 }
