@@ -442,6 +442,11 @@ def test_samples_from_an_image_start_at_eq_4_and_take_the_timesteps_below(linear
     torch.testing.assert_close(steps[0][1], wanted, rtol=1e-5, atol=1e-6)
 
 
+def test_the_part_up_to_a_timestep_takes_as_many_noising_steps(linear):
+    assert [linear.until(count).timesteps for count in (1, 600, 1000)] == [1, 600, 1000]
+    assert linear.timesteps == 1000  # the whole process is left alone
+
+
 def test_the_more_an_image_is_noised_the_less_is_left_of_it(linear, gaussian):
     """For data N(0, 1), DDIM keeps x_t, so a sample has the correlation sqrt(abar_t) with its start image."""
     image = image_of_ramp() / image_of_ramp().std(unbiased=False) / 2
