@@ -45,7 +45,7 @@ DIFFUSERS = {  # scheduler -> settings other than the betas; the rest are its de
     "UniPCMultistepScheduler": {},
     "DEISMultistepScheduler": {},
 }
-SAMPLES = 20_000
+SAMPLES = 5_000
 
 
 class UnitNoise(ImageNoise):
