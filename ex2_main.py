@@ -178,12 +178,15 @@ def run_sample(args) -> None:
 def run_export(args) -> None:
     """`export`: a checkpoint as a page that samples in the browser, as safetensors or as ONNX."""
     from ex2.live.export import export
+    from ex2.machine.processes import is_main
     from ex2.settings.build import restore_model
     from ex2.training.start import make_run_dir, open_checkpoint, record_command
 
     if args.weights_as and args.format != "page":
         raise InputError(f"--weights_as is for --format page; {args.format} keeps float32")
     checkpoint, config, _ = open_checkpoint(args)
+    if not is_main():
+        return
     model = restore_model(checkpoint, config, "cpu", args.weights)
     make_run_dir(config.run_dir)
     record_command(config.run_dir, args)

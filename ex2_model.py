@@ -319,9 +319,9 @@ class Unet(nn.Module):
         if null_token not in NULL_TOKENS:
             raise ValueError(f"null_token must be one of {', '.join(NULL_TOKENS)}, got {null_token!r}")
         self.null_class = num_classes
-        self.class_emb = nn.Embedding.from_pretrained(torch.randn(num_classes, emb_dim), freeze=False)
+        self.class_emb = nn.Embedding(num_classes, emb_dim)
         if null_token == "learned":
-            self.null_token = nn.Parameter(torch.randn(emb_dim))
+            self.null_token = nn.Parameter(torch.randn(emb_dim))  # as nn.Embedding initialises its rows
         else:
             self.register_buffer("null_token", torch.zeros(emb_dim))
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 LIVE = Path(__file__).resolve().parents[1] / "ex2" / "live"
-INSTALL = "pip install -r requirements-extras.txt"
+INSTALL = "pip install -r requirements-tests.txt"
 mini_racer = pytest.importorskip("py_mini_racer", reason=f"{INSTALL}: mini-racer runs the JavaScript")
 
 

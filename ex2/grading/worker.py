@@ -1,7 +1,8 @@
-"""The process of a submission, seen from outside: it is asked for results, and ended with all that it started.
+"""The process of a submission, seen from outside: it is asked for results, and ended with what it started.
 
 It has limits of time and of what it may say, and an environment without the user's variables. It may still read and
-write files, start programs that use the network, and signal other processes: README has the command for a sandbox.
+write files, start programs that use the network or hide from here, and signal other processes: README has the command
+for a sandbox.
 """
 
 from __future__ import annotations
@@ -144,7 +145,7 @@ class Worker:
         return code
 
     def close(self) -> None:
-        """Kills the process and, where the system can tell, all that it started."""
+        """Kills the process and, on Linux, what it started, unless that left both its environment and its folder."""
         if self.process is None:
             return
         if os.name == "posix":
@@ -171,12 +172,12 @@ def write_and_read(process: subprocess.Popen, line: bytes, answers: queue.Queue)
 
 
 def kill_all_of(home: str) -> int:
-    """Kills the processes that have a home in their environment (Linux); how many."""
+    """Kills the processes that have a home in their environment or work in it (Linux); how many."""
     killed = 0
-    for path in Path("/proc").glob("[0-9]*/environ"):
+    for path in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            if home.encode() in path.read_bytes():
-                os.kill(int(path.parent.name), signal.SIGKILL)
+            if home.encode() in (path / "environ").read_bytes() or os.readlink(path / "cwd") == os.path.realpath(home):
+                os.kill(int(path.name), signal.SIGKILL)
                 killed += 1
     return killed
 

@@ -146,8 +146,45 @@ function* dpmpp_2m(process, predict, x, draw, eta) {
   yield { index: -1, x, x_zero: x };
 }
 
+/** Heun's method, second order; Karras et al. 2022, Alg. 1. Two network calls a step, but for the last one. */
+function* heun(process, predict, x, draw) {
+  for (let index = process.timesteps - 1; index >= 0; index--) {
+    const { eps, x_zero, output } = predict(x, index);
+    yield { index, x, x_zero, eps, output };
+    const end = ddim_step(process, index, eps, x_zero, draw, 0);
+    x = index > 0 ? heun_step(process, index, x, { eps, x_zero }, predict(end, index - 1)) : end;
+  }
+  yield { index: -1, x, x_zero: x };
+}
+
+/** iPNDM: DDIM's step with the noise of the last four; Zhang and Chen 2023. */
+function* ipndm(process, predict, x, draw) {
+  let last = [];
+  for (let index = process.timesteps - 1; index >= 0; index--) {
+    let { eps, x_zero, output } = predict(x, index);
+    yield { index, x, x_zero, eps, output };
+    last = [eps, ...last.slice(0, 3)];
+    if (index > 0) {
+      const factors = ADAMS_BASHFORTH[last.length - 1];
+      eps = image(x.length, (i) => factors.reduce((sum, factor, k) => sum + factor * last[k][i], 0));
+      x_zero = process.predict_x_zero(x, index, eps);
+    }
+    x = ddim_step(process, index, eps, x_zero, draw, 0);
+  }
+  yield { index: -1, x, x_zero: x };
+}
+
+/** Of order 1 to 4: factors of the estimates, the latest first. */
+const ADAMS_BASHFORTH = [
+  [1],
+  [3 / 2, -1 / 2],
+  [23 / 12, -16 / 12, 5 / 12],
+  [55 / 24, -59 / 24, 37 / 24, -9 / 24],
+];
+
 /** name -> sampler: (process, predict, x, draw, eta) -> generator of {index, x, x_zero, eps, output}. */
-const SAMPLERS = { ddpm, ddim, dpmpp_2m };
+const SAMPLERS = { ddpm, ddim, dpmpp_2m, heun, ipndm };
+const TAKE_ETA = ["ddim", "dpmpp_2m"];
 
 /** x_{t-1} from the two estimates that make up x_t; Song et al. 2021, Eq. 12. eta: 0 is the ODE, 1 ancestral. */
 function ddim_step(process, index, eps, x_zero, draw, eta) {
@@ -169,6 +206,14 @@ function second_order_x_zero(process, index, x_zero, x_zero_before) {
   const [after, now, before] = [index - 1, index, index + 1].map((t) => angle(process, t));
   const factor = (after - now) / (2 * (now - before));
   return image(x_zero.length, (i) => x_zero[i] + factor * (x_zero[i] - x_zero_before[i]));
+}
+
+/** x_{t-1} from x_t by the mean slope of both ends of the step, in the angle. */
+function heun_step(process, index, x, now, end) {
+  const slope = ({ eps, x_zero }, t, i) =>
+    process.sqrt_alphas_bar[t] * eps[i] - process.sqrt_one_minus_alphas_bar[t] * x_zero[i];
+  const half = (angle(process, index - 1) - angle(process, index)) / 2;
+  return image(x.length, (i) => x[i] + half * (slope(now, index, i) + slope(end, index - 1, i)));
 }
 
 /**

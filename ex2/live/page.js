@@ -86,12 +86,20 @@ function request() {
   const id = (running?.id ?? shown.id ?? 0) + 1;
   const quick = expected < QUICK && shown.settings !== null;
   running = { id, settings, process, frames: cells.map(() => []), left: cells.length, quick };
-  if (!running.quick) show_run(running); // each step as it comes
+  if (!running.quick) {
+    allow(["save-png", "save-apng", "take"], false);
+    show_run(running); // each step as it comes
+  }
   const common = { steps: settings.steps, eta: settings.eta, ...settings.start };
   const jobs = cells.map((cell, i) => ({ ...cell, ...common, cell: i }));
   workers.forEach((worker, w) =>
     worker.postMessage({ run: id, length, jobs: jobs.filter((_, i) => i % workers.length === w) }),
   );
+}
+
+/** Enables or disables controls. */
+function allow(ids, ready) {
+  for (const id of ids) $(id).disabled = !ready;
 }
 
 /** Makes a run the one on the screen. */
@@ -109,12 +117,14 @@ function receive({ data }) {
   if (data.run !== running?.id) return; // of a run that was given up
   milliseconds = data.milliseconds || milliseconds;
   running.frames[data.cell].push(data.step);
+  allow(["play", "time"], true);
   if (data.step.index < 0) running.left -= 1;
   const done = running.left === 0;
   if (done && running !== shown) show_run(running);
   else if (running === shown) show();
   if (!done) return;
   describe_work();
+  allow(["save-png", "save-apng", "take"], true);
   running = null;
   document.body.dataset.state = "idle";
   if (waiting) request();
@@ -123,7 +133,8 @@ function receive({ data }) {
 /** Unpacks the weights and starts the Workers: as many as there are cores, one for a large network. */
 async function start_workers() {
   const text = atob($("bytes").textContent);
-  const bytes = Uint8Array.from(text, (letter) => letter.charCodeAt(0));
+  const bytes = new Uint8Array(text.length);
+  for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
   const simd = has_simd();
   const sources = ["kernel", "weights", "unet", "diffusion", "worker"].map((id) => $(id).textContent);
   const address = URL.createObjectURL(new Blob(sources, { type: "text/javascript" }));
@@ -348,11 +359,11 @@ function describe_settings() {
   const chosen = read_settings();
   for (const id of ["scale", "scale2", "eta", "brush"]) if ($(id)) $(`${id}-value`).textContent = minus($(id).value);
   $("steps-value").textContent = chosen.steps === config.timesteps ? `${chosen.steps} (all)` : chosen.steps;
-  const stochastic = chosen.rows.some(({ sampler }) => sampler !== "ddpm");
+  const stochastic = chosen.rows.some(({ sampler }) => TAKE_ETA.includes(sampler));
   $("eta").disabled = !stochastic;
   $("eta-help").textContent = stochastic
     ? "0: noise alone decides, nothing is drawn on the way. 1: fresh noise at each step."
-    : "ddpm draws fresh noise at each step, as in Eq. 8.";
+    : "ddpm draws fresh noise at each step, as in Eq. 8; heun and ipndm draw none.";
   $("count").disabled = checked("label") === "all";
   $("second").hidden = !$("compare").checked;
   const from_picture = checked("start") === "picture";
@@ -366,17 +377,27 @@ function describe_settings() {
     `Eq. 4: xₜ = ${signal} x₀ + ${noise} ε. From there the reverse process goes back, as the chosen class.`;
 }
 
+/** Sets a slider to a number of the run, which may lie outside of its range or between its stops. */
+function offer(id, value) {
+  const slider = $(id);
+  [slider.min, slider.max] = [Math.min(slider.min, value), Math.max(slider.max, value)];
+  if (((value - slider.min) / slider.step) % 1) slider.step = 0.01;
+  slider.value = value;
+}
+
 /** Sets the form to the settings of the run, and listens to it. */
 function prepare_form() {
   for (const id of ["sampler", "sampler2"]) {
     $(id).append(...Object.keys(SAMPLERS).map((name) => new Option(name)));
-    $(id).value = config.sampler in SAMPLERS ? config.sampler : "dpmpp_2m";
+    $(id).value = config.sampler;
   }
-  if ($("scale"))
-    [$("scale").value, $("scale2").value] = [config.guidance_scale, Math.min(5, config.guidance_scale + 2)];
-  else $("sampler2").value = $("sampler").value === "ddpm" ? "ddim" : "ddpm";
+  if ($("scale")) {
+    offer("scale", config.guidance_scale);
+    offer("scale2", config.guidance_scale + (config.guidance_scale > 3 ? -2 : 2));
+  } else $("sampler2").value = $("sampler").value === "ddpm" ? "ddim" : "ddpm";
   Object.assign($("steps"), { max: STEPS.length - 1, value: STEPS.indexOf(own_steps) });
-  $("eta").value = config.eta;
+  offer("eta", config.eta);
+  allow(["play", "time", "save-png", "save-apng", "take"], false); // until there is a run
 
   for (const form of document.forms) {
     form.addEventListener("submit", (event) => event.preventDefault());

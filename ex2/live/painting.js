@@ -95,7 +95,7 @@ function prepare_painting() {
     use_painting();
   });
   $("take").addEventListener("click", () => {
-    painting.set(frame_at(0, Infinity).x.map((value) => Math.min(1, Math.max(-1, value))));
+    painting.set(frame_at(0, Infinity).x_zero.map((value) => Math.min(1, Math.max(-1, value))));
     use_painting();
   });
   $("file").addEventListener("change", () => {

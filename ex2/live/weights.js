@@ -4,11 +4,13 @@ const FLOAT16_FACTORS = Array.from({ length: 32 }, (_, exponent) => 2 ** (Math.m
 
 /** float32 numbers from the bits of float16 ones: 1 for the sign, 5 for the exponent, 10 for the mantissa. */
 function from_float16(bits) {
-  return Float32Array.from(bits, (half) => {
-    const exponent = (half >> 10) & 31;
-    const value = ((half & 1023) + (exponent ? 1024 : 0)) * FLOAT16_FACTORS[exponent];
-    return half >> 15 ? -value : value;
-  });
+  const numbers = new Float32Array(bits.length);
+  for (let i = 0; i < bits.length; i++) {
+    const exponent = (bits[i] >> 10) & 31;
+    const value = ((bits[i] & 1023) + (exponent ? 1024 : 0)) * FLOAT16_FACTORS[exponent];
+    numbers[i] = bits[i] >> 15 ? -value : value;
+  }
+  return numbers;
 }
 
 /** The state_dict, name -> {data, shape}, of `bytes` that export.py wrote; parameters: [name, kind, shape] of each. */
@@ -24,7 +26,8 @@ function decode_weights(parameters, bytes) {
     let data;
     if (kind === "int8") {
       const scales = take(Float32Array, shape[0]); // one for each output channel
-      data = Float32Array.from(take(Int8Array, size), (value, i) => value * scales[Math.floor((i * shape[0]) / size)]);
+      data = new Float32Array(take(Int8Array, size));
+      for (let i = 0; i < size; i++) data[i] *= scales[Math.floor((i * shape[0]) / size)];
     } else {
       data = kind === "float16" ? from_float16(take(Uint16Array, size)) : take(Float32Array, size);
     }

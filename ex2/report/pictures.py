@@ -90,7 +90,8 @@ def draw_samples(model, class_names, diffusor: Diffusion, config: Config) -> Non
     grid = torch.stack([by_scale[w] for w in GUIDANCE_SCALES], dim=1).flatten(0, 1)
     columns = [f"w = {w:g}" for w in GUIDANCE_SCALES]
     viz.save_grid(grid, config.run_dir / "guidance_grid.png", len(columns), class_names, columns)
-    draw_exact_guidance(config.run_dir / "guidance_exact.png")
+    if not config.dry_run:  # of no run: what Eq. 11 does to data with a known answer
+        draw_exact_guidance(config.run_dir / "guidance_exact.png")
 
 
 def sample_and_save_images(
@@ -132,7 +133,7 @@ def sample_and_save_images(
 
 
 def save_start(diffusor: Diffusion, config: Config, start: dict, path: Path) -> None:
-    """The start image as the model sees it, and noised as the first sample starts from it (Eq. 4)."""
+    """The start image as the model sees it, and noised (Eq. 4): on a CPU that is where the first sample starts."""
     image = start["start_image"][None]
     process = diffusor.respace(config.sampling["steps"]).until(round(start["start_fraction"] * config.timesteps))
     t = torch.tensor([process.timesteps - 1])

@@ -67,6 +67,7 @@ def test_a_submission_can_neither_see_print_leave_nor_forge_anything(tmp_path, t
 import ex2.grading; assert ex2.grading.MARK  # a package of our name
 sleep = [sys.executable, "-c", "import time; time.sleep(98.7)"]
 subprocess.Popen(sleep)
+subprocess.Popen(sleep, env={}, start_new_session=True)
 subprocess.Popen(["sh", "-c", '"$0" -c "import time; time.sleep(98.7)" &', sys.executable], start_new_session=True)
 threading.Thread(target=time.sleep, args=(98.7,)).start()
 print("{}", "x" * 10**5)

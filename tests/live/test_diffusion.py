@@ -58,6 +58,8 @@ class Model:
         {"sampler": "ddim", "eta": 0.7, "guidance_scale": -1.0},
         {"sampler": "dpmpp_2m", "guidance_interval": (0.2, 0.7)},
         {"sampler": "dpmpp_2m", "eta": 1.0, "classes": None, "guidance_scale": 0.0},
+        {"sampler": "heun"},
+        {"sampler": "ipndm", "guidance_scale": 0.0},
         {"sampler": "ddim", "start_fraction": 0.6},
         {"sampler": "ddpm", "start_fraction": 0.05},
     ],

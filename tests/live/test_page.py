@@ -244,6 +244,6 @@ def test_the_page_of_the_showcase_samples_and_is_small_enough_to_be_sent(browser
     path = ROOT / "results" / "showcase" / "live.html"
     assert path.stat().st_size < 4e6
     driver = Driver(browser, path.as_uri(), 420)
-    assert driver.page.inner_text("#when") == "t = 0: the sample, after 30 steps"
+    assert driver.page.inner_text("#when") == "t = 0: the sample, after 10 steps"
     assert driver.pictures()[0].shape == (16, 16, 4) and driver.said == []
     driver.page.close()
