@@ -20,7 +20,8 @@ class RunLog:
 
     Args:
         path: of the file.
-        epochs_done, step: where the run stands.
+        epochs_done: epochs that are over.
+        step: the last one that belongs to a row.
     """
 
     def __init__(self, path: Path, epochs_done: int = 0, step: int = 0):

@@ -193,7 +193,11 @@ class Training:
         """
         self.loader.set_epoch(self.epochs_done, self.batches_done)
         with hold_signals() as self.signals:
-            yield
+            try:
+                yield
+            except ReadingError:  # a signal to the whole group can end a worker that has just been started
+                if not self.signals:
+                    raise
         if self.signals:  # it came after the last step
             raise Interrupted(self.signals[0])
 
@@ -322,7 +326,8 @@ class Training:
             return
         folder, settings = self.config.run_dir, dataclasses.asdict(self.config)
         write_atomically(folder / "config.json", (json.dumps(settings, indent=2) + "\n").encode())
-        self.log = RunLog(folder / "log.csv", self.epochs_done + (self.time_fraction >= 1), self.step)
+        logged = self.step - len(self.meter.window)  # the steps after it will be written again
+        self.log = RunLog(folder / "log.csv", self.epochs_done + (self.time_fraction >= 1), logged)
 
     def save(self) -> None:
         """Writes the run's checkpoint, unless a loss is not finite: `restore_model` makes a model of it."""

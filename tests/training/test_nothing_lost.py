@@ -4,6 +4,7 @@ import copy
 import math
 import os
 import random
+import signal
 import threading
 
 import numpy as np
@@ -15,13 +16,13 @@ from tiny import TINY, fit, random_set, rejected, tiny_config, tiny_splits, with
 import ex2_main
 from ex2.data import loader
 from ex2.data.images import DataSplits
-from ex2.errors import InputError, ReadingError
+from ex2.errors import InputError, Interrupted, ReadingError
 from ex2.machine import files, job
 from ex2.machine.job import lock_folder
 from ex2.settings.build import build_diffusion
 from ex2.settings.cli import choose_classes
 from ex2.settings.config import Config
-from ex2.training import checkpoint, log
+from ex2.training import checkpoint, log, run
 from ex2.training.log import RunLog
 from ex2.training.run import open_run
 from ex2_viz import save_images
@@ -135,7 +136,37 @@ def test_losses_of_a_window_do_not_keep_the_batch_in_memory(model, diffusor):
     assert loss.untyped_storage().nbytes() == 4 and norm.untyped_storage().nbytes() == 4
 
 
+def test_a_signal_that_ends_a_worker_too_is_an_interruption(tmp_path):
+    """Before it ignores signals: exit code 1, "lower --num_workers" (1 of 100 kills)."""
+    config = tiny_config(tmp_path)
+    training = open_run(config, tiny_splits(), build_diffusion(config, "cpu"))
+    with pytest.raises(Interrupted, match="SIGTERM"), training.epoch():
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise ReadingError("a worker is gone")
+    with pytest.raises(ReadingError), training.epoch():
+        raise ReadingError("a worker is gone")
+
+
 # ------------------------------------------------------------------ log.csv
+
+
+def test_the_last_row_of_an_epoch_stands_in_the_log_once(tmp_path, monkeypatch):
+    """It comes after the checkpoint of its step: killed between the two, a run wrote it again (2 of 100 kills)."""
+    config, parts = (
+        tiny_config(tmp_path, save_minutes=1e-6),
+        (tiny_splits(), build_diffusion(tiny_config(tmp_path), "cpu")),
+    )
+
+    def end_here(*args):
+        raise KeyError("as if killed before the validation")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "test", end_here)
+        with pytest.raises(KeyError):
+            fit(config, *parts)
+    fit(config, *parts)
+    rows = RunLog.read(config.run_dir / "log.csv")
+    assert [row["step"] for row in rows if row["train_loss"]] == ["3", "6"]
 
 
 def spreadsheet(text, kind):
