@@ -48,9 +48,10 @@ SAMPLER_ROWS = (  # name, settings, timesteps; None is all
     ("ddpm (Eq. 8)", {"sampler": "ddpm"}, (None, 100, 25)),
     ("ddim, eta = 1", {"sampler": "ddim", "eta": 1.0}, (100, 25)),
     ("ddim, eta = 0", {"sampler": "ddim", "eta": 0.0}, (25,)),
-    ("dpmpp_2m, eta = 1", {"sampler": "dpmpp_2m", "eta": 1.0}, (25, 13)),
+    ("dpmpp_2m, eta = 1", {"sampler": "dpmpp_2m", "eta": 1.0}, (25, 10, 8)),
     ("dpmpp_2m, eta = 0", {"sampler": "dpmpp_2m"}, (25, 13)),
     ("heun", {"sampler": "heun"}, (13, 7)),
+    ("ipndm", {"sampler": "ipndm"}, (25, 8)),
 )
 
 

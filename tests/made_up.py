@@ -11,8 +11,8 @@ from ex2.training.log import LOG_COLUMNS
 T = [0, 200, 400, 600, 800, 999]
 LOG_SNR = [9.0, 3.0, 0.0, -2.5, -5.0, -15.0]
 L2 = [0.8, 0.12, 0.04, 0.012, 0.008, 0.006]
-PICTURES = "class_grid guidance_grid guidance_curve forward_strip reverse_strip x_zero_strip nearest time_embedding"
-PICTURES = [f"{name}.png" for name in f"{PICTURES} schedules training loss_over_t bits_per_dim".split()]
+PICTURES = "class_grid guidance_grid guidance_curve guidance_exact forward_strip reverse_strip x_zero_strip nearest"
+PICTURES = [f"{name}.png" for name in f"{PICTURES} time_embedding schedules training loss_over_t bits_per_dim".split()]
 TRAIN, TEST = "python ex2_main.py --preset quick", "python ex2_main.py test --checkpoint results/quick"
 
 
