@@ -219,7 +219,7 @@ def plot_guided_densities(curves: Mapping[float, Mapping[str, tuple]], path: str
         for ax, (w, lines) in zip(axes, curves.items()):
             for label, (x, density) in lines.items():
                 ax.plot(x, density, label=label)
-            ax.set(title=f"w = {w:g}", xlabel="pixel", xlim=(-1, 3))
+            ax.set(title=f"w = {w:g}", xlabel="pixel", xlim=(-1, 3), ylim=(0, 2.2))  # room for the legend
         axes[0].set_ylabel("density")
         axes[-1].legend(fontsize="small")
 

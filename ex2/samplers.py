@@ -52,7 +52,7 @@ def ddim(process, predict, x: Tensor, draw, eta: float = 0.0) -> Trajectory:
 
 
 def dpmpp_2m(process, predict, x: Tensor, draw, eta: float = 0.0) -> Trajectory:
-    """DPM-Solver++(2M), second order; Lu et al. 2022, Alg. 2 (https://arxiv.org/abs/2211.01095).
+    """DPM-Solver++(2M), second order; Lu et al. 2022, Alg. 2 (https://arxiv.org/abs/2211.01095), in another variable.
 
     The first step has no estimate before it, and the last one returns its own: those two are of first order.
     """
@@ -167,7 +167,7 @@ def second_order_x_zero(process, index: int, x_zero: Tensor, x_zero_before: Tens
     """x_zero in the middle of the next step's angle, extrapolated from the last two estimates. (B, C, H, W).
 
     Lu et al. take log-SNR for the angle. On it the steps grow towards the image: an extrapolation over more than twice
-    the distance of the estimates made samples up to 36% too wide (docs/samplers.md).
+    the distance of the estimates made samples up to 35% too wide (docs/samplers.md).
 
     Args:
         x_zero: the estimate at `index`.

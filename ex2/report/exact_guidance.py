@@ -1,7 +1,7 @@
 """What guidance samples, on data with a known answer: one pixel of two classes, N(+1, 0.5^2) and N(-1, 0.5^2) (2.4 b).
 
 Many think that the guided noise of Eq. 11 samples p(x | c)^(1+w) / p(x)^w. It would if it were the score of that
-distribution with noise; it is a mixture of two scores with noise, which is another thing.
+distribution with noise added. But it is (1 + w) times one noisy score minus w times another, which is not the same.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ex2_diffusion import SCHEDULES, Diffusion, extract
 
 DEVIATION = 0.5  # of a class; its mean is +1 or -1
 SCALES = (1.0, 3.0)  # w
-STEPS, SAMPLES = 50, 5_000
+STEPS, SAMPLES = 25, 5_000
 GRID = torch.linspace(-1, 3.5, 901, dtype=torch.float64)  # pixels at which densities are computed
 TILTED = r"$p(x|c)^{1+w}\,/\,p(x)^w$"
 WAYS = {  # label -> how samples are drawn
