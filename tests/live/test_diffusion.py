@@ -5,6 +5,7 @@ import pytest
 import torch
 from javascript import Engine
 
+from ex2.samplers import SAMPLERS, takes_eta
 from ex2_diffusion import SCHEDULES, Diffusion, subsample_timesteps
 
 SHAPE = (1, 3, 4, 4)
@@ -48,6 +49,11 @@ class Model:
         classes = torch.full((len(x),), 3) if classes is None else classes
         order = torch.arange(x[0].numel()).reshape(x[0].shape)
         return torch.sin(3 * x + t.reshape(-1, 1, 1, 1) / 100 + order) * (1 + classes.reshape(-1, 1, 1, 1)) / 2
+
+
+def test_the_page_has_every_sampler_of_the_program(engine):
+    assert engine.run("Object.keys(SAMPLERS)") == list(SAMPLERS)
+    assert engine.run("TAKE_ETA") == [name for name in SAMPLERS if takes_eta(name)]
 
 
 @pytest.mark.parametrize(
