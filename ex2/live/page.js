@@ -263,7 +263,7 @@ function show_pixel() {
   const run = shown.process;
   $("recip").textContent = number(run.sqrt_recip_alphas[index], 4);
   $("noise-factor").textContent = number(run.eps_factor[index], 4);
-  $("sigma").textContent = index > 0 ? number(run.sqrt_betas[index], 4) : "0";
+  $("sigma").textContent = number(run.sqrt_betas[index], 4);
   const mean = run.ddpm_mean(x, index, eps);
   const names = channels === 3 ? ["red", "green", "blue"] : ["grey"];
   const cells = (n) => [x, eps, x_zero, mean, next].map((values) => make("td", { textContent: number(values[n]) }));
@@ -273,9 +273,9 @@ function show_pixel() {
   const { sampler } = shown.settings.rows[pixel.row] ?? shown.settings.rows[0];
   const own =
     sampler === "ddpm"
-      ? "xₜ₋₁ is this mean and σₜ z."
+      ? "xₜ₋₁ is this mean and σₜ z; in the last step z is 0."
       : `${sampler} takes xₜ₋₁ from the same ε by a step of its own; ddpm takes this one.`;
-  const subsequence = run.timesteps < config.timesteps ? " Its factors are those of the subsequence of timesteps." : "";
+  const subsequence = run.timesteps < config.timesteps ? " Factors and t − 1 are those of the subsequence of timesteps." : "";
   const noise = "ε is the predicted noise after x₀ was clamped to [−1, 1].";
   $("pixel-note").textContent = `Pixel (${pixel.j}, ${pixel.i}) at t = ${t + 1}. ${noise} ${own}${subsequence}`;
 }

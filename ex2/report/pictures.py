@@ -139,7 +139,7 @@ def save_start(diffusor: Diffusion, config: Config, start: dict, path: Path) -> 
     t = torch.tensor([process.timesteps - 1])
     x_t = process.to("cpu").q_sample(image, t, ImageNoise(config.seed, 0, 1).draw(image.shape))
     labels = ["start image", f"x_t, t = {int(process.model_timesteps[t]) + 1}"]
-    viz.save_grid(torch.cat((image, x_t)), path, 2, column_labels=labels)
+    viz.save_grid(torch.cat((image, x_t)), path, 1, labels)
 
 
 def sample_at_scales(count, scales, diffusor, model, config: Config, out: Path, classes, class_names, start) -> None:

@@ -138,7 +138,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     sample.add_argument(
         "--start_image", type=path, metavar="FILE", help="noise this image and denoise it, as the classes"
     )
-    help = "of T, how far the start image is noised (default: 0.6); the more, the less is left of it"
+    help = "of T, how far the start image is noised, to a timestep that is sampled (default: 0.6)"
     sample.add_argument("--start_fraction", type=float, help=help)
 
     compare = commands.add_parser("compare", help="train and evaluate a run for every combination of settings")

@@ -253,6 +253,8 @@ def config_of(checkpoint: dict, given: dict) -> Config:
         config = Config(**settings)
     except (KeyError, TypeError) as error:
         raise InputError(f"the checkpoint's settings are not this version's ({error}): train anew") from error
+    if "sampler" in given:
+        given = {"eta": Config.eta, **given}  # the saved one is that of the saved sampler
     return dataclasses.replace(config, **given)
 
 

@@ -1,12 +1,14 @@
 """Settings: every bad one is one clear line, presets build, paths are meant as in a shell."""
 
+import dataclasses
+
 import pytest
 import torch
 from tiny import rejected
 
 from ex2.settings.build import build_diffusion, build_model
 from ex2.settings.cli import PRESET_FLAGS, parse_args, preset_config
-from ex2.settings.config import Config, fields
+from ex2.settings.config import Config, config_of, fields
 
 pytestmark = pytest.mark.usefixtures("small_shapes")
 
@@ -94,3 +96,11 @@ def test_a_home_or_variable_that_is_not_there_is_refused_at_once(path, flag, cap
     line = rejected(["--dataset", "butterflies", flag, path], capsys)
     assert f"{path}: no such home folder or environment variable" in line
     assert "no such home folder" in rejected(["sample", "--checkpoint", path], capsys)
+
+
+def test_another_sampler_than_the_saved_one_does_not_take_its_eta():
+    """`sample --sampler ipndm` was refused for an --eta that nobody had given."""
+    saved = {"config": dataclasses.asdict(preset_config("quick"))}
+    assert (config_of(saved, {}).sampler, config_of(saved, {}).eta) == ("dpmpp_2m", 1)
+    assert config_of(saved, {"sampler": "ipndm"}).eta == 0
+    assert config_of(saved, {"sampler": "ddim", "eta": 0.5}).eta == 0.5
