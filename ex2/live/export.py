@@ -216,7 +216,10 @@ def write_onnx(path: Path, model: Unet, image_size: int) -> None:
             verbose=False,
             **names,
         )
-    write_atomically(path, program.model_proto.SerializeToString())
+    content = program.model_proto
+    for node in content.graph.node:  # the exporter's notes on where each operation came from: a tenth of the file
+        del node.metadata_props[:]
+    write_atomically(path, content.SerializeToString())
 
 
 def plain(model: Unet) -> Unet:
