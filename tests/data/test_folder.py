@@ -85,9 +85,14 @@ def test_train_and_test_must_have_the_same_classes(tmp_path):
         load_tree(tmp_path, {"train/a": 10, "train/b": 10, "test/a": 2})
 
 
-def test_a_class_named_train_is_a_class(tmp_path):
-    splits = load_tree(tmp_path, {"train": 20, "car": 20, "train/.ipynb_checkpoints": 2})
+def test_classes_named_as_splits_are_classes(tmp_path):
+    """datasets' imagefolder puts the pictures of train/test/ into the test split, too."""
+    splits = load_tree(tmp_path / "flat", {"train": 20, "car": 20, "train/.ipynb_checkpoints": 2})
     assert splits.class_names == ("car", "train")
+    tree = {"train/car": 20, "train/test": 20, "test/car": 3, "test/test": 2}
+    splits = load_tree(tmp_path / "split", tree)
+    assert splits.class_names == ("car", "test")
+    assert (len(splits.train) + len(splits.val), len(splits.test)) == (40, 5)
 
 
 def test_unicode_forms_of_one_name_are_one_class(tmp_path, as_files):
