@@ -116,8 +116,8 @@ def run_compare(args) -> None:
 
 def run_test(args) -> None:
     """`test`: losses and bits per dimension of a checkpoint, and what its samples are worth: table, JSON and curves."""
-    from ex2.evaluation.evaluate import evaluate_with_samples
-    from ex2.evaluation.samples import build_evaluator, features_dir
+    from ex2.evaluation.evaluate import evaluate
+    from ex2.evaluation.samples import build_evaluator
     from ex2.report.metrics import write_metrics
     from ex2.settings.build import build_diffusion, load_data, restore_model
     from ex2.training.log import RunLog
@@ -133,11 +133,10 @@ def run_test(args) -> None:
     diffusor = build_diffusion(config, device)
     evaluator = None
     if args.eval_samples > 0:
-        folder = features_dir(run_dir)
-        evaluator = build_evaluator(splits, device, config, folder, args.eval_samples, args.inception_weights)
+        how = (run_dir, args.eval_samples, scales, args.inception_weights)
+        evaluator = build_evaluator(splits, device, config, *how)
     record_command(config.run_dir, args)
-    parts = (evaluator, model, splits, diffusor, config)
-    report = evaluate_with_samples(*parts, args.eval_samples, scales, args.weights)
+    report = evaluate(model, splits, diffusor, config, evaluator, args.weights)
     write_metrics(report, config, RunLog.read(run_dir / "log.csv"))
     print(f"done: see {config.run_dir}/")
 

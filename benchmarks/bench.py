@@ -267,10 +267,8 @@ def bench_samplers(args, device) -> list[dict]:
     config = config_of(checkpoint, {"cuda": None, "data_dir": args.data_dir} if args.data_dir else {"cuda": None})
     splits, diffusor = load_data(config), build_diffusion(config, device)
     model = restore_model(checkpoint, config, device)
-    evaluator = build_evaluator(
-        splits, device, config, Path(args.checkpoint).resolve().parent / "features", args.samples
-    )
-    labels = evaluator.reference.images.labels
+    evaluator = build_evaluator(splits, device, config, Path(args.checkpoint), args.samples)
+    labels = evaluator.images.labels
     labels = labels[torch.arange(args.samples) % len(labels)]
     scale = {"guidance_scale": args.guidance_scale} if config.can_guide else {}
     rows = []
@@ -290,14 +288,14 @@ def bench_samplers(args, device) -> list[dict]:
             images = [reverse_transform(batch) for batch in batches]
             seconds = time.perf_counter() - start
             pairs = zip(images, labels.split(config.sample_batch))
-            figures = compare(evaluator.reference, extract_features(evaluator, pairs, device))
+            figures = compare(evaluator, extract_features(evaluator, pairs, device))
             row = {"sampler": name, "times": steps or config.timesteps}
             row["network calls"] = len(calls) / len(images)
             row.update({key: figures.get(key) for key in ("frechet_distance", "recall", "class_accuracy")})
             rows.append({**row, "images/s": args.samples / seconds})
             print(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items()))
-    real = extract_features(evaluator, real_batches(splits.test, args.samples), device)
-    figures = compare(evaluator.reference, real)
+    tested = splits.test.subset(torch.arange(min(args.samples, len(splits.test))))
+    figures = compare(evaluator, extract_features(evaluator, real_batches(tested, device), device))
     rows.append(
         {**dict.fromkeys(rows[0]), "sampler": "test images", **{k: figures[k] for k in figures if k in rows[0]}}
     )

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Callable
 
@@ -22,7 +22,7 @@ from ex2.data.images import DataSplits, ImageFiles, ImageSet, reverse_transform,
 from ex2.data.loader import make_loader
 from ex2.errors import InputError
 from ex2.evaluation.tables import INCEPTION
-from ex2.machine.processes import all_gather_rows, broadcast_from_main, is_main, shard, world_size
+from ex2.machine.processes import all_gather_rows, broadcast_from_main, is_main, shard
 from ex2.training.checkpoint import digest_of, read_checkpoint, save_checkpoint
 
 INCEPTION_SHA256 = "6726825d"  # its first digits stand in the file's name
@@ -176,19 +176,22 @@ def randomly_shifted(images: Tensor) -> Tensor:
     return F.pad(images, [reach] * 4, mode="reflect")[..., down : down + size, right : right + size]
 
 
+def real_batches(dataset, device, num_workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """This process's part of a data set: uint8 images (B, 3, H, W) on the device, and their labels (B,)."""
+    mine = shard(len(dataset))
+    own = dataset if len(mine) == len(dataset) else dataset.subset(torch.arange(mine.start, mine.stop))
+    loader = make_loader(own, BATCH_SIZE, device, num_workers=num_workers)
+    for images, labels in tqdm(loader, "reading images", leave=False, disable=None):
+        yield reverse_transform(images.to(device)), labels
+
+
 def accuracy(classifier: SmallClassifier, dataset, device, num_workers: int = 0) -> float:
     """Fraction of the images for which the classifier is right in its task."""
     right = []
-    for batch in make_loader(own_shard(dataset), BATCH_SIZE, device, num_workers=num_workers):
+    for batch in real_batches(dataset, device, num_workers):
         images, labels = classifier.task(*batch)
-        right.append((classifier.classify(reverse_transform(images.to(device))) == labels.cpu()).double())
+        right.append((classifier.classify(images) == labels.cpu()).double())
     return all_gather_rows(right, "accuracy of the classifier").mean().item()
-
-
-def own_shard(dataset):
-    """The images of a data set that this process looks at."""
-    mine = shard(len(dataset))
-    return dataset.subset(torch.arange(mine.start, mine.stop)) if world_size() > 1 else dataset
 
 
 def rounded_features(extractor, images: Tensor) -> Tensor:
@@ -201,60 +204,70 @@ def rounded_features(extractor, images: Tensor) -> Tensor:
 
 def features_of(extractor, dataset, device, num_workers: int = 0) -> Tensor:
     """(N, width) features of every image, on the CPU."""
-    loader = make_loader(own_shard(dataset), BATCH_SIZE, device, num_workers=num_workers)
-    batches = tqdm(loader, "features", leave=False, disable=None)
-    rows = [rounded_features(extractor, reverse_transform(images.to(device))) for images, _ in batches]
-    return all_gather_rows(rows, "features of a data set")
+    batches = real_batches(dataset, device, num_workers)
+    return all_gather_rows([rounded_features(extractor, images) for images, _ in batches], "features of a data set")
 
 
 @dataclass(frozen=True)
-class ReferenceSet:
-    """What generated images are compared with: the training images and their features (N, width)."""
+class Evaluator:
+    """What samples are evaluated by, and how many of them.
+
+    Attributes:
+        extractor: the network whose features of images are compared.
+        features: (N, width), those of the training images.
+        images: the training images.
+        classify: labels (N,) of uint8 images (N, 3, H, W); None where there is nothing to tell.
+        count: samples at each guidance scale.
+        scales: guidance scales, beside the run's own; ignored where the model can't be guided.
+        num_workers: DataLoader workers.
+    """
 
     extractor: SmallClassifier | Inception
     features: Tensor
     images: ImageSet | ImageFiles
+    classify: Callable[[Tensor], Tensor] | None = None
+    count: int = 0
+    scales: Sequence[float] = ()
+    num_workers: int = 0
 
 
-def classifier_reference(splits: DataSplits, folder: Path, device, *, flip: bool, num_workers: int = 0) -> ReferenceSet:
-    """The training images as the data set's `SmallClassifier` sees them. It is trained now if `folder` has none.
+def evaluator_by_classifier(splits: DataSplits, folder: Path, device, flip: bool, num_workers: int = 0) -> Evaluator:
+    """The evaluator by the data set's `SmallClassifier`, which is trained now if `folder` has none.
 
-    Its description ends in a digest of its weights: only metrics by the same features can be compared.
+    Its description has a digest of its weights: only metrics by the same features can be compared.
     """
     images, fingerprint = training_images(splits)
-    num_classes = len(splits.class_names)
+    classifier = SmallClassifier(len(splits.class_names), images[0][0].shape[-1])
+
+    def train() -> dict:
+        how = {"flip": flip, "epochs": CLASSIFIER_EPOCHS, "num_workers": num_workers}
+        return train_classifier(images, len(splits.class_names), device, **how).cpu().state_dict()
 
     def compute() -> dict:
         print(f"training the classifier whose features samples are evaluated by, on {len(images)} images")
-        how = {"flip": flip, "epochs": CLASSIFIER_EPOCHS, "num_workers": num_workers}
-        make = partial(train_classifier, images, num_classes, device, **how)
-        model = SmallClassifier(num_classes, images[0][0].shape[-1])
-        model.load_state_dict(broadcast_from_main(lambda: make().cpu().state_dict(), "the classifier"))
-        model.to(device).eval()
-        right = accuracy(model, splits.test, device, num_workers)
-        features = features_of(model, images, device, num_workers).half()
-        return {"model": model.state_dict(), "accuracy": right, "features": features}
+        classifier.load_state_dict(broadcast_from_main(train, "the classifier"))
+        classifier.to(device).eval()
+        right = accuracy(classifier, splits.test, device, num_workers)
+        features = features_of(classifier, images, device, num_workers).half()
+        return {"model": classifier.state_dict(), "accuracy": right, "features": features}
 
-    saved = load_or_compute(
-        folder / f"classifier-v{CLASSIFIER_VERSION}-{fingerprint}{'-flip' if flip else ''}.pt", compute
-    )
-    classifier = SmallClassifier(num_classes, splits.test[0][0].shape[-1])
+    name = f"classifier-v{CLASSIFIER_VERSION}-{fingerprint}{'-flip' if flip else ''}.pt"
+    saved = load_or_compute(folder / name, compute)
     classifier.load_state_dict(saved["model"])
-    task, digest = "quarter turns" if classifier.predicts_rotation else "classes", digest_of(classifier.state_dict())
+    task = "quarter turns" if classifier.predicts_rotation else "classes"
     right = f"{saved['accuracy']:.1%} of the {task} of test images right"
-    classifier.description = f"small classifier {digest[:8]}, {right}"
-    return ReferenceSet(classifier.to(device).eval(), saved["features"].float(), images)
+    classifier.description = f"small classifier {digest_of(saved['model'])[:8]}, {right}"
+    classifier.to(device).eval()
+    return Evaluator(classifier, saved["features"].float(), images, classifier.classify, num_workers=num_workers)
 
 
-def inception_reference(
-    splits: DataSplits, weights: str, folder: Path, device, *, num_workers: int = 0
-) -> ReferenceSet:
-    """The training images as `Inception` sees them. Their features come from `folder` if they are there."""
+def evaluator_by_inception(splits: DataSplits, weights: str, folder: Path, device, num_workers: int = 0) -> Evaluator:
+    """The evaluator by `Inception`. The features of the training images come from `folder` if they are there."""
     network = Inception(weights).to(device)
     images, fingerprint = training_images(splits)
-    compute = partial(features_of, network, images, device, num_workers)
-    saved = load_or_compute(folder / f"inception-{fingerprint}.pt", lambda: {"features": compute().half()})
-    return ReferenceSet(network, saved["features"].float(), images)
+    path = folder / f"inception-{fingerprint}.pt"
+    saved = load_or_compute(path, lambda: {"features": features_of(network, images, device, num_workers).half()})
+    return Evaluator(network, saved["features"].float(), images, num_workers=num_workers)
 
 
 def load_or_compute(path: Path, compute: Callable[[], dict]) -> dict:

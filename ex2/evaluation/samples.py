@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Callable
 
 import torch
 from torch import Tensor
@@ -19,11 +17,12 @@ from ex2.data.sets import DATASETS
 from ex2.errors import InputError
 from ex2.evaluation.classifier import (
     BATCH_SIZE,
+    Evaluator,
     Inception,
-    ReferenceSet,
     SmallClassifier,
-    classifier_reference,
-    inception_reference,
+    evaluator_by_classifier,
+    evaluator_by_inception,
+    real_batches,
     rounded_features,
 )
 from ex2.evaluation.distances import frechet_distance, kernel_distance, nearest, precision_recall
@@ -53,15 +52,6 @@ def shared_samples(
 
 
 @dataclass(frozen=True)
-class Evaluator:
-    """What evaluates images: features to compare them with the training images, and a classifier or None."""
-
-    reference: ReferenceSet
-    classify: Callable[[Tensor], Tensor] | None  # labels (N,) of uint8 images (N, 3, H, W)
-    num_workers: int = 0  # DataLoader workers
-
-
-@dataclass(frozen=True)
 class ImageFeatures:
     """What an `Evaluator` keeps of a set of images: features (N, width), the first pixels, the class accuracy."""
 
@@ -75,39 +65,37 @@ def inference_model(model, config: Config, device) -> InferenceModel:
     return InferenceModel(model, computes_in_bfloat16(config.amp, device))
 
 
-def features_dir(run_dir: Path) -> Path:
-    """The folder of classifiers and features, shared by all runs beside `run_dir`."""
-    return run_dir.resolve().parent / "features"
-
-
 def build_evaluator(
-    splits: DataSplits, device, config: Config, folder: Path, count: int, inception_weights=None
+    splits: DataSplits, device, config: Config, run_dir: Path, count: int, scales=(), inception_weights=None
 ) -> Evaluator:
     """The evaluator of samples. Templates tell the classes of shapes, the small classifier those of other data.
 
     Args:
         splits: the data set.
-        folder: keeps the small classifier and the features of the training images for the next call.
-        count: how many samples will be evaluated.
+        run_dir: of the run. `features/` beside it keeps classifiers and features, for all runs there.
+        count: samples to evaluate, at each guidance scale.
+        scales: guidance scales, beside the run's own.
         inception_weights: file of Inception's weights; None takes the features of the small classifier.
 
     Raises InputError: too few samples or training images for the width of the features, or no usable Inception.
     """
     if config.dry_run:
-        folder = config.run_dir
-        splits = dataclasses.replace(splits, train=splits.train.subset(torch.arange(min(256, len(splits.train)))))
+        folder, count = config.run_dir, DRY_RUN_SAMPLES
+        splits = replace(splits, train=splits.train.subset(torch.arange(min(256, len(splits.train)))))
     else:
+        folder = run_dir.resolve().parent / "features"
         check_enough((Inception if inception_weights else SmallClassifier).width, count, splits)
-    by_templates, workers = DATASETS[config.dataset].has_templates, config.num_workers
     has_classes = config.class_free_guidance and len(splits.class_names) > 1
-    reference = classifier = classify = None
+    by_templates = has_classes and DATASETS[config.dataset].has_templates
+    evaluator = classify = None
     if inception_weights:
-        reference = inception_reference(splits, inception_weights, folder, device, num_workers=workers)
-    if reference is None or (has_classes and not by_templates):
-        classifier = classifier_reference(splits, folder, device, flip=config.flip, num_workers=workers)
-    if has_classes:
-        classify = TemplateClassifier(config.image_size).classify if by_templates else classifier.extractor.classify
-    return Evaluator(reference or classifier, classify, workers)
+        evaluator = evaluator_by_inception(splits, inception_weights, folder, device, config.num_workers)
+    if evaluator is None or (has_classes and not by_templates):
+        by_classifier = evaluator_by_classifier(splits, folder, device, config.flip, config.num_workers)
+        evaluator, classify = evaluator or by_classifier, by_classifier.classify
+    if by_templates:
+        classify = TemplateClassifier(config.image_size).classify
+    return replace(evaluator, classify=classify if has_classes else None, count=count, scales=scales)
 
 
 def check_enough(width: int, count: int, splits: DataSplits) -> None:
@@ -119,49 +107,45 @@ def check_enough(width: int, count: int, splits: DataSplits) -> None:
         raise InputError(f"{training_images} training images are {too_few}: give --eval_samples 0")
 
 
-def evaluation_settings(evaluator: Evaluator, config: Config, count: int) -> dict:
-    """What the metrics of `count` samples depend on beside the model: how they are drawn and compared."""
+def evaluation_settings(evaluator: Evaluator, config: Config) -> dict:
+    """What the metrics of samples depend on beside the model: how they are drawn and compared."""
     drawn = {"seed": config.seed + 1, "own_scale": config.sampling["guidance_scale"], "sampler": config.sampler}
     drawn.update(eta=config.eta, guidance_interval=list(config.guidance_interval), spacing=SPACING)
     drawn.update(steps=config.sampling["steps"] or config.timesteps)
-    return {"features": evaluator.reference.extractor.description, "count": count, **drawn}
+    return {"features": evaluator.extractor.description, "count": evaluator.count, **drawn}
 
 
-def evaluate_samples(
-    evaluator: Evaluator, model, splits, diffusor, config: Config, *, count: int, scales, weights="ema"
-) -> dict:
+def evaluate_samples(evaluator: Evaluator, model, splits: DataSplits, diffusor, config: Config, weights="ema") -> dict:
     """Samples at each guidance scale against the training images, with test images and noise beside them. 2.4 c.
 
-    All scales start from the same noise. Draws the nearest training images. Each process samples its part; all have
-    the same report.
+    All scales start from the same noise. Of each batch only the features are kept, so any number fits. Draws the
+    nearest training images. Each process samples its part; all have the same report.
 
     Args:
         model: in eval mode.
-        count: samples per scale; of each batch only the features are kept, so any number fits.
-        scales: of Eq. 11, beside the run's own; ignored where the model can't be guided.
-        weights: which the model has, for the report.
+        weights: which it has, for the report.
     """
-    count = DRY_RUN_SAMPLES if config.dry_run else count
-    own_scale = config.sampling["guidance_scale"]
-    labels = evaluator.reference.images.labels  # in random order, so the first ones have the proportions of all
+    count, own_scale = evaluator.count, config.sampling["guidance_scale"]
+    labels = evaluator.images.labels  # in random order, so the first ones have the proportions of all
     labels = labels[torch.arange(count) % len(labels)]
-    real = extract_features(evaluator, real_batches(splits.test, count, evaluator.num_workers), diffusor.device)
+    tested = splits.test.subset(torch.arange(min(count, len(splits.test))))
+    real = extract_features(evaluator, real_batches(tested, "cpu", evaluator.num_workers), diffusor.device)
     noise = extract_features(evaluator, noise_batches(count, real.pixels[0].shape), diffusor.device)
     by_scale, own = [], None
-    for scale in sorted({*scales, own_scale}) if config.can_guide else [own_scale]:
+    for scale in sorted({*evaluator.scales, own_scale}) if config.can_guide else [own_scale]:
         samples = extract_features(evaluator, sampled_batches(model, diffusor, config, labels, scale), diffusor.device)
-        row = {"guidance_scale": scale, **compare(evaluator.reference, samples)}
+        row = {"guidance_scale": scale, **compare(evaluator, samples)}
         if len(real.features) < count:  # the distance falls with the number of images
-            row["frechet_distance_at_test_count"] = distance_or_none(evaluator.reference, samples, len(real.features))
+            row["frechet_distance_at_test_count"] = distance_or_none(evaluator, samples, len(real.features))
         by_scale.append(row)
         own = samples if scale == own_scale else own
     return {
         "weights": weights,
-        "reference": f"train and val, {len(evaluator.reference.features)} images",
-        **evaluation_settings(evaluator, config, count),
+        "reference": f"train and val, {len(evaluator.features)} images",
+        **evaluation_settings(evaluator, config),
         "by_scale": by_scale,
-        "test_images": compare(evaluator.reference, real),
-        "noise": compare(evaluator.reference, noise),
+        "test_images": compare(evaluator, real),
+        "noise": compare(evaluator, noise),
         "memorisation": check_memorisation(evaluator, own, real, diffusor.device, config.run_dir / "nearest.png"),
     }
 
@@ -174,7 +158,7 @@ def extract_features(evaluator: Evaluator, batches: Iterable[tuple[Tensor, Tenso
     features, pixels, right, kept = [], [], [], 0
     for images, labels in batches:
         images = images.to(device)
-        features.append(rounded_features(evaluator.reference.extractor, images))
+        features.append(rounded_features(evaluator.extractor, images))
         if kept < MEMORISATION_SAMPLES:
             pixels.append(images[: MEMORISATION_SAMPLES - kept].cpu())
             kept += len(pixels[-1])
@@ -186,14 +170,6 @@ def extract_features(evaluator: Evaluator, batches: Iterable[tuple[Tensor, Tenso
         all_gather_rows(pixels, "pixels of images")[:MEMORISATION_SAMPLES],
         right.double().mean().item() if len(right) else None,
     )
-
-
-def real_batches(dataset, count: int, num_workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-    """This process's part of the first `count` images of a data set, as the evaluator takes them."""
-    mine = shard(min(count, len(dataset)))
-    dataset = dataset.subset(torch.arange(mine.start, mine.stop))
-    for images, labels in make_loader(dataset, BATCH_SIZE, "cpu", num_workers=num_workers):
-        yield reverse_transform(images), labels
 
 
 def noise_batches(count: int, shape: Sequence[int]) -> Iterator[tuple[Tensor, None]]:
@@ -218,23 +194,23 @@ def sampled_batches(model, diffusor, config: Config, labels: Tensor, scale: floa
             progress.update(len(images))
 
 
-def compare(reference: ReferenceSet, images: ImageFeatures) -> dict:
+def compare(evaluator: Evaluator, images: ImageFeatures) -> dict:
     """Metrics of a set of images against the training images; None where there are too few images for one."""
-    features = images.features
-    side = min(len(features), len(reference.features), MANIFOLD_LIMIT)
+    real, features = evaluator.features, images.features
+    side = min(len(features), len(real), MANIFOLD_LIMIT)
     few = side < FEWEST_COMPARED
-    kid, deviation = (None, None) if few else kernel_distance(reference.features, features)
-    precision, recall = (None, None) if few else precision_recall(reference.features[:side], features[:side])
-    metrics = {"count": len(features), "frechet_distance": distance_or_none(reference, images, len(features))}
+    kid, deviation = (None, None) if few else kernel_distance(real, features)
+    precision, recall = (None, None) if few else precision_recall(real[:side], features[:side])
+    metrics = {"count": len(features), "frechet_distance": distance_or_none(evaluator, images, len(features))}
     metrics.update(kid=kid, kid_deviation=deviation, precision=precision, recall=recall, precision_recall_count=side)
     return metrics if images.class_accuracy is None else {**metrics, "class_accuracy": images.class_accuracy}
 
 
-def distance_or_none(reference: ReferenceSet, images: ImageFeatures, count: int) -> float | None:
+def distance_or_none(evaluator: Evaluator, images: ImageFeatures, count: int) -> float | None:
     """Fréchet distance of the first `count` images; None where there are no more of them than features."""
     features = images.features[:count]
-    enough = min(len(features), len(reference.features)) > features.shape[1]
-    return frechet_distance(reference.features, features) if enough else None
+    enough = min(len(features), len(evaluator.features)) > features.shape[1]
+    return frechet_distance(evaluator.features, features) if enough else None
 
 
 def check_memorisation(evaluator: Evaluator, samples: ImageFeatures, real: ImageFeatures, device, path: Path) -> dict:
@@ -249,15 +225,14 @@ def check_memorisation(evaluator: Evaluator, samples: ImageFeatures, real: Image
     counts = {"samples": len(samples.pixels), "test_images": len(real.pixels)}
     queries = torch.cat((samples.pixels, real.pixels))
     queries = torch.cat((queries, queries.flip(-1)))  # a mirrored copy is a copy, too
-    training = evaluator.reference.images
     # All of them, in every process.
-    gallery = make_loader(training, BATCH_SIZE, "cpu", num_workers=evaluator.num_workers)
-    gallery = tqdm(gallery, "nearest training images", -(-len(training) // BATCH_SIZE), leave=False, disable=None)
-    features = rounded_features(evaluator.reference.extractor, queries.to(device))
+    gallery = make_loader(evaluator.images, BATCH_SIZE, "cpu", num_workers=evaluator.num_workers)
+    gallery = tqdm(gallery, "nearest training images", leave=False, disable=None)
+    features = rounded_features(evaluator.extractor, queries.to(device))
     pixels = (reverse_transform(images).flatten(1).float() for images, _ in gallery)
     found = {
         "pixels": nearest(queries.flatten(1).float(), pixels),
-        "features": nearest(features, evaluator.reference.features.split(5000)),
+        "features": nearest(features, evaluator.features.split(5000)),
     }
     grey_levels = queries[0].numel() ** 0.5
     rows, report = [to_model_range(samples.pixels[:MEMORISATION_SHOWN])], {"images": counts}
@@ -266,7 +241,7 @@ def check_memorisation(evaluator: Evaluator, samples: ImageFeatures, real: Image
         index = index.view(2, -1).gather(0, mirrored[None])[0]
         distance = distance.view(2, -1).amin(0) / (grey_levels if name == "pixels" else 1)
         of_samples, of_test = distance.split(list(counts.values()))
-        rows.append(torch.stack([training[i][0] for i in index[: len(rows[0])].tolist()]))
+        rows.append(torch.stack([evaluator.images[i][0] for i in index[: len(rows[0])].tolist()]))
         report[name] = {
             "median": {"samples": of_samples.median().item(), "test_images": of_test.median().item()},
             "fraction_nearer": (of_samples < of_test.quantile(0.05)).double().mean().item(),

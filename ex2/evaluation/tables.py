@@ -46,6 +46,13 @@ def print_losses(report: dict) -> None:
         print(f"{found['accuracy']:.1%} of {found['samples']} samples show their class")
 
 
+def sample_cells(row: Mapping) -> dict:
+    """The metrics of samples at a guidance scale, an entry of "by_scale", as cells of a study's table."""
+    columns = {"w": "guidance_scale", "Fréchet distance": "frechet_distance", "precision": "precision"}
+    columns.update({"recall": "recall", "class accuracy": "class_accuracy"})
+    return {head: row.get(key) for head, key in columns.items()}
+
+
 def samples_table(samples: dict) -> list[dict]:
     """The metrics of test images, of samples at each scale and of noise, as rows."""
     name = "FID" if samples["features"] == INCEPTION else "Fréchet distance"

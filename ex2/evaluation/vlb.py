@@ -107,21 +107,18 @@ def bits_per_dim(model, loader: Iterable, diffusor: Diffusion, draws: int, max_i
     priors, terms = [], {name: [] for name in VARIANCES}  # batches of (B,), of (B, 1 + strata), in nats
     for images, labels, source in evaluation_batches(loader, diffusor.device, max_images):
         classes = labels_for(model, labels)
-        columns = {name: [] for name in VARIANCES}
+        columns = []  # of each stratum, name -> (B,)
         for stratum in (range(1), *strata):
             t = stratum.start + (source.draw((len(images),), torch.rand) * len(stratum)).long().to(diffusor.device)
             x_t = diffusor.q_sample(images, t, randn(images.shape, images.device, source))
-            estimate = diffusor.predict_x_zero(x_t, t, diffusor.predict_noise(model, x_t, t, classes).float()).clamp(
-                -1, 1
-            )
+            eps = diffusor.predict_noise(model, x_t, t, classes).float()
+            estimate = diffusor.predict_x_zero(x_t, t, eps).clamp(-1, 1)
             if stratum.start == 0:
-                column = decoder_terms(diffusor, images, estimate)
+                columns.append(decoder_terms(diffusor, images, estimate))
             else:
-                column = transition_terms(diffusor, images, estimate, t)
-            for name in VARIANCES:
-                columns[name].append(column[name])
+                columns.append(transition_terms(diffusor, images, estimate, t))
         for name in VARIANCES:
-            terms[name].append(torch.stack(columns[name], dim=1))
+            terms[name].append(torch.stack([column[name] for column in columns], dim=1))
         priors.append(prior_term(diffusor, images))
 
     sizes = torch.tensor([1.0, *map(len, strata)], dtype=torch.float64)

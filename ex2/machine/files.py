@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 import os
 import re
 import time
 import unicodedata
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 COMMANDS_NAME = "commands.txt"  # how everything in the folder was made
@@ -73,6 +76,20 @@ def read_json(path: Path) -> dict:
         print(f"{path} is damaged or of another program: left out")
         return {}
     return content
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Writes a JSON file of a run; see `write_atomically`."""
+    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def as_csv(rows: Iterable[Mapping], columns: Iterable[str]) -> str:
+    """The text of a CSV file with a head."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def append_command(folder: Path, command: str) -> None:

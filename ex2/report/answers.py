@@ -17,7 +17,7 @@ from PIL import Image, ImageSequence
 
 from ex2.data.sets import DATASETS
 from ex2.evaluation.sanity import images_seen, loss_at, verdict
-from ex2.evaluation.tables import format_cell, samples_table
+from ex2.evaluation.tables import format_cell, sample_cells, samples_table
 from ex2.machine.files import read_commands
 from ex2.report.intervals import NOT_COMPARABLE, half_width, mean_and_interval, summarise_seeds
 from ex2.settings.config import Config
@@ -103,8 +103,7 @@ class Run:
 
     @property
     def bits_per_dim(self) -> float | None:
-        bound = self.metrics.get("bits_per_dim", {})
-        return min((bound[name]["total"] for name in bound if "total" in bound[name]), default=None)
+        return min((bound["total"] for bound in self.metrics.get("bits_per_dim", {}).values()), default=None)
 
     def mean_loss(self, name: str) -> float | None:
         """Mean l2 loss of "test", "train" or "optimal"; None unless it has the timesteps of "test"."""
@@ -268,28 +267,36 @@ def quality(runs: Sequence[Run]) -> Section:
     section, tested = Section("quality", "2.2 e: How good is it?"), [run for run in runs if run.metrics]
     section.answer = next(filter(None, map(quality_answer, runs)), "")
     section.parts.append(Part(METRICS_EXPLAINED, [describe_metrics(run) for run in tested]))
-    normal = [(run.name, verdict(vars(run.config), run.metrics, run.log)) for run in tested if run.test_curve]
-    section.parts += [Part(f"Is {name} normal? {' '.join(said)}") for name, said in normal]
+    for run in tested:
+        if run.test_curve:
+            said = " ".join(verdict(vars(run.config), run.metrics, run.log))
+            section.parts.append(Part(f"Is {run.name} normal? {said}"))
     for run in runs:
-        section.miss(f"metrics of {run.name}", run.test_command, not run.metrics)
-        section.miss(f"metrics of samples of {run.name}", run.test_command, bool(run.metrics) and not run.own_row)
-    for run in [run for run in tested if run.by_scale]:
+        what = "metrics of samples" if run.metrics else "metrics"
+        section.miss(f"{what} of {run.name}", run.test_command, not run.own_row)
+    sampled = [run for run in tested if run.by_scale]
+    for run in sampled:
         samples = run.metrics["samples"]
         text = f"{run.name}: {samples['count']} samples at each scale, by features of: {samples['features']}"
         section.parts.append(Part(text, samples_table(samples)))
     section.show("loss_over_t.png", tested)
     section.show("bits_per_dim.png", tested)
-    section.show("nearest.png", of_data("nearest.png", [run for run in tested if run.by_scale]))
+    section.show("nearest.png", of_data("nearest.png", sampled))
     return section
 
 
 def describe_metrics(run: Run) -> dict:
     """Losses, bits per dimension and nearness to training images of a run, as a row."""
     pixels = run.metrics.get("samples", {}).get("memorisation", {}).get("pixels", {})
-    row = {"run": run.name, **{f"{name} loss": run.mean_loss(name) for name in ("test", "train", "optimal")}}
-    row.update({"bits/dim": run.bits_per_dim, "nearer": pixels.get("fraction_nearer")})
     median = pixels.get("median", {})
-    return {**row, "samples to nearest": median.get("samples"), "test images to nearest": median.get("test_images")}
+    return {
+        "run": run.name,
+        **{f"{name} loss": run.mean_loss(name) for name in ("test", "train", "optimal")},
+        "bits/dim": run.bits_per_dim,
+        "nearer": pixels.get("fraction_nearer"),
+        "samples to nearest": median.get("samples"),
+        "test images to nearest": median.get("test_images"),
+    }
 
 
 def quality_answer(run: Run) -> str:
@@ -361,11 +368,8 @@ def add_studies(section: Section, studies: Sequence[Study], missing: str, vary: 
 
 def describe_setting(study: Study, run: Run) -> dict:
     """The metrics of a run of a study, at its own guidance scale and at equal noise levels, as a row."""
-    own, curve = run.own_row, run.test_curve
-    row = {**{name: getattr(run.config, name) for name in study.varied}, "seed": run.config.seed}
-    row.update({"w": own.get("guidance_scale"), "bits/dim": run.bits_per_dim})
-    row["Fréchet distance"] = own.get("frechet_distance")
-    row.update({name.replace("_", " "): own.get(name) for name in ("precision", "recall", "class_accuracy")})
+    row, curve = {name: getattr(run.config, name) for name in (*study.varied, "seed")}, run.test_curve
+    row.update({"w": None, "bits/dim": run.bits_per_dim, **sample_cells(run.own_row)})
     for log_snr in (-2, 2):
         known = curve and curve["log_snr"][-1] <= log_snr <= curve["log_snr"][0]
         row[f"l2 at log-SNR {log_snr}"] = loss_at(curve, log_snr) if known else None

@@ -38,9 +38,8 @@ class TwoClasses:
         alpha_bar = extract(self.process.alphas_bar, t, x.shape)
         variance = alpha_bar * DEVIATION**2 + 1 - alpha_bar
         both = torch.tanh(alpha_bar.sqrt() * x / variance)  # E[mean of the class | x_t]
-        mean = torch.where(
-            classes.reshape(-1, 1, 1, 1) == self.null_class, both, 1 - 2.0 * classes.reshape(-1, 1, 1, 1)
-        )
+        classes = classes.reshape(-1, 1, 1, 1)
+        mean = torch.where(classes == self.null_class, both, 1 - 2.0 * classes)
         return (1 - alpha_bar).sqrt() * (x - alpha_bar.sqrt() * mean) / variance
 
 

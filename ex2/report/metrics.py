@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import numpy as np
 
 from ex2.evaluation.sanity import images_seen, reference_losses, verdict
 from ex2.evaluation.tables import print_losses, print_samples
-from ex2.machine.files import read_json, write_atomically
+from ex2.machine.files import read_json, write_json
 from ex2.machine.processes import is_main
 from ex2.settings.config import Config
 from ex2.training.curves import read_column
@@ -32,9 +31,8 @@ def write_metrics(report: dict, config: Config, log: list[dict] | None = None) -
     path = config.run_dir / "test_metrics.json"
     before, samples = read_json(path), report.get("samples")
     kept = {"samples": before["samples"]} if "samples" in before and before.get("losses") == report["losses"] else {}
-    write_atomically(path, (json.dumps({**kept, **report}, indent=2) + "\n").encode())
-    settings = dataclasses.asdict(config)
-    log = RunLog.read(config.run_dir / "log.csv") if log is None else log
+    write_json(path, {**kept, **report})
+    settings, log = dataclasses.asdict(config), RunLog.read(config.run_dir / "log.csv") if log is None else log
     reference = reference_losses(settings, report, images_seen(settings, log))
     curves = {**report["losses"], **({"our run": reference} if reference else {})}
     plot_loss_over_t(curves, config.run_dir / "loss_over_t.png")

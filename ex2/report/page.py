@@ -47,8 +47,8 @@ def is_curve(value) -> bool:
     return same_length and t == sorted(t) and log_snr == sorted(log_snr)[::-1] and min(map(min, losses)) >= 0
 
 
-ROW = {"count": is_number, "frechet_distance": is_number, "frechet_distance_at_test_count": is_number}
-ROW.update(dict.fromkeys(("kid", "precision", "recall", "class_accuracy"), is_number))
+ROW = "count frechet_distance frechet_distance_at_test_count kid precision recall class_accuracy".split()
+ROW = dict.fromkeys(ROW, is_number)
 MEMORISATION = {"median": {"samples": is_number, "test_images": is_number}, "fraction_nearer": is_number}
 METRICS = {  # what the page takes from test_metrics.json
     "parameters": is_number,
@@ -136,12 +136,8 @@ def as_data_uris(path: Path) -> Iterator[str]:
     """Frames of an animation, exactly: a page can't stop a GIF, but it can leaf through pictures."""
     frames = read_frames(path)
     for i in np.linspace(0, len(frames) - 1, min(FRAMES, len(frames))).round().astype(int):
-        forms = {}
-        for kind, options in {"png": {"optimize": True}, "webp": {"lossless": True}}.items():
-            frames[i].save(buffer := io.BytesIO(), kind, **options)
-            forms[kind] = buffer.getvalue()
-        kind = min(forms, key=lambda kind: len(forms[kind]))
-        yield f"data:image/{kind};base64,{base64.b64encode(forms[kind]).decode()}"
+        frames[i].save(buffer := io.BytesIO(), "webp", lossless=True)
+        yield f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 TEMPLATES = Environment(

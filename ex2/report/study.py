@@ -4,12 +4,8 @@ curves and as samples from the same noise (2.2 training, 2.3 compare the schedul
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import itertools
-import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,10 +13,11 @@ import torch
 import ex2_viz as viz
 from ex2.data.images import DataSplits
 from ex2.errors import InputError, Interrupted, RunError
-from ex2.evaluation.evaluate import evaluate_with_samples
-from ex2.evaluation.samples import build_evaluator, evaluation_settings, features_dir, inference_model
-from ex2.evaluation.tables import as_markdown
-from ex2.machine.files import read_json, write_atomically
+from ex2.evaluation.classifier import Evaluator
+from ex2.evaluation.evaluate import evaluate
+from ex2.evaluation.samples import build_evaluator, evaluation_settings, inference_model
+from ex2.evaluation.tables import VARIANCES, as_markdown, sample_cells
+from ex2.machine.files import as_csv, read_json, write_atomically, write_json
 from ex2.machine.processes import broadcast_from_main, is_main, world_size
 from ex2.noise import sample_in_batches
 from ex2.report.intervals import NOT_COMPARABLE, T_QUANTILES, summarise_seeds
@@ -51,14 +48,14 @@ def run_study(
 
     Raises RunError: a run failed; the others have their place in the table.
     """
-    if is_main():
-        write_study(base.run_dir, varied, runs)
-    evaluator = build_evaluator(splits, device, base, features_dir(base.run_dir), count) if count > 0 else None
+    if is_main():  # the runs are named, as folders of an earlier call may lie beside them
+        write_json(base.run_dir / "study.json", {"varied": varied, "runs": list(runs)})
+    evaluator = build_evaluator(splits, device, base, base.run_dir, count, scales) if count > 0 else None
     failed = {}
     for name, config in runs.items():
         print(f"--- {name}")
         try:
-            train_and_evaluate(config, splits, evaluator, count, scales, device)
+            train_and_evaluate(config, splits, evaluator, device)
         except RunError as error:
             # Of several processes the others may not know of it; and a signal, where saving failed, ends all.
             if world_size() > 1 or isinstance(error.__context__, Interrupted):
@@ -70,14 +67,14 @@ def run_study(
         raise RunError("; ".join(f"{name}: {reason}" for name, reason in failed.items()))
 
 
-def train_and_evaluate(config: Config, splits: DataSplits, evaluator, count: int, scales, device) -> None:
+def train_and_evaluate(config: Config, splits: DataSplits, evaluator: Evaluator | None, device) -> None:
     """One run of a study; skips what an earlier call has done."""
     if is_main():
         config.run_dir.mkdir(parents=True, exist_ok=True)
     diffusor = build_diffusion(config, device)
     model = fit(open_run(config, splits, diffusor))
-    if not broadcast_from_main(lambda: is_evaluated(config, evaluator, count, scales), "metrics of an earlier call"):
-        write_metrics(evaluate_with_samples(evaluator, model, splits, diffusor, config, count, scales), config)
+    if not broadcast_from_main(lambda: is_evaluated(config, evaluator), "metrics of an earlier call"):
+        write_metrics(evaluate(model, splits, diffusor, config, evaluator), config)
 
 
 def grid_of_runs(base: Config, varied: dict[str, list], seeds: int = 1) -> dict[str, Config]:
@@ -104,13 +101,7 @@ def grid_of_runs(base: Config, varied: dict[str, list], seeds: int = 1) -> dict[
     return runs
 
 
-def write_study(out: Path, varied: dict[str, list], runs: dict[str, Config]) -> None:
-    """study.json: what is varied, and the names of the runs; folders of an earlier call may lie beside them."""
-    text = json.dumps({"varied": varied, "runs": list(runs)}, indent=2) + "\n"
-    write_atomically(out / "study.json", text.encode())
-
-
-def is_evaluated(config: Config, evaluator, count: int, scales: Sequence[float] = ()) -> bool:
+def is_evaluated(config: Config, evaluator: Evaluator | None) -> bool:
     """Whether an earlier call already computed the metrics that are asked for now."""
     metrics = config.run_dir / "test_metrics.json"
     saved = max((path.stat().st_mtime for path in checkpoints_in(config.run_dir)), default=0)
@@ -118,16 +109,16 @@ def is_evaluated(config: Config, evaluator, count: int, scales: Sequence[float] 
         return False
     report = read_json(metrics)
     try:
-        losses, samples = report["losses"]["test"], report.get("samples")
-        same = report["weights"] == "ema" and len(losses["t"]) == min(config.eval_timesteps, config.timesteps)
-        same = same and losses["images"] <= config.eval_images == report["eval_images"]
-        same = same and "bits_per_dim" in report and isinstance(samples, dict) == (evaluator is not None)
-        if evaluator is not None and config.can_guide:
-            same = same and set(scales) <= {row["guidance_scale"] for row in samples["by_scale"]}
+        times, samples = len(report["losses"]["test"]["t"]), report.get("samples", {"by_scale": ()})
+        evaluated = {row["guidance_scale"] for row in samples["by_scale"]}
+        found = (report["weights"], report["eval_images"], times, bool(evaluated))
     except (KeyError, TypeError):  # of another version
         return False
-    wanted = {} if evaluator is None else evaluation_settings(evaluator, config, count)
-    return same and all(samples.get(name) == value for name, value in wanted.items())
+    wanted = ("ema", config.eval_images, min(config.eval_timesteps, config.timesteps), evaluator is not None)
+    if found != wanted or evaluator is None:
+        return found == wanted
+    same = evaluation_settings(evaluator, config).items() <= samples.items()
+    return same and (set(evaluator.scales) <= evaluated or not config.can_guide)
 
 
 def write_comparison(runs: dict[str, Config], varied: dict[str, list], failed: dict, out: Path, device) -> None:
@@ -145,11 +136,7 @@ def write_comparison(runs: dict[str, Config], varied: dict[str, list], failed: d
         rows += [{**settings, **row} for row in metrics]
     head = max(rows, key=len)
     rows = [{name: row.get(name) for name in head} for row in rows]
-    table = io.StringIO(newline="")
-    writer = csv.DictWriter(table, list(head))
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(out / "table.csv", table.getvalue().encode())
+    write_atomically(out / "table.csv", as_csv(rows, head).encode())
     notes = [NOT_COMPARABLE, *(f"{name} failed: {reason}" for name, reason in failed.items())]
     text = as_markdown(summarise_seeds(rows, list(varied))) + "\n" + "\n\n".join(notes)
     write_atomically(out / "table.md", (text + "\n").encode())
@@ -171,15 +158,10 @@ def metrics_of(config: Config, report: dict, log: list[dict]) -> list[dict]:
     for fraction in LOSS_FRACTIONS:
         k = min(range(len(losses["t"])), key=lambda k: abs(losses["t"][k] + 1 - fraction * config.timesteps))
         metrics[f"loss near {fraction:g} T"] = losses["l2"][k]
-    metrics["bits/dim"] = min(report["bits_per_dim"][name]["total"] for name in ("beta", "beta_tilde"))
-    rows = []
-    for evaluated in report["samples"]["by_scale"] if "samples" in report else ():
-        row = {"w": evaluated["guidance_scale"], "Fréchet distance": evaluated["frechet_distance"]}
-        row["precision"], row["recall"] = evaluated["precision"], evaluated["recall"]
-        row["class accuracy"] = evaluated.get("class_accuracy") if config.class_free_guidance else None
-        rows.append(row)
+    metrics["bits/dim"] = min(report["bits_per_dim"][name]["total"] for name in VARIANCES)
+    rows = [sample_cells(row) for row in report["samples"]["by_scale"]] if "samples" in report else [{}]
     seconds = {"seconds": round(float(log[-1]["seconds"])) if log else None}
-    return [{**metrics, **row, **seconds} for row in rows or [{}]]
+    return [{**metrics, **row, **seconds} for row in rows]
 
 
 def draw_side_by_side(runs: dict[str, Config], path: Path, device) -> None:

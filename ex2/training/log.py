@@ -7,7 +7,7 @@ import io
 import time
 from pathlib import Path
 
-from ex2.machine.files import keep_beside, write_atomically
+from ex2.machine.files import as_csv, keep_beside, write_atomically
 
 LOG_COLUMNS = ("step", "epoch", "seconds", "lr", "grad_norm", "train_loss", "epoch_loss", "val_loss")
 
@@ -31,7 +31,7 @@ class RunLog:
             print(f"{path} is not as this program wrote it: kept as {keep_beside(path)}")
         kept = [row for row in rows if self.belongs(row, epochs_done, step)] if step > 0 else []
         self.started = time.perf_counter() - (float(kept[-1]["seconds"] or 0) if kept else 0)
-        write_atomically(path, as_csv(kept).encode())
+        write_atomically(path, as_csv(kept, LOG_COLUMNS).encode())
 
     @staticmethod
     def belongs(row: dict, epochs_done: int, step: int) -> bool:
@@ -57,18 +57,9 @@ class RunLog:
         return [row for row in csv.DictReader(io.StringIO(whole, newline="")) if is_row(row)]
 
 
-def as_csv(rows: list[dict]) -> str:
-    """The text of a log.csv."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, LOG_COLUMNS)
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
 def is_understood(content: bytes, rows: list[dict]) -> bool:
     """Whether `rows` are all that a log.csv holds, but for a last row that was cut off."""
-    text = as_csv(rows).encode()
+    text = as_csv(rows, LOG_COLUMNS).encode()
     return content.startswith(text) and not {10, 0} & set(content[len(text) :])
 
 

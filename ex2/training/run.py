@@ -5,7 +5,6 @@ keeps a log, and shares the work with other processes. The loop is `ex2_train.tr
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from ex2.data.loader import make_loader
 from ex2.errors import InputError, Interrupted, ReadingError, RunError, is_compiler_error
 from ex2.machine.compiling import compile_blocks
 from ex2.machine.cuda_graphs import GraphReplay
-from ex2.machine.files import write_atomically
+from ex2.machine.files import write_json
 from ex2.machine.job import batch_that_fits, check_space, computes_in_bfloat16, hold_signals
 from ex2.machine.processes import all_reduce_max, broadcast_from_main, is_main, is_restart, rank, world_size
 from ex2.meter import LossMeter
@@ -324,8 +323,8 @@ class Training:
         """Opens log.csv and writes config.json beside it; in the first process alone."""
         if not is_main():
             return
-        folder, settings = self.config.run_dir, dataclasses.asdict(self.config)
-        write_atomically(folder / "config.json", (json.dumps(settings, indent=2) + "\n").encode())
+        folder = self.config.run_dir
+        write_json(folder / "config.json", dataclasses.asdict(self.config))
         logged = self.step - len(self.meter.window)  # the steps after it will be written again
         self.log = RunLog(folder / "log.csv", self.epochs_done + (self.time_fraction >= 1), logged)
 

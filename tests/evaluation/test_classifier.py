@@ -15,7 +15,7 @@ from ex2.evaluation.classifier import (
     Inception,
     SmallClassifier,
     accuracy,
-    classifier_reference,
+    evaluator_by_classifier,
     load_or_compute,
     train_classifier,
     training_images,
@@ -97,7 +97,7 @@ def test_of_one_class_the_classifier_learns_quarter_turns(tmp_path, monkeypatch)
     sky = torch.randint(0, 256, (600, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)) // 2
     sky[:, :, :6] += 120
     parts = [ImageSet(part, torch.zeros(len(part), dtype=torch.long)) for part in sky.split(200)]
-    reference = classifier_reference(data_images.DataSplits(*parts, ("landscape",)), tmp_path, "cpu", flip=True)
+    reference = evaluator_by_classifier(data_images.DataSplits(*parts, ("landscape",)), tmp_path, "cpu", flip=True)
     assert "of the quarter turns of test images right" in reference.extractor.description
     assert float(reference.extractor.description.split(", ")[1].split("%")[0]) > 90
 
@@ -110,9 +110,9 @@ def test_shifts_move_the_batch_by_whole_pixels():
 
 
 def test_the_classifier_is_trained_once_per_data_set(splits, tmp_path, capsys):
-    first = classifier_reference(splits, tmp_path, "cpu", flip=True)
+    first = evaluator_by_classifier(splits, tmp_path, "cpu", flip=True)
     assert "training the classifier" in capsys.readouterr().out
-    second = classifier_reference(splits, tmp_path, "cpu", flip=True)
+    second = evaluator_by_classifier(splits, tmp_path, "cpu", flip=True)
     assert capsys.readouterr().out == ""
     assert (
         first.extractor.description == second.extractor.description
@@ -125,7 +125,8 @@ def test_the_classifier_is_trained_once_per_data_set(splits, tmp_path, capsys):
 
 
 def test_figures_by_different_networks_have_different_names(splits, tmp_path):
-    names = {classifier_reference(splits, tmp_path, "cpu", flip=flip).extractor.description for flip in (True, False)}
+    networks = [evaluator_by_classifier(splits, tmp_path, "cpu", flip=flip).extractor for flip in (True, False)]
+    names = {network.description for network in networks}
     assert len({name.split(",")[0] for name in names}) == 2
 
 

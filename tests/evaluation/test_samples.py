@@ -102,9 +102,7 @@ def test_judging_repeats_itself_whatever_the_batch_size(results, tmp_path):
 def test_memorised_images_are_found(splits, tmp_path, mirrored):
     images, _ = training_images(splits)
     model = SmallClassifier(10, 16).eval()
-    evaluator = evaluation_samples.Evaluator(
-        classifier.ReferenceSet(model, model.features(images.images), images), None
-    )
+    evaluator = classifier.Evaluator(model, model.features(images.images), images)
     copied = images.images[torch.tensor([5, 900, 17, 60])]
     copied = copied.flip(-1) if mirrored else copied
     samples, real = (
@@ -150,16 +148,16 @@ def test_samples_are_of_their_labels_and_at_their_scale(splits):
 
 def test_precision_is_of_the_samples_and_recall_of_the_training_images():
     g = torch.Generator().manual_seed(0)
-    reference = classifier.ReferenceSet(None, torch.randn(300, 2, generator=g), None)
+    evaluator = classifier.Evaluator(None, torch.randn(300, 2, generator=g), None)
     alike = evaluation_samples.ImageFeatures(0.05 * torch.randn(300, 2, generator=g), torch.zeros(1), None)
-    figures = evaluation_samples.compare(reference, alike)
+    figures = evaluation_samples.compare(evaluator, alike)
     assert figures["precision"] > 0.9 and figures["recall"] < 0.2 and figures["precision_recall_count"] == 300
 
 
 def test_too_few_images_for_a_figure_have_none():
-    reference = classifier.ReferenceSet(None, torch.randn(300, 2), None)
+    evaluator = classifier.Evaluator(None, torch.randn(300, 2), None)
     few = evaluation_samples.ImageFeatures(torch.randn(2, 2), torch.zeros(1), None)
-    figures = evaluation_samples.compare(reference, few)
+    figures = evaluation_samples.compare(evaluator, few)
     assert {name for name, value in figures.items() if value is None} == {
         *("frechet_distance", "kid", "kid_deviation", "precision", "recall")
     }
@@ -180,8 +178,8 @@ def test_memorisation_is_checked_at_the_runs_own_scale(results, monkeypatch):
     config = config_of(saved, {})
     model, diffusor = restore_model(saved, config, "cpu"), build_diffusion(config, "cpu")
     splits = load_data(config)
-    evaluator = evaluation_samples.build_evaluator(splits, "cpu", config, results / "features", 130)
-    evaluation_samples.evaluate_samples(evaluator, model, splits, diffusor, config, count=130, scales=[3, 0])
+    evaluator = evaluation_samples.build_evaluator(splits, "cpu", config, results / "cond", 130, [3, 0])
+    evaluation_samples.evaluate_samples(evaluator, model, splits, diffusor, config)
     assert list(described) == [0, 1, 3]
     assert torch.equal(checked[0].pixels, torch.cat(described[1]))
     assert not torch.equal(checked[0].pixels, torch.cat(described[3]))
@@ -189,7 +187,7 @@ def test_memorisation_is_checked_at_the_runs_own_scale(results, monkeypatch):
 
 def test_only_features_are_kept_of_many_images(monkeypatch):
     model = SmallClassifier(10, 8).eval()
-    evaluator = evaluation_samples.Evaluator(classifier.ReferenceSet(model, None, None), model.classify)
+    evaluator = classifier.Evaluator(model, None, None, model.classify)
     images = torch.zeros(100, 3, 8, 8, dtype=torch.uint8)
     label = int(model.classify(images[:1]))
     batches = ((images, torch.full((100,), label if i < 3 else label + 1)) for i in range(9))

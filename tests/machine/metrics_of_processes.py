@@ -101,7 +101,7 @@ def evaluation(folder) -> dict:
     config = dataclasses.replace(state.config, dry_run=True)
     config.run_dir.mkdir(parents=True, exist_ok=True)
     evaluator = build_evaluator(splits, "cpu", config, folder, 16)
-    evaluated = evaluate_samples(evaluator, model, splits, diffusor, config, count=16, scales=[])
+    evaluated = evaluate_samples(evaluator, model, splits, diffusor, config)
     row, copied = evaluated["by_scale"][0], evaluated["memorisation"]
     classifier = train_classifier(splits.train, 3, "cpu", flip=False, epochs=1)
     return {

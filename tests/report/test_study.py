@@ -167,10 +167,10 @@ def test_finished_runs_are_neither_trained_nor_judged_again(finished, capsys):
 class AnyJudge:
     """Stands for the judge of the runs: known by the description of its features."""
 
-    def __init__(self, description):
-        self.reference = self
-        self.extractor = self
-        self.description = description
+    scales = ()
+
+    def __init__(self, description, count=130):
+        self.extractor, self.description, self.count = self, description, count
 
 
 @pytest.mark.parametrize(
@@ -190,17 +190,17 @@ def test_figures_of_something_else_are_made_anew(finished, change, count, same):
     settings = json.loads((finished / "schedule=linear" / "config.json").read_text())
     features = json.loads((finished / "schedule=linear" / "test_metrics.json").read_text())["samples"]["features"]
     config = config_of({"config": settings}, change)
-    assert study.is_evaluated(config, AnyJudge(features), count) == same
-    assert not study.is_evaluated(config, AnyJudge("others"), count)
+    assert study.is_evaluated(config, AnyJudge(features, count)) == same
+    assert not study.is_evaluated(config, AnyJudge("others", count))
 
 
 def test_figures_at_other_times_are_made_anew(finished, monkeypatch):
     report = json.loads((finished / "schedule=linear" / "test_metrics.json").read_text())
     settings = json.loads((finished / "schedule=linear" / "config.json").read_text())
     config, evaluator = config_of({"config": settings}, {}), AnyJudge(report["samples"]["features"])
-    assert study.is_evaluated(config, evaluator, 130)
+    assert study.is_evaluated(config, evaluator)
     monkeypatch.setattr(samples, "SPACING", 1.0)
-    assert not study.is_evaluated(config, evaluator, 130)
+    assert not study.is_evaluated(config, evaluator)
 
 
 def test_figures_of_the_raw_weights_are_made_anew(finished, tmp_path):
@@ -209,9 +209,9 @@ def test_figures_of_the_raw_weights_are_made_anew(finished, tmp_path):
     shutil.copytree(finished / "schedule=linear", tmp_path / "copy")
     report = json.loads((tmp_path / "copy" / "test_metrics.json").read_text())
     evaluator = AnyJudge(report["samples"]["features"])
-    assert study.is_evaluated(config, evaluator, 130)
+    assert study.is_evaluated(config, evaluator)
     (tmp_path / "copy" / "test_metrics.json").write_text(json.dumps({**report, "weights": "raw"}))
-    assert not study.is_evaluated(config, evaluator, 130)
+    assert not study.is_evaluated(config, evaluator)
 
 
 def test_a_run_that_went_on_training_is_judged_anew(tmp_path):
@@ -220,7 +220,7 @@ def test_a_run_that_went_on_training_is_judged_anew(tmp_path):
     (config.run_dir / "test_metrics.json").write_text("{}")
     (config.run_dir / "ckpt.pt").write_bytes(b"")
     os.utime(config.run_dir / "test_metrics.json", (1, 1))
-    assert not study.is_evaluated(config, None, 0)
+    assert not study.is_evaluated(config, None)
 
 
 def test_killed_in_its_second_run_and_started_again_it_ends_with_the_same_table(finished, tmp_path, monkeypatch):
