@@ -18,7 +18,6 @@ from PIL import Image
 import ex2_viz as viz
 from ex2.report import metrics
 from ex2.report.metrics import plot_bits_per_dim, plot_comparison, plot_guidance, plot_loss_over_t
-from ex2.training.curves import plot_training
 from ex2_diffusion import SCHEDULES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -158,7 +157,7 @@ def test_curves_are_drawn(tmp_path):
     row = dict.fromkeys(("step", "epoch", "seconds", "lr", "grad_norm", "train_loss", "epoch_loss", "val_loss"), "")
     rows = [{**row, "step": str(i), "lr": "0.1", "grad_norm": "1", "train_loss": "0.5"} for i in range(3)]
     rows.append({**row, "step": "3", "epoch_loss": "0.5", "val_loss": "0.4"})
-    plot_training(rows, tmp_path / "a.png")
+    viz.plot_training(rows, tmp_path / "a.png")
     curve = {"t": [0, 5, 9], "log_snr": [5, 0, -5], "l1": [0.5, 0.2, 0.1], "l2": [0.4, 0.2, 0.1]}
     curve["x_zero_l2"] = [0.1, 0.2, 0.5]
     plot_loss_over_t({"val": curve, "test": curve}, tmp_path / "b.png")

@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
-from tqdm import tqdm
 
 from ex2.data.images import DataSplits, ImageFiles, ImageSet, reverse_transform, to_model_range, training_images
 from ex2.data.loader import make_loader
 from ex2.errors import InputError
 from ex2.evaluation.tables import INCEPTION
 from ex2.machine.processes import all_gather_rows, broadcast_from_main, is_main, shard
+from ex2.machine.progress import track
 from ex2.training.checkpoint import digest_of, read_checkpoint, save_checkpoint
 
 INCEPTION_SHA256 = "6726825d"  # its first digits stand in the file's name
@@ -150,8 +150,7 @@ def train_classifier(dataset, num_classes: int, device, *, flip: bool, epochs: i
         model = model.to(device, memory_format=torch.channels_last)
         optimizer = AdamW(model.parameters(), lr=4e-3, weight_decay=0.05)
         scheduler = OneCycleLR(optimizer, 4e-3, total_steps=epochs * len(loader))
-        progress = tqdm(total=epochs * len(loader), desc="training the classifier", leave=False, disable=None)
-        for epoch in range(epochs):
+        for epoch in track(range(epochs), "training the classifier", epochs):
             loader.set_epoch(epoch)
             for batch in loader:
                 images, labels = model.task(*batch)
@@ -163,8 +162,6 @@ def train_classifier(dataset, num_classes: int, device, *, flip: bool, epochs: i
                 loss.backward()
                 optimizer.step()
                 scheduler.step()
-                progress.update()
-        progress.close()
     return model.eval()
 
 
@@ -181,7 +178,7 @@ def real_batches(dataset, device, num_workers: int = 0) -> Iterator[tuple[Tensor
     mine = shard(len(dataset))
     own = dataset if len(mine) == len(dataset) else dataset.subset(torch.arange(mine.start, mine.stop))
     loader = make_loader(own, BATCH_SIZE, device, num_workers=num_workers)
-    for images, labels in tqdm(loader, "reading images", leave=False, disable=None):
+    for images, labels in track(loader, "reading images", len(loader)):
         yield reverse_transform(images.to(device)), labels
 
 

@@ -72,7 +72,7 @@ def template_accuracy(model, diffusor: Diffusion, config: Config) -> dict:
     """Fraction of conditional samples that a `TemplateClassifier` assigns to their class."""
     count = 10 if config.dry_run else ACCURACY_SAMPLES
     classes = torch.arange(count) % model.null_class
-    common = {"classes": classes, **config.sampling}
-    images = shared_samples(diffusor, model, count, config.sample_batch, config.seed + 1, **common)
+    how = {"batch_size": config.sample_batch, "seed": config.seed + 1, "classes": classes, **config.sampling}
+    images = shared_samples(diffusor, model, count, **how)
     accuracy = TemplateClassifier(config.image_size).accuracy(reverse_transform(images), classes)
     return {"accuracy": accuracy, "samples": count, **config.sampling}

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import ex2_viz as viz
 from ex2.data.images import DataSplits, reverse_transform, to_model_range
@@ -30,6 +29,7 @@ from ex2.evaluation.templates import TemplateClassifier
 from ex2.machine.inference import InferenceModel
 from ex2.machine.job import computes_in_bfloat16
 from ex2.machine.processes import all_gather_rows, is_main, shard
+from ex2.machine.progress import track
 from ex2.noise import ImageNoise, sample_in_batches
 from ex2.settings.config import Config
 from ex2_diffusion import SPACING
@@ -188,10 +188,9 @@ def sampled_batches(model, diffusor, config: Config, labels: Tensor, scale: floa
     settings = {**config.sampling, "guidance_scale": scale, "batch_size": config.sample_batch, "seed": config.seed + 1}
     classes = labels if config.class_free_guidance else None
     batches = sample_in_batches(diffusor, model, len(labels), classes=classes, first=mine.start, **settings)
-    with tqdm(total=len(labels), desc=f"sampling, w = {scale:g}", leave=False, disable=None) as progress:
-        for images, wanted in zip(batches, labels.split(config.sample_batch)):
-            yield reverse_transform(images), wanted
-            progress.update(len(images))
+    pairs, total = zip(batches, labels.split(config.sample_batch)), -(-len(labels) // config.sample_batch)
+    for images, wanted in track(pairs, f"sampling, w = {scale:g}", total):
+        yield reverse_transform(images), wanted
 
 
 def compare(evaluator: Evaluator, images: ImageFeatures) -> dict:
@@ -227,7 +226,7 @@ def check_memorisation(evaluator: Evaluator, samples: ImageFeatures, real: Image
     queries = torch.cat((queries, queries.flip(-1)))  # a mirrored copy is a copy, too
     # All of them, in every process.
     gallery = make_loader(evaluator.images, BATCH_SIZE, "cpu", num_workers=evaluator.num_workers)
-    gallery = tqdm(gallery, "nearest training images", leave=False, disable=None)
+    gallery = track(gallery, "nearest training images", len(gallery))
     features = rounded_features(evaluator.extractor, queries.to(device))
     pixels = (reverse_transform(images).flatten(1).float() for images, _ in gallery)
     found = {

@@ -17,9 +17,16 @@ from PIL import Image, ImageSequence
 
 from ex2.data.sets import DATASETS
 from ex2.evaluation.sanity import images_seen, loss_at, verdict
-from ex2.evaluation.tables import format_cell, sample_cells, samples_table
+from ex2.evaluation.tables import (
+    NOT_COMPARABLE,
+    format_cell,
+    half_width,
+    mean_and_interval,
+    sample_cells,
+    samples_table,
+    summarise_seeds,
+)
 from ex2.machine.files import read_commands
-from ex2.report.intervals import NOT_COMPARABLE, half_width, mean_and_interval, summarise_seeds
 from ex2.settings.config import Config
 
 CLEAR = 1.05  # ratio of two metrics of single runs from which on one is called smaller: less is chance

@@ -14,9 +14,8 @@ from ex2.evaluation.tables import print_losses, print_samples
 from ex2.machine.files import read_json, write_json
 from ex2.machine.processes import is_main
 from ex2.settings.config import Config
-from ex2.training.curves import read_column
 from ex2.training.log import RunLog
-from ex2_viz import curve_axes
+from ex2_viz import curve_axes, read_column
 
 
 def write_metrics(report: dict, config: Config, log: list[dict] | None = None) -> None:

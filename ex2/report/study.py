@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,11 +17,10 @@ from ex2.errors import InputError, Interrupted, RunError
 from ex2.evaluation.classifier import Evaluator
 from ex2.evaluation.evaluate import evaluate
 from ex2.evaluation.samples import build_evaluator, evaluation_settings, inference_model
-from ex2.evaluation.tables import VARIANCES, as_markdown, sample_cells
+from ex2.evaluation.tables import NOT_COMPARABLE, T_QUANTILES, VARIANCES, as_markdown, sample_cells, summarise_seeds
 from ex2.machine.files import as_csv, read_json, write_atomically, write_json
 from ex2.machine.processes import broadcast_from_main, is_main, world_size
 from ex2.noise import sample_in_batches
-from ex2.report.intervals import NOT_COMPARABLE, T_QUANTILES, summarise_seeds
 from ex2.report.metrics import plot_comparison, write_metrics
 from ex2.settings.build import build_diffusion, check_buildable, restore_model
 from ex2.settings.config import Config
@@ -55,7 +55,12 @@ def run_study(
     for name, config in runs.items():
         print(f"--- {name}")
         try:
-            train_and_evaluate(config, splits, evaluator, device)
+            if is_main():
+                config.run_dir.mkdir(parents=True, exist_ok=True)
+            diffusor = build_diffusion(config, device)
+            model = fit(open_run(config, splits, diffusor))
+            if not broadcast_from_main(partial(is_evaluated, config, evaluator), "metrics of an earlier call"):
+                write_metrics(evaluate(model, splits, diffusor, config, evaluator), config)
         except RunError as error:
             # Of several processes the others may not know of it; and a signal, where saving failed, ends all.
             if world_size() > 1 or isinstance(error.__context__, Interrupted):
@@ -65,16 +70,6 @@ def run_study(
         write_comparison(runs, varied, failed, base.run_dir, device)
     if failed:
         raise RunError("; ".join(f"{name}: {reason}" for name, reason in failed.items()))
-
-
-def train_and_evaluate(config: Config, splits: DataSplits, evaluator: Evaluator | None, device) -> None:
-    """One run of a study; skips what an earlier call has done."""
-    if is_main():
-        config.run_dir.mkdir(parents=True, exist_ok=True)
-    diffusor = build_diffusion(config, device)
-    model = fit(open_run(config, splits, diffusor))
-    if not broadcast_from_main(lambda: is_evaluated(config, evaluator), "metrics of an earlier call"):
-        write_metrics(evaluate(model, splits, diffusor, config, evaluator), config)
 
 
 def grid_of_runs(base: Config, varied: dict[str, list], seeds: int = 1) -> dict[str, Config]:

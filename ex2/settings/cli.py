@@ -109,9 +109,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         description="Train, test and sample a DDPM (exercise 2).",
         epilog="Flags without a command are train's; `ex2_main.py train --help` lists them.",
     )
-    commands = parser.add_subparsers(
-        dest="command", metavar="{train,test,sample,compare,export,report,check}", parser_class=OneLineParser
-    )
+    commands = parser.add_subparsers(dest="command", parser_class=OneLineParser)
 
     train = commands.add_parser("train", help="train, test and draw every picture (what runs when no command is named)")
     preset = {"choices": tuple(PRESET_FLAGS), "help": "settings to start from; flags beside it still count"}
@@ -229,10 +227,8 @@ def choose_classes(wanted: list[str] | None, names: list[str], config: Config) -
 
 def check_scales(args) -> list[float]:
     """The guidance scales at which samples are evaluated, as far as they were given."""
-    if args.eval_samples < 0:
-        raise InputError(f"--eval_samples must be at least 0, got {args.eval_samples}")
-    if args.eval_samples > MAX_EVALUATED:
-        raise InputError(f"--eval_samples must be at most {MAX_EVALUATED}, got {args.eval_samples}")
+    if not 0 <= args.eval_samples <= MAX_EVALUATED:
+        raise InputError(f"--eval_samples must be at least 0 and at most {MAX_EVALUATED}, got {args.eval_samples}")
     if args.eval_samples == 0 and args.eval_scales:
         raise InputError("--eval_scales are for evaluated samples: drop --eval_samples 0")
     for scale in args.eval_scales:
@@ -268,19 +264,11 @@ def parse_vary(texts: list[str]) -> dict[str, list]:
         if name in varied:
             raise InputError(f"--vary names {name} twice: give all its values at once, separated by commas")
         kind = rules[name].metadata.get("type", bool)
+        parse = kind if kind is not bool else lambda value: {"true": True, "false": False}[value.lower()]
         try:
-            varied[name] = [parse_value(value, kind) for value in values.split(",")]
-        except ValueError:
+            varied[name] = [parse(value) for value in values.split(",")]
+        except (ValueError, KeyError):
             raise InputError(f"--vary {text}: every value must be of type {kind.__name__}") from None
         if len(set(varied[name])) != len(varied[name]):
             raise InputError(f"--vary {text}: a value is there twice")
     return varied
-
-
-def parse_value(text: str, kind: type):
-    """The value that `text` stands for."""
-    if kind is not bool:
-        return kind(text)
-    if text.lower() not in ("true", "false"):
-        raise ValueError(text)
-    return text.lower() == "true"

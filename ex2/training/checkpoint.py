@@ -68,15 +68,13 @@ def load_checkpoint(path: str | Path, device="cpu") -> dict:
     Raises InputError: there is none, it is damaged, or it is no checkpoint of this program.
     """
     path = Path(path)
-    if not path.is_dir():
-        return check_content(read_checkpoint(path, device), path)
-    candidates = checkpoints_in(path) or [path / CHECKPOINT_NAME]
-    for candidate in candidates[:-1]:
+    *newer, oldest = (checkpoints_in(path) or [path / CHECKPOINT_NAME]) if path.is_dir() else [path]
+    for candidate in newer:
         try:
             return check_content(read_checkpoint(candidate, device), candidate)
         except InputError as error:
             print(f"{error}; trying the one before", file=sys.stderr)
-    return check_content(read_checkpoint(candidates[-1], device), candidates[-1])
+    return check_content(read_checkpoint(oldest, device), oldest)
 
 
 def checkpoints_in(folder: Path) -> list[Path]:

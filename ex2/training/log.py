@@ -26,25 +26,21 @@ class RunLog:
 
     def __init__(self, path: Path, epochs_done: int = 0, step: int = 0):
         self.path = path
-        rows = self.rows() if path.is_file() else []
+        rows = self.read(path)
         if path.is_file() and not is_understood(path.read_bytes(), rows):
             print(f"{path} is not as this program wrote it: kept as {keep_beside(path)}")
-        kept = [row for row in rows if self.belongs(row, epochs_done, step)] if step > 0 else []
+        kept = [
+            row
+            for row in rows  # the last one of an epoch comes after its validation
+            if int(row["epoch"]) < epochs_done or (int(row["step"]) <= step and row["val_loss"] == "")
+        ]
         self.started = time.perf_counter() - (float(kept[-1]["seconds"] or 0) if kept else 0)
         write_atomically(path, as_csv(kept, LOG_COLUMNS).encode())
-
-    @staticmethod
-    def belongs(row: dict, epochs_done: int, step: int) -> bool:
-        """Whether a row belongs to finished work. The last row of an epoch comes after its validation."""
-        return int(row["epoch"]) < epochs_done or (int(row["step"]) <= step and row["val_loss"] == "")
 
     def write(self, **cells) -> None:
         row = {"seconds": f"{time.perf_counter() - self.started:.1f}", **cells}
         with open(self.path, "a", newline="") as file:
             csv.DictWriter(file, LOG_COLUMNS).writerow(row)
-
-    def rows(self) -> list[dict]:
-        return self.read(self.path)
 
     @staticmethod
     def read(path: Path) -> list[dict]:

@@ -30,11 +30,11 @@ from ex2.optimisation import EMA, build_optimizer, learning_rate, set_learning_r
 from ex2.settings.build import build_model
 from ex2.settings.config import TRAINING_GROUPS, Config, config_of
 from ex2.training.checkpoint import CHECKPOINT_NAME, PREVIOUS, checkpoints_in, load_checkpoint, save_checkpoint
-from ex2.training.curves import plot_training
 from ex2.training.log import RunLog
 from ex2_diffusion import Diffusion
 from ex2_model import Unet
 from ex2_train import Rows, test, train, train_step
+from ex2_viz import plot_training
 
 ETA_STEPS = {"cpu": (2, 6), "cuda": (10, 30)}  # steps of a call between which their time is taken; a GPU replays then
 MINUTES_WORTH_COMPILING = 10  # of training left. On an H200 compiling took 112 s and made a step 1.65 times as fast
@@ -214,9 +214,7 @@ class Training:
         """`train_step` with the settings of the run; a `RunError` says which batch would fit the memory."""
         rows, self.in_step = self.prepare_step(), True
         try:
-            result = (
-                self.step_function(images, labels) if rows is None else self.step_function(images, labels, rows=rows)
-            )
+            result = self.step_function(images, labels, **({} if rows is None else {"rows": rows}))
         except torch.cuda.OutOfMemoryError:
             result = None  # only after this block the failed step's tensors are gone
         except Exception as error:
@@ -315,7 +313,7 @@ class Training:
             self.start_epoch()
         self.save()
         if self.log is not None:
-            plot_training(self.log.rows(), self.config.run_dir / "training.png")
+            plot_training(RunLog.read(self.log.path), self.config.run_dir / "training.png")
 
     # ------------------------------------------------------------------------ saving and resuming
 
@@ -356,21 +354,17 @@ class Training:
         Raises:
             InputError: it has other settings or other classes, or `resume` requires a checkpoint and there is none.
         """
-        config = self.config
+        config, other = self.config, "choose another --run_name"
         saved = broadcast_from_main(self.find_checkpoint, "the checkpoint")
         if saved is None:
             return
-        changed, other = changed_settings(config_of(saved, {}), config), "choose another --run_name"
-        if changed and not config.allow_changes:
-            what = f"{config.run_dir} holds a run with other settings ({changed})"
-            raise InputError(f"{what}: {other}, or go on with the new ones by --allow_changes")
-        if saved["class_names"] != self.class_names:
-            classes = f"{', '.join(saved['class_names'])} there, {', '.join(self.class_names)} now"
-            raise InputError(f"{config.run_dir} holds a run on other classes ({classes}): {other}")
-        differences = changed_data(saved["data"], self.data)
-        if differences and not config.allow_changes:
-            what = f"{config.run_dir} holds a run on other data ({differences})"
-            raise InputError(f"{what}: {other}, or go on with these by --allow_changes")
+        changed = differences(training_settings(config_of(saved, {})), training_settings(config))
+        there, now = (", ".join(names) for names in (saved["class_names"], self.class_names))
+        classes, data = f"{there} there, {now} now" if there != now else "", differences(saved["data"], self.data)
+        for what, change, allowed in (("settings", changed, True), ("classes", classes, False), ("data", data, True)):
+            if change and not (allowed and config.allow_changes):
+                advice = f"{other}, or go on with the new ones by --allow_changes" if allowed else other
+                raise InputError(f"{config.run_dir} holds a run with other {what} ({change}): {advice}")
         self.load_weights(saved)
         self.epochs_done, self.step, self.seconds = saved["epoch"], saved["step"], saved["seconds"]
         self.start_epoch()
@@ -422,15 +416,13 @@ def uses_cuda_graphs(config: Config, device: torch.device) -> bool:
     return device.type == "cuda" and world_size() == 1 and not config.dry_run
 
 
-def changed_settings(before: Config, now: Config) -> str:
-    """The settings of the training in which two configs differ, with both values; empty where there are none."""
-    fields = dataclasses.fields(now)
-    names = [f.name for f in fields if f.metadata["group"] in TRAINING_GROUPS or f.name == "seed"]
-    changed = [name for name in names if getattr(before, name) != getattr(now, name)]
-    return ", ".join(f"--{name} {getattr(before, name)} there, {getattr(now, name)} now" for name in changed)
+def training_settings(config: Config) -> dict:
+    """The flags of a training, by which its weights are what they are."""
+    fields = [f for f in dataclasses.fields(config) if f.metadata["group"] in TRAINING_GROUPS or f.name == "seed"]
+    return {f"--{f.name}": getattr(config, f.name) for f in fields}
 
 
-def changed_data(before: dict[str, str], now: dict[str, str]) -> str:
-    """The parts of the data in which two fingerprints differ; empty where there are none, or one is not known."""
-    changed = [name for name in before if before[name] != now.get(name)] if now else []
-    return ", ".join(f"{name}: {before[name]} there, {now.get(name)} now" for name in changed)
+def differences(before: dict, now: dict) -> str:
+    """In what two dicts differ, with both values; "" where in nothing, or where one of them is not known."""
+    changed = [name for name in before if name in now and before[name] != now[name]]
+    return ", ".join(f"{name} {before[name]} there, {now[name]} now" for name in changed)

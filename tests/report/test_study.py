@@ -14,9 +14,9 @@ from tiny import TINY
 import ex2_main
 from ex2.data import shapes
 from ex2.errors import InputError, Interrupted
-from ex2.evaluation import samples
+from ex2.evaluation import samples, tables
 from ex2.evaluation.tables import as_markdown
-from ex2.report import intervals, study
+from ex2.report import study
 from ex2.report.study import grid_of_runs
 from ex2.settings.build import build_model, load_data
 from ex2.settings.cli import parse_vary
@@ -99,7 +99,7 @@ def test_a_failed_seed_is_left_out_of_the_mean_and_of_the_number_of_runs():
     failed = {"lr": 0.1, "seed": 0, "bits/dim": None, "w": None}
     rows = [failed, *({"lr": 0.1, "seed": seed, "bits/dim": 3.0 + seed, "w": 1.0} for seed in (1, 2))]
     rows += [{**failed, "lr": 0.2, "seed": seed} for seed in (0, 1, 2)]
-    assert intervals.summarise_seeds(rows, ["lr"]) == [
+    assert tables.summarise_seeds(rows, ["lr"]) == [
         {"lr": 0.1, "runs": 2, "bits/dim": "4.5 ± 6.4", "w": row["w"]},
         {"lr": 0.2, "runs": 0, "bits/dim": None, "w": None},
     ]
@@ -280,11 +280,11 @@ def test_compared_models_start_from_the_same_weights(other):
 
 def test_intervals_are_those_of_students_t():
     stats = pytest.importorskip("scipy.stats")
-    for n, quantile in intervals.T_QUANTILES.items():
+    for n, quantile in tables.T_QUANTILES.items():
         assert quantile == pytest.approx(stats.t.ppf(0.975, n - 1), abs=6e-4)
     values = [1.0, 2.0, 4.0]
     low, high = stats.t.interval(0.95, 2, loc=7 / 3, scale=stats.sem(values))
-    assert intervals.mean_and_interval(values) == f"{7 / 3:.3g} ± {(high - low) / 2:.2g}"
+    assert tables.mean_and_interval(values) == f"{7 / 3:.3g} ± {(high - low) / 2:.2g}"
 
 
 def test_means_are_over_the_seeds_of_one_setting_and_scale():
@@ -294,7 +294,7 @@ def test_means_are_over_the_seeds_of_one_setting_and_scale():
         for seed in (0, 2)
         for w in (0.0, 3.0)
     ]
-    summary = intervals.summarise_seeds(rows, ["lr"])
+    summary = tables.summarise_seeds(rows, ["lr"])
     assert [(row["lr"], row["w"], row["runs"]) for row in summary] == [
         (0.1, 0.0, 2),
         (0.1, 3.0, 2),
@@ -303,7 +303,7 @@ def test_means_are_over_the_seeds_of_one_setting_and_scale():
     ]
     assert [row["loss"] for row in summary] == ["2 ± 13", "2 ± 13", "3 ± 13", "3 ± 13"]
     assert [row["recall"] for row in summary] == ["0.1 ± 0", "3.1 ± 0", "0.2 ± 0", "3.2 ± 0"]
-    assert intervals.summarise_seeds(rows[:1], ["lr"]) == [
+    assert tables.summarise_seeds(rows[:1], ["lr"]) == [
         {"lr": 0.1, "bits/dim": 3.0, "loss": 1.0, "w": 0.0, "recall": 0.1, "seconds": None}
     ]
 

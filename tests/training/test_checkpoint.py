@@ -28,7 +28,7 @@ def test_a_half_written_row_of_the_log_is_dropped(tmp_path):
     RunLog(path).write(step=3, epoch=0, epoch_loss=0.5)
     with path.open("a") as file:
         file.write("4,0")
-    assert [row["step"] for row in RunLog(path, 1, 3).rows()] == ["3"]
+    assert [row["step"] for row in RunLog(path, 1, 3).read(path)] == ["3"]
 
 
 def test_rows_of_what_has_to_be_done_again_are_dropped(tmp_path):
@@ -42,7 +42,7 @@ def test_rows_of_what_has_to_be_done_again_are_dropped(tmp_path):
     for epochs_done, step, wanted in ((0, 4, [2, 4]), (0, 5, [2, 4, 5]), (1, 5, [2, 4, 5, 5]), (1, 7, [2, 4, 5, 5, 7])):
         copy = tmp_path / "copy.csv"
         copy.write_bytes(path.read_bytes())
-        assert [int(row["step"]) for row in RunLog(copy, epochs_done, step).rows()] == wanted
+        assert [int(row["step"]) for row in RunLog(copy, epochs_done, step).read(copy)] == wanted
 
 
 def test_checkpoints_of_another_version_are_refused():

@@ -113,7 +113,7 @@ def test_data_that_changed_between_two_calls_is_named(tmp_path, diffusor):
     config, splits = tiny_config(tmp_path, epochs=1), tiny_splits()
     fit(config, splits, diffusor)
     other = DataSplits(random_set(40, seed=5), splits.val, splits.test, splits.class_names)
-    with pytest.raises(InputError, match=r"other data \(train: 40 images \w{12} there, 40 images \w{12} now\)"):
+    with pytest.raises(InputError, match=r"other data \(train 40 images \w{12} there, 40 images \w{12} now\)"):
         fit(config, other, diffusor)
     fit(tiny_config(tmp_path, epochs=1, allow_changes=True), other, diffusor)
 
@@ -202,7 +202,7 @@ def test_a_log_that_is_not_understood_is_kept_beside(tmp_path, capsys, kind):
     assert (tmp_path / "log.csv.1").read_bytes() == content
     assert f"{path} is not as this program wrote it: kept as {path}.1" in capsys.readouterr().out
     again.write(step=6, **row)
-    assert again.rows()[-1]["step"] == "6" and log.is_understood(path.read_bytes(), again.rows())
+    assert again.read(path)[-1]["step"] == "6" and log.is_understood(path.read_bytes(), again.read(path))
 
 
 def test_a_last_row_that_was_cut_off_is_dropped_without_a_word(tmp_path, capsys):
@@ -214,7 +214,7 @@ def test_a_last_row_that_was_cut_off_is_dropped_without_a_word(tmp_path, capsys)
     start = whole.rindex(b"\r\n", 0, -2) + 2
     for end in range(start + 1, len(whole) - 1):
         path.write_bytes(whole[:end])
-        assert [row["step"] for row in RunLog(path, 1, 3).rows()] == ["1", "2"]
+        assert [row["step"] for row in RunLog(path, 1, 3).read(path)] == ["1", "2"]
     assert not (tmp_path / "log.csv.1").exists() and capsys.readouterr().out == ""
 
 
@@ -302,7 +302,7 @@ def test_no_number_that_a_machine_cannot_hold_is_accepted(flag, capsys, monkeypa
 
 def test_more_samples_than_a_machine_can_hold_are_refused_before_any_work(saved, capsys):
     test = ["test", "--checkpoint", str(saved[0].run_dir), "--eval_samples", "99999999999999999999"]
-    assert "--eval_samples must be at most" in rejected(test, capsys)
+    assert "--eval_samples must be at least 0 and at most" in rejected(test, capsys)
 
 
 @pytest.mark.parametrize(
