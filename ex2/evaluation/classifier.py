@@ -282,14 +282,12 @@ def load_or_compute(path: Path, compute: Callable[[], dict]) -> dict:
             return None
 
     content = broadcast_from_main(read, "what an earlier call computed")
-    if content is not None:
-        return content
-    content = compute()
-    if not is_main():
-        return content
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_checkpoint(path, **content)
-    except OSError as error:
-        print(f"can't keep {path} for the next time ({error.strerror})")
+    if content is None:
+        content = compute()
+        try:
+            if is_main():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                save_checkpoint(path, **content)
+        except OSError as error:
+            print(f"can't keep {path} for the next time ({error.strerror})")
     return content

@@ -10,20 +10,18 @@ from torch import Tensor
 from ex2.data.shapes import SHAPES, draw_shapes
 from ex2_train import NOISE_SEED
 
+TEMPLATES = 800  # renders per class
+
 
 class TemplateClassifier:
     """Tells the class of a picture of the `shapes` set by the rendered template that it resembles most.
 
     Knows the renderer and no trained network, so it can evaluate the samples of one. Colours are taken out first: each
     picture becomes one channel, its pixels' projection on the line between ground and paint.
-
-    Args:
-        image_size: pixels.
-        templates: renders per class.
     """
 
-    def __init__(self, image_size: int, templates: int = 800):
-        labels = np.repeat(np.arange(len(SHAPES)), templates)
+    def __init__(self, image_size: int):
+        labels = np.repeat(np.arange(len(SHAPES)), TEMPLATES)
         rng = np.random.default_rng(NOISE_SEED)
         self.labels = torch.from_numpy(labels)
         parts = [self.normalised_masks(draw_shapes(part, image_size, rng)) for part in np.array_split(labels, 16)]

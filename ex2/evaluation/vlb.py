@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Callable
 
 import numpy as np
 import torch
@@ -68,13 +67,11 @@ def discretised_log_likelihood(x: Tensor, mean: Tensor, sigma: float) -> Tensor:
     return log_upper + torch.log1p(-torch.exp(log_lower - log_upper))
 
 
-def decoder_terms(
-    diffusor: Diffusion, x_zero: Tensor, estimate: Tensor, log_likelihood: Callable = discretised_log_likelihood
-) -> dict[str, Tensor]:
+def decoder_terms(diffusor: Diffusion, x_zero: Tensor, estimate: Tensor) -> dict[str, Tensor]:
     """L_0 = -log p(x_zero | x_1) for each of `VARIANCES`, (B,) nats per dimension; the mean of p is the `estimate`."""
     x_zero, estimate = x_zero.cpu().double(), estimate.cpu().double()
     return {
-        name: -log_likelihood(x_zero, estimate, math.sqrt(variance[0])).flatten(1).mean(1)
+        name: -discretised_log_likelihood(x_zero, estimate, math.sqrt(variance[0])).flatten(1).mean(1)
         for name, variance in reverse_variances(diffusor).items()
     }
 

@@ -10,7 +10,7 @@ import unicodedata
 from dataclasses import fields
 
 from ex2.errors import InputError
-from ex2.settings.config import GUIDANCE_SCALES, WEIGHTS, Config, expand_path
+from ex2.settings.config import GUIDANCE_SCALES, WEIGHTS, Config, expand_path, kind_of
 
 MAX_EVALUATED = 1_000_000  # samples; of each one a row of features is held in memory
 VARIABLE_GROUPS = ("diffusion process", "model", "training")  # of settings that a study varies
@@ -72,7 +72,7 @@ def add_flags(parser: argparse.ArgumentParser, groups: tuple[str, ...], leave_ou
         text = rules["help"]
         if saved and f.name not in ("dry_run", "num_threads", "cuda"):
             text, default = text.split(" (default")[0], " (default: the checkpoint's)"
-        if "type" not in rules:  # a boolean: an on and an off form
+        if kind_of(f) is bool:  # an on and an off form
             group.add_argument(name, action="store_true", default=argparse.SUPPRESS, help=text + default)
             off = f"--no_{f.name}"
             opposite = rules.get("off", "its opposite")
@@ -80,7 +80,7 @@ def add_flags(parser: argparse.ArgumentParser, groups: tuple[str, ...], leave_ou
         else:
             if "choices" in rules:
                 default = f": {', '.join(rules['choices'])}{default}"
-            kind = {"type": rules["type"], "nargs": rules.get("nargs"), "metavar": f.name.upper()}
+            kind = {"type": kind_of(f), "nargs": rules.get("nargs"), "metavar": f.name.upper()}
             group.add_argument(name, **kind, default=argparse.SUPPRESS, help=text + default)
 
 
@@ -263,7 +263,7 @@ def parse_vary(texts: list[str]) -> dict[str, list]:
             raise InputError(f"--vary {text}: give setting=value,value,... with one of {', '.join(sorted(rules))}")
         if name in varied:
             raise InputError(f"--vary names {name} twice: give all its values at once, separated by commas")
-        kind = rules[name].metadata.get("type", bool)
+        kind = kind_of(rules[name])
         parse = kind if kind is not bool else lambda value: {"true": True, "false": False}[value.lower()]
         try:
             varied[name] = [parse(value) for value in values.split(",")]

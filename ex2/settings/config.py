@@ -9,7 +9,6 @@ import os
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Optional
 
 from ex2.data.sets import DATASETS, SQUARES
 from ex2.errors import InputError
@@ -33,14 +32,17 @@ TRAINING_GROUPS = ("data", "diffusion process", "model", "training")  # what a r
 
 
 def setting(default, group: str, help: str, **rules):
-    """A Config field, whose type is that of the default, where there is one.
+    """A Config field. Its type is that of its annotation, see `kind_of`.
 
-    Its rules: `minimum`, `maximum`, `above`, `choices`, `path`; for the command line `type`, `nargs`, and `off`, the
-    help of its --no_ form.
+    Its rules: `minimum`, `maximum`, `above`, `choices`, `path`; for the command line `nargs`, and `off`, the help of
+    its --no_ form.
     """
-    if default is not None and not isinstance(default, (bool, tuple)):
-        rules["type"] = type(default)
     return field(default=default, metadata={"group": group, "help": help, **rules})
+
+
+def kind_of(f: dataclasses.Field) -> type:
+    """bool, int, float or str: the type of a setting's value, or of each value where there are several."""
+    return {"bool": bool, "int": int, "float": float, "str": str}[re.search("bool|int|float|str", f.type)[0]]
 
 
 @dataclass(frozen=True)
@@ -53,14 +55,12 @@ class Config:
     run_name: str = setting("DDPM", "run", "folder of the run in <results_dir> (of compare: compare-SETTINGS)")
     results_dir: str = setting("results", "run", "folder of all runs", path=True)
     seed: int = setting(0, "run", "random seed of weights, data order, noise and samples", minimum=0, maximum=SEEDS)
-    cuda: Optional[bool] = setting(
-        None, "run", "require a GPU (default: use one if there is one)", off="do without a GPU"
-    )
+    cuda: bool | None = setting(None, "run", "require a GPU (default: use one if there is one)", off="do without a GPU")
     dry_run: bool = setting(False, "run", "one batch of every phase, to see that all works")
     log_interval: int = setting(100, "run", "optimiser steps between two rows of log.csv", minimum=1)
     save_model: bool = setting(True, "run", "write ckpt.pt, from which the same command goes on")
     save_minutes: float = setting(10.0, "run", "minutes between two checkpoints within an epoch", above=0)
-    resume: Optional[bool] = setting(
+    resume: bool | None = setting(
         None, "run", "require a checkpoint (default: resume if there is one)", off="ignore it, start anew"
     )
     allow_changes: bool = setting(False, "run", "go on from a checkpoint of other settings")
@@ -68,23 +68,21 @@ class Config:
         "gif", "run", "format of animations; apng and webp are exact", choices=("gif", "apng", "webp")
     )
     compile: str = setting("auto", "run", "compile the network; auto: for long trainings on a GPU", choices=SWITCH)
-    num_threads: Optional[int] = setting(
-        None, "run", "CPU threads (default: torch's)", type=int, minimum=1, maximum=1024
-    )
+    num_threads: int | None = setting(None, "run", "CPU threads (default: torch's)", minimum=1, maximum=1024)
     timeout_minutes: float = setting(30.0, "run", "distributed timeout in minutes", above=0, maximum=10**6)
 
-    data_seed: Optional[int] = setting(
-        None, "data", "random seed of the data split (default: seed)", type=int, minimum=0, maximum=SEEDS
+    data_seed: int | None = setting(
+        None, "data", "random seed of the data split (default: seed)", minimum=0, maximum=SEEDS
     )
     dataset: str = setting("cifar10", "data", "the data set", choices=tuple(DATASETS))
-    image_size: Optional[int] = setting(
-        None, "data", "height and width in pixels (default: 32; shapes: 16, butterflies: 128)", type=int, minimum=8
+    image_size: int | None = setting(
+        None, "data", "height and width in pixels (default: 32; shapes: 16, butterflies: 128)", minimum=8
     )
-    flip: Optional[bool] = setting(None, "data", "mirror training images at random (default: all but shapes)")
+    flip: bool | None = setting(None, "data", "mirror training images at random (default: all but shapes)")
     square: str = setting("crop", "data", "make images square: centre crop, or pad with white", choices=SQUARES)
-    label_column: Optional[str] = setting(None, "data", "column that gives a butterfly its class", type=str)
-    data_dir: Optional[str] = setting(None, "access to the data", "where the data set lies", type=str, path=True)
-    cache_dir: Optional[str] = setting(None, "access to the data", "for downloaded butterflies", type=str, path=True)
+    label_column: str | None = setting(None, "data", "column that gives a butterfly its class")
+    data_dir: str | None = setting(None, "access to the data", "where the data set lies", path=True)
+    cache_dir: str | None = setting(None, "access to the data", "for downloaded butterflies", path=True)
     num_workers: int = setting(0, "access to the data", "DataLoader workers", minimum=0, maximum=1024)
 
     timesteps: int = setting(1000, "diffusion process", "T, the number of noising steps", minimum=1, maximum=10**6)
@@ -93,7 +91,7 @@ class Config:
     )
 
     dim: int = setting(32, "model", "base width of the U-Net", minimum=4, maximum=4096)
-    dim_mults: tuple = setting((1, 2, 4), "model", "width of each level over dim", type=int, nargs="+", minimum=1)
+    dim_mults: tuple[int, ...] = setting((1, 2, 4), "model", "width of each level over dim", nargs="+", minimum=1)
     class_free_guidance: bool = setting(False, "model", "condition on the class, for classifier-free guidance")
     p_uncond: float = setting(0.1, "model", "fraction of labels dropped in training", minimum=0, maximum=1)
     null_token: str = setting(
@@ -109,9 +107,9 @@ class Config:
     loss_type: str = setting("l2", "training", "error of the predicted noise", choices=("l1", "l2"))
     grad_clip: float = setting(1.0, "training", "largest gradient norm", above=0)
     ema_images: float = setting(50_000.0, "training", "EMA half-life in training images", above=0)
-    min_snr: Optional[float] = setting(None, "training", "gamma of min-SNR loss weights, say 5", type=float, above=0)
-    max_minutes: Optional[float] = setting(
-        None, "training", "stop training after so many minutes, with the learning rate at zero", type=float, above=0
+    min_snr: float | None = setting(None, "training", "gamma of min-SNR loss weights, say 5", above=0)
+    max_minutes: float | None = setting(
+        None, "training", "stop training after so many minutes, with the learning rate at zero", above=0
     )
     amp: str = setting("auto", "training", "bfloat16; auto: where the hardware computes in it", choices=SWITCH)
 
@@ -121,18 +119,14 @@ class Config:
     sampler: str = setting(
         "ddpm", "sampling", "ancestral (Eq. 8) or one for few steps", choices=names_in("ex2/samplers.py", "SAMPLERS")
     )
-    sample_steps: Optional[int] = setting(
-        None, "sampling", "number of sampling steps (default: all T)", type=int, minimum=1
-    )
+    sample_steps: int | None = setting(None, "sampling", "number of sampling steps (default: all T)", minimum=1)
     eta: float = setting(
         0.0, "sampling", "stochasticity of ddim and dpmpp_2m: 0 is the ODE, 1 ancestral", minimum=0, maximum=1
     )
-    guidance_interval: tuple = setting(
-        (0.0, 1.0), "sampling", "fractions of T between which samples are guided", type=float, nargs=2
+    guidance_interval: tuple[float, float] = setting(
+        (0.0, 1.0), "sampling", "fractions of T between which samples are guided", nargs=2
     )
-    guidance_scale: Optional[float] = setting(
-        None, "sampling", "w of Eq. 11 (default: 1 if class-conditional)", type=float, **SCALES
-    )
+    guidance_scale: float | None = setting(None, "sampling", "w of Eq. 11 (default: 1 if class-conditional)", **SCALES)
     sample_batch: int = setting(100, "sampling", "images that are sampled at a time", minimum=1)
 
     def __post_init__(self):
@@ -222,7 +216,7 @@ def check_setting(f: dataclasses.Field, value) -> None:
     rules, flag = f.metadata, f"--{f.name}"
     if value is None and f.default is None:
         return
-    wanted = rules.get("type", bool)
+    wanted = kind_of(f)
     if not isinstance(value, (int, float) if wanted is float else wanted) or (
         wanted is int and isinstance(value, bool)
     ):

@@ -5,7 +5,7 @@ import pytest
 import ex2_main
 from ex2.settings import cli
 from ex2.settings.cli import config_of_flags, parse_args, preset_config
-from ex2.settings.config import Config, fields
+from ex2.settings.config import Config, fields, kind_of
 
 # ------------------------------------------------------------------ classes
 
@@ -20,7 +20,7 @@ def test_class_names_come_before_class_numbers():
 
 def test_booleans_have_an_on_and_an_off_form():
     for f in fields(Config):
-        if "type" not in f.metadata:
+        if kind_of(f) is bool:
             assert parse_args([f"--{f.name}"]).given == {f.name: True}
             assert parse_args([f"--no_{f.name}"]).given == {f.name: False}
 
