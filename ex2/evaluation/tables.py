@@ -1,4 +1,4 @@
-"""Metrics as tables, for people."""
+"""Metrics as tables, for people: of a run, of its samples, and of runs with several seeds."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from ex2.data.images import ImageSet, to_model_range
 from ex2.data.loader import make_loader
 from ex2.evaluation import vlb
 from ex2.evaluation.distances import fraction_inside, frechet_distance, kernel_distance, nearest, precision_recall
-from ex2.evaluation.losses import IdealDenoiser
+from ex2.evaluation.evaluate import IdealDenoiser
 from ex2.evaluation.vlb import (
     bits_per_dim,
     decoder_terms,
