@@ -10,7 +10,7 @@ import unicodedata
 from dataclasses import fields
 
 from ex2.errors import InputError
-from ex2.settings.config import GUIDANCE_SCALES, WEIGHTS, Config, expand_path, kind_of
+from ex2.settings.config import GROUPS, GUIDANCE_SCALES, WEIGHTS, Config, expand_path, kind_of
 
 MAX_EVALUATED = 1_000_000  # samples; of each one a row of features is held in memory
 VARIABLE_GROUPS = ("diffusion process", "model", "training")  # of settings that a study varies
@@ -114,8 +114,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     train = commands.add_parser("train", help="train, test and draw every picture (what runs when no command is named)")
     preset = {"choices": tuple(PRESET_FLAGS), "help": "settings to start from; flags beside it still count"}
     train.add_argument("--preset", **preset)
-    all_groups = tuple(dict.fromkeys(f.metadata["group"] for f in fields(Config)))
-    add_flags(train, all_groups)
+    add_flags(train, GROUPS)
 
     test = commands.add_parser("test", help="evaluate a checkpoint: losses, bits per dimension, quality of its samples")
     add_checkpoint_flags(test)
@@ -146,7 +145,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     help = "runs of each setting; from 2 on the tables have 95%% intervals (default: 1)"
     compare.add_argument("--seeds", type=int, default=1, help=help)
     add_samples_flags(compare, "the run's own")
-    add_flags(compare, all_groups, ("save_model",))
+    add_flags(compare, GROUPS, ("save_model",))
 
     export = commands.add_parser("export", help="a checkpoint as a page that samples, as safetensors or as ONNX")
     add_checkpoint_flags(export)

@@ -8,6 +8,7 @@ import math
 import os
 import re
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
 from ex2.data.sets import DATASETS, SQUARES
@@ -31,13 +32,17 @@ SWITCH, SEEDS, SCALES = ("auto", "on", "off"), 2**32 - 1, {"minimum": -1000, "ma
 TRAINING_GROUPS = ("data", "diffusion process", "model", "training")  # what a resumed run must have in common
 
 
-def setting(default, group: str, help: str, **rules):
+def setting(group: str, default, help: str, **rules):
     """A Config field. Its type is that of its annotation, see `kind_of`.
 
     Its rules: `minimum`, `maximum`, `above`, `choices`, `path`; for the command line `nargs`, and `off`, the help of
     its --no_ form.
     """
     return field(default=default, metadata={"group": group, "help": help, **rules})
+
+
+GROUPS = ("run", "data", "access to the data", "diffusion process", "model", "training", "evaluation", "sampling")
+run, data, access, process, model, training, evaluation, sampling = (partial(setting, group) for group in GROUPS)
 
 
 def kind_of(f: dataclasses.Field) -> type:
@@ -52,82 +57,72 @@ class Config:
     Raises InputError: a value out of range, named with its flag and what is allowed.
     """
 
-    run_name: str = setting("DDPM", "run", "folder of the run in <results_dir> (of compare: compare-SETTINGS)")
-    results_dir: str = setting("results", "run", "folder of all runs", path=True)
-    seed: int = setting(0, "run", "random seed of weights, data order, noise and samples", minimum=0, maximum=SEEDS)
-    cuda: bool | None = setting(None, "run", "require a GPU (default: use one if there is one)", off="do without a GPU")
-    dry_run: bool = setting(False, "run", "one batch of every phase, to see that all works")
-    log_interval: int = setting(100, "run", "optimiser steps between two rows of log.csv", minimum=1)
-    save_model: bool = setting(True, "run", "write ckpt.pt, from which the same command goes on")
-    save_minutes: float = setting(10.0, "run", "minutes between two checkpoints within an epoch", above=0)
-    resume: bool | None = setting(
-        None, "run", "require a checkpoint (default: resume if there is one)", off="ignore it, start anew"
+    run_name: str = run("DDPM", "folder of the run in <results_dir> (of compare: compare-SETTINGS)")
+    results_dir: str = run("results", "folder of all runs", path=True)
+    seed: int = run(0, "random seed of weights, data order, noise and samples", minimum=0, maximum=SEEDS)
+    cuda: bool | None = run(None, "require a GPU (default: use one if there is one)", off="do without a GPU")
+    dry_run: bool = run(False, "one batch of every phase, to see that all works")
+    log_interval: int = run(100, "optimiser steps between two rows of log.csv", minimum=1)
+    save_model: bool = run(True, "write ckpt.pt, from which the same command goes on")
+    save_minutes: float = run(10.0, "minutes between two checkpoints within an epoch", above=0)
+    resume: bool | None = run(
+        None, "require a checkpoint (default: resume if there is one)", off="ignore it, start anew"
     )
-    allow_changes: bool = setting(False, "run", "go on from a checkpoint of other settings")
-    animation: str = setting(
-        "gif", "run", "format of animations; apng and webp are exact", choices=("gif", "apng", "webp")
-    )
-    compile: str = setting("auto", "run", "compile the network; auto: for long trainings on a GPU", choices=SWITCH)
-    num_threads: int | None = setting(None, "run", "CPU threads (default: torch's)", minimum=1, maximum=1024)
-    timeout_minutes: float = setting(30.0, "run", "distributed timeout in minutes", above=0, maximum=10**6)
+    allow_changes: bool = run(False, "go on from a checkpoint of other settings")
+    animation: str = run("gif", "format of animations; apng and webp are exact", choices=("gif", "apng", "webp"))
+    compile: str = run("auto", "compile the network; auto: for long trainings on a GPU", choices=SWITCH)
+    num_threads: int | None = run(None, "CPU threads (default: torch's)", minimum=1, maximum=1024)
+    timeout_minutes: float = run(30.0, "distributed timeout in minutes", above=0, maximum=10**6)
 
-    data_seed: int | None = setting(
-        None, "data", "random seed of the data split (default: seed)", minimum=0, maximum=SEEDS
+    data_seed: int | None = data(None, "random seed of the data split (default: seed)", minimum=0, maximum=SEEDS)
+    dataset: str = data("cifar10", "the data set", choices=tuple(DATASETS))
+    image_size: int | None = data(
+        None, "height and width in pixels (default: 32; shapes: 16, butterflies: 128)", minimum=8
     )
-    dataset: str = setting("cifar10", "data", "the data set", choices=tuple(DATASETS))
-    image_size: int | None = setting(
-        None, "data", "height and width in pixels (default: 32; shapes: 16, butterflies: 128)", minimum=8
-    )
-    flip: bool | None = setting(None, "data", "mirror training images at random (default: all but shapes)")
-    square: str = setting("crop", "data", "make images square: centre crop, or pad with white", choices=SQUARES)
-    label_column: str | None = setting(None, "data", "column that gives a butterfly its class")
-    data_dir: str | None = setting(None, "access to the data", "where the data set lies", path=True)
-    cache_dir: str | None = setting(None, "access to the data", "for downloaded butterflies", path=True)
-    num_workers: int = setting(0, "access to the data", "DataLoader workers", minimum=0, maximum=1024)
+    flip: bool | None = data(None, "mirror training images at random (default: all but shapes)")
+    square: str = data("crop", "make images square: centre crop, or pad with white", choices=SQUARES)
+    label_column: str | None = data(None, "column that gives a butterfly its class")
+    data_dir: str | None = access(None, "where the data set lies", path=True)
+    cache_dir: str | None = access(None, "for downloaded butterflies", path=True)
+    num_workers: int = access(0, "DataLoader workers", minimum=0, maximum=1024)
 
-    timesteps: int = setting(1000, "diffusion process", "T, the number of noising steps", minimum=1, maximum=10**6)
-    schedule: str = setting(
-        "linear", "diffusion process", "beta schedule", choices=names_in("ex2_diffusion.py", "SCHEDULES")
-    )
+    timesteps: int = process(1000, "T, the number of noising steps", minimum=1, maximum=10**6)
+    schedule: str = process("linear", "beta schedule", choices=names_in("ex2_diffusion.py", "SCHEDULES"))
 
-    dim: int = setting(32, "model", "base width of the U-Net", minimum=4, maximum=4096)
-    dim_mults: tuple[int, ...] = setting((1, 2, 4), "model", "width of each level over dim", nargs="+", minimum=1)
-    class_free_guidance: bool = setting(False, "model", "condition on the class, for classifier-free guidance")
-    p_uncond: float = setting(0.1, "model", "fraction of labels dropped in training", minimum=0, maximum=1)
-    null_token: str = setting(
-        "learned", "model", "what stands for no class", choices=names_in("ex2_model.py", "NULL_TOKENS")
-    )
-    dropout: float = setting(0.0, "model", "fraction of activations dropped in training", minimum=0, maximum=0.9)
+    dim: int = model(32, "base width of the U-Net", minimum=4, maximum=4096)
+    dim_mults: tuple[int, ...] = model((1, 2, 4), "width of each level over dim", nargs="+", minimum=1)
+    class_free_guidance: bool = model(False, "condition on the class, for classifier-free guidance")
+    p_uncond: float = model(0.1, "fraction of labels dropped in training", minimum=0, maximum=1)
+    null_token: str = model("learned", "what stands for no class", choices=names_in("ex2_model.py", "NULL_TOKENS"))
+    dropout: float = model(0.0, "fraction of activations dropped in training", minimum=0, maximum=0.9)
 
-    epochs: int = setting(5, "training", "passes over the training images", minimum=1)
-    batch_size: int = setting(64, "training", "images per optimiser step", minimum=1, maximum=10**6)
-    lr: float = setting(1e-3, "training", "peak learning rate of AdamW", above=0)
-    adam_beta1: float = setting(0.9, "training", "beta_1 of AdamW", minimum=0, maximum=0.999)
-    warmup_steps: int = setting(200, "training", "learning-rate warm-up steps, at most a tenth of all steps", minimum=0)
-    loss_type: str = setting("l2", "training", "error of the predicted noise", choices=("l1", "l2"))
-    grad_clip: float = setting(1.0, "training", "largest gradient norm", above=0)
-    ema_images: float = setting(50_000.0, "training", "EMA half-life in training images", above=0)
-    min_snr: float | None = setting(None, "training", "gamma of min-SNR loss weights, say 5", above=0)
-    max_minutes: float | None = setting(
-        None, "training", "stop training after so many minutes, with the learning rate at zero", above=0
+    epochs: int = training(5, "passes over the training images", minimum=1)
+    batch_size: int = training(64, "images per optimiser step", minimum=1, maximum=10**6)
+    lr: float = training(1e-3, "peak learning rate of AdamW", above=0)
+    adam_beta1: float = training(0.9, "beta_1 of AdamW", minimum=0, maximum=0.999)
+    warmup_steps: int = training(200, "learning-rate warm-up steps, at most a tenth of all steps", minimum=0)
+    loss_type: str = training("l2", "error of the predicted noise", choices=("l1", "l2"))
+    grad_clip: float = training(1.0, "largest gradient norm", above=0)
+    ema_images: float = training(50_000.0, "EMA half-life in training images", above=0)
+    min_snr: float | None = training(None, "gamma of min-SNR loss weights, say 5", above=0)
+    max_minutes: float | None = training(
+        None, "stop training after so many minutes, with the learning rate at zero", above=0
     )
-    amp: str = setting("auto", "training", "bfloat16; auto: where the hardware computes in it", choices=SWITCH)
+    amp: str = training("auto", "bfloat16; auto: where the hardware computes in it", choices=SWITCH)
 
-    eval_images: int = setting(512, "evaluation", "images of val and test that are evaluated", minimum=1)
-    eval_timesteps: int = setting(10, "evaluation", "timesteps at which losses and VLB are evaluated", minimum=1)
+    eval_images: int = evaluation(512, "images of val and test that are evaluated", minimum=1)
+    eval_timesteps: int = evaluation(10, "timesteps at which losses and VLB are evaluated", minimum=1)
 
-    sampler: str = setting(
-        "ddpm", "sampling", "ancestral (Eq. 8) or one for few steps", choices=names_in("ex2/samplers.py", "SAMPLERS")
+    sampler: str = sampling(
+        "ddpm", "ancestral (Eq. 8) or one for few steps", choices=names_in("ex2/samplers.py", "SAMPLERS")
     )
-    sample_steps: int | None = setting(None, "sampling", "number of sampling steps (default: all T)", minimum=1)
-    eta: float = setting(
-        0.0, "sampling", "stochasticity of ddim and dpmpp_2m: 0 is the ODE, 1 ancestral", minimum=0, maximum=1
+    sample_steps: int | None = sampling(None, "number of sampling steps (default: all T)", minimum=1)
+    eta: float = sampling(0.0, "stochasticity of ddim and dpmpp_2m: 0 is the ODE, 1 ancestral", minimum=0, maximum=1)
+    guidance_interval: tuple[float, float] = sampling(
+        (0.0, 1.0), "fractions of T between which samples are guided", nargs=2
     )
-    guidance_interval: tuple[float, float] = setting(
-        (0.0, 1.0), "sampling", "fractions of T between which samples are guided", nargs=2
-    )
-    guidance_scale: float | None = setting(None, "sampling", "w of Eq. 11 (default: 1 if class-conditional)", **SCALES)
-    sample_batch: int = setting(100, "sampling", "images that are sampled at a time", minimum=1)
+    guidance_scale: float | None = sampling(None, "w of Eq. 11 (default: 1 if class-conditional)", **SCALES)
+    sample_batch: int = sampling(100, "images that are sampled at a time", minimum=1)
 
     def __post_init__(self):
         for f in fields(self):
