@@ -14,21 +14,18 @@ from ex2_train import NOISE_SEED
 EXACT = "donot_use_mm_for_euclid_dist"  # the distance of two equal rows is 0; torch's faster way rounds it up
 
 
-def frechet_distance(a: Tensor, b: Tensor) -> float:
+def frechet_distance(a: Tensor, b: Tensor) -> float | None:
     """Fréchet distance of the Gaussians fitted to two sets of features, (N, D) and (M, D); Heusel et al. 2017, Eq. 6.
 
     |mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), as torchmetrics computes it. https://arxiv.org/abs/1706.08500.
-    It is called FID on Inception's features only.
-
-    Raises ValueError: no more samples than features, so that a covariance is singular.
+    It is called FID on Inception's features only. None: no more samples than features, so a covariance is singular.
     """
     from torchmetrics.image.fid import FrechetInceptionDistance  # here, as it takes a second: `sample` needs none
 
-    width, fewest = a.shape[1], min(len(a), len(b))
-    if fewest <= width:
-        raise ValueError(f"{fewest} samples are too few for {width} features: take more, or a covariance is singular")
+    if min(len(a), len(b)) <= a.shape[1]:
+        return None
     features = torch.nn.Identity()
-    features.num_features = width
+    features.num_features = a.shape[1]
     metric = FrechetInceptionDistance(features)
     metric.update(a.double(), real=True)
     metric.update(b.double(), real=False)

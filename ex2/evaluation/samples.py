@@ -136,7 +136,8 @@ def evaluate_samples(evaluator: Evaluator, model, splits: DataSplits, diffusor, 
         samples = extract_features(evaluator, sampled_batches(model, diffusor, config, labels, scale), diffusor.device)
         row = {"guidance_scale": scale, **compare(evaluator, samples)}
         if len(real.features) < count:  # the distance falls with the number of images
-            row["frechet_distance_at_test_count"] = distance_or_none(evaluator, samples, len(real.features))
+            first = samples.features[: len(real.features)]
+            row["frechet_distance_at_test_count"] = frechet_distance(evaluator.features, first)
         by_scale.append(row)
         own = samples if scale == own_scale else own
     return {
@@ -200,16 +201,9 @@ def compare(evaluator: Evaluator, images: ImageFeatures) -> dict:
     few = side < FEWEST_COMPARED
     kid, deviation = (None, None) if few else kernel_distance(real, features)
     precision, recall = (None, None) if few else precision_recall(real[:side], features[:side])
-    metrics = {"count": len(features), "frechet_distance": distance_or_none(evaluator, images, len(features))}
+    metrics = {"count": len(features), "frechet_distance": frechet_distance(real, features)}
     metrics.update(kid=kid, kid_deviation=deviation, precision=precision, recall=recall, precision_recall_count=side)
     return metrics if images.class_accuracy is None else {**metrics, "class_accuracy": images.class_accuracy}
-
-
-def distance_or_none(evaluator: Evaluator, images: ImageFeatures, count: int) -> float | None:
-    """Fréchet distance of the first `count` images; None where there are no more of them than features."""
-    features = images.features[:count]
-    enough = min(len(features), len(evaluator.features)) > features.shape[1]
-    return frechet_distance(evaluator.features, features) if enough else None
 
 
 def check_memorisation(evaluator: Evaluator, samples: ImageFeatures, real: ImageFeatures, device, path: Path) -> dict:
