@@ -15,7 +15,6 @@ from ex2_model import MAX_ATTENTION_POSITIONS, Unet
 
 def load_data(config: Config) -> DataSplits:
     """The data set of a run; see `load_splits`."""
-
     names = ("data_dir", "image_size", "num_workers", "square", "cache_dir", "label_column")
     settings = {name: getattr(config, name) for name in names}
     seed = config.seed if config.data_seed is None else config.data_seed
