@@ -98,6 +98,7 @@ def run_train(args) -> None:
 
 def run_compare(args) -> None:
     """`compare`: trains and evaluates runs of every combination of varied settings. 2.2 to 2.4."""
+    from ex2.evaluation.samples import build_evaluator
     from ex2.machine.job import lock_folder
     from ex2.report.study import grid_of_runs, run_study
     from ex2.settings.build import load_data
@@ -110,7 +111,8 @@ def run_compare(args) -> None:
         runs = grid_of_runs(base, varied, args.seeds)  # refuses what can't be, before any data are read
         splits = load_data(base)
         record_command(base.run_dir, args)
-        run_study(base, varied, runs, splits, device, args.eval_samples, scales)
+        evaluator = build_evaluator(splits, device, base, base.run_dir, args.eval_samples, scales)
+        run_study(base, varied, runs, splits, evaluator, device)
     print(f"done: see {base.run_dir}/")
 
 
@@ -131,10 +133,8 @@ def run_test(args) -> None:
     make_run_dir(config.run_dir)
     model = restore_model(checkpoint, config, device, args.weights)
     diffusor = build_diffusion(config, device)
-    evaluator = None
-    if args.eval_samples > 0:
-        how = (run_dir, args.eval_samples, scales, args.inception_weights)
-        evaluator = build_evaluator(splits, device, config, *how)
+    how = (run_dir, args.eval_samples, scales, args.inception_weights)
+    evaluator = build_evaluator(splits, device, config, *how)
     record_command(config.run_dir, args)
     report = evaluate(model, splits, diffusor, config, evaluator, args.weights)
     write_metrics(report, config, RunLog.read(run_dir / "log.csv"))

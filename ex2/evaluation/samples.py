@@ -67,18 +67,20 @@ def inference_model(model, config: Config, device) -> InferenceModel:
 
 def build_evaluator(
     splits: DataSplits, device, config: Config, run_dir: Path, count: int, scales=(), inception_weights=None
-) -> Evaluator:
+) -> Evaluator | None:
     """The evaluator of samples. Templates tell the classes of shapes, the small classifier those of other data.
 
     Args:
         splits: the data set.
         run_dir: of the run. `features/` beside it keeps classifiers and features, for all runs there.
-        count: samples to evaluate, at each guidance scale.
+        count: samples to evaluate, at each guidance scale; of none there is no evaluator.
         scales: guidance scales, beside the run's own.
         inception_weights: file of Inception's weights; None takes the features of the small classifier.
 
     Raises InputError: too few samples or training images for the width of the features, or no usable Inception.
     """
+    if count == 0:
+        return None
     if config.dry_run:
         folder, count = config.run_dir, DRY_RUN_SAMPLES
         splits = replace(splits, train=splits.train.subset(torch.arange(min(256, len(splits.train)))))

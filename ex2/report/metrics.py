@@ -31,7 +31,8 @@ def write_metrics(report: dict, config: Config, log: list[dict] | None = None) -
     before, samples = read_json(path), report.get("samples")
     kept = {"samples": before["samples"]} if "samples" in before and before.get("losses") == report["losses"] else {}
     write_json(path, {**kept, **report})
-    settings, log = dataclasses.asdict(config), RunLog.read(config.run_dir / "log.csv") if log is None else log
+    settings = dataclasses.asdict(config)
+    log = RunLog.read(config.run_dir / "log.csv") if log is None else log
     reference = reference_losses(settings, report, images_seen(settings, log))
     curves = {**report["losses"], **({"our run": reference} if reference else {})}
     plot_loss_over_t(curves, config.run_dir / "loss_over_t.png")

@@ -16,7 +16,7 @@ from ex2.data.images import DataSplits
 from ex2.errors import InputError, Interrupted, RunError
 from ex2.evaluation.classifier import Evaluator
 from ex2.evaluation.evaluate import evaluate
-from ex2.evaluation.samples import build_evaluator, evaluation_settings, inference_model
+from ex2.evaluation.samples import evaluation_settings, inference_model
 from ex2.evaluation.tables import NOT_COMPARABLE, T_QUANTILES, VARIANCES, as_markdown, sample_cells, summarise_seeds
 from ex2.machine.files import as_csv, read_json, write_atomically, write_json
 from ex2.machine.processes import broadcast_from_main, is_main, world_size
@@ -33,7 +33,7 @@ COLUMNS_SHOWN = 10
 
 
 def run_study(
-    base: Config, varied: dict, runs: dict[str, Config], splits: DataSplits, device, count: int, scales
+    base: Config, varied: dict, runs: dict[str, Config], splits: DataSplits, evaluator: Evaluator | None, device
 ) -> None:
     """Trains and evaluates every run of a study; finished ones are kept.
 
@@ -42,15 +42,13 @@ def run_study(
         varied: setting -> its values.
         runs: of `grid_of_runs`.
         splits: the data set.
+        evaluator: of samples; None: none are evaluated.
         device: that trains.
-        count: samples that are evaluated; 0: none.
-        scales: guidance scales at which they are, beside the run's own.
 
     Raises RunError: a run failed; the others have their place in the table.
     """
     if is_main():  # the runs are named, as folders of an earlier call may lie beside them
         write_json(base.run_dir / "study.json", {"varied": varied, "runs": list(runs)})
-    evaluator = build_evaluator(splits, device, base, base.run_dir, count, scales) if count > 0 else None
     failed = {}
     for name, config in runs.items():
         print(f"--- {name}")
