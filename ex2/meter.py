@@ -37,8 +37,7 @@ class LossMeter:
 
     def add(self, loss: Tensor, grad_norm: Tensor, images: int) -> None:
         """Takes in a step on `images` images."""
-        if self.images_in is not None:
-            images = self.images_in(self.all_steps)
+        images = images if self.images_in is None else self.images_in(self.all_steps)
         self.window.append((mean_over_processes(loss), grad_norm, images))
 
     def read_window(self, lr: float) -> tuple[Tensor, Tensor, Tensor]:

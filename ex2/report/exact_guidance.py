@@ -61,9 +61,7 @@ def guided_samples(guidance_scale: float, **sampling) -> Tensor:
     process = Diffusion(1000, SCHEDULES["cosine"], 1, "cpu")
     how = {"guidance_scale": guidance_scale, "classes": torch.zeros(SAMPLES, dtype=torch.long), "steps": STEPS}
     how.update(generator=EvenNoise(), clamp=False, **sampling)
-    for _, x, _ in process.sample_trajectory(TwoClasses(process), 1, SAMPLES, 1, **how):  # noqa: B007
-        pass
-    return x.flatten()
+    return process.sample(TwoClasses(process), 1, SAMPLES, 1, **how).flatten()
 
 
 def tilted_density(guidance_scale: float) -> Tensor:
