@@ -16,16 +16,8 @@ from pathlib import Path
 from PIL import Image, ImageSequence
 
 from ex2.data.sets import DATASETS
+from ex2.evaluation import tables
 from ex2.evaluation.sanity import images_seen, loss_at, verdict
-from ex2.evaluation.tables import (
-    NOT_COMPARABLE,
-    format_cell,
-    half_width,
-    mean_and_interval,
-    sample_cells,
-    samples_table,
-    summarise_seeds,
-)
 from ex2.machine.files import read_commands
 from ex2.settings.config import Config
 
@@ -199,7 +191,7 @@ def sections(runs: Sequence[Run], studies: Sequence[Study], live: Sequence[tuple
     opening.show("reverse.gif", runs)
     schedules = Section("schedules", "2.3 Beta schedules")
     schedules.show("schedules.png", runs[:1])
-    schedules.parts.append(Part(NOT_COMPARABLE))
+    schedules.parts.append(Part(tables.NOT_COMPARABLE))
     others = [run for run in runs if DATASETS[run.config.dataset].sub_task == "2.5"]
     main = [run for run in runs if run not in others] or runs
     content = [opening, network(runs), process(main), quality(runs)]
@@ -285,7 +277,7 @@ def quality(runs: Sequence[Run]) -> Section:
     for run in sampled:
         samples = run.metrics["samples"]
         text = f"{run.name}: {samples['count']} samples at each scale, by features of: {samples['features']}"
-        section.parts.append(Part(text, samples_table(samples)))
+        section.parts.append(Part(text, tables.samples_table(samples)))
     section.show("loss_over_t.png", tested)
     section.show("bits_per_dim.png", tested)
     section.show("nearest.png", of_data("nearest.png", sampled))
@@ -295,15 +287,10 @@ def quality(runs: Sequence[Run]) -> Section:
 def describe_metrics(run: Run) -> dict:
     """Losses, bits per dimension and nearness to training images of a run, as a row."""
     pixels = run.metrics.get("samples", {}).get("memorisation", {}).get("pixels", {})
+    row = {"run": run.name, **{f"{name} loss": run.mean_loss(name) for name in ("test", "train", "optimal")}}
+    row.update({"bits/dim": run.bits_per_dim, "nearer": pixels.get("fraction_nearer")})
     median = pixels.get("median", {})
-    return {
-        "run": run.name,
-        **{f"{name} loss": run.mean_loss(name) for name in ("test", "train", "optimal")},
-        "bits/dim": run.bits_per_dim,
-        "nearer": pixels.get("fraction_nearer"),
-        "samples to nearest": median.get("samples"),
-        "test images to nearest": median.get("test_images"),
-    }
+    return {**row, "samples to nearest": median.get("samples"), "test images to nearest": median.get("test_images")}
 
 
 def quality_answer(run: Run) -> str:
@@ -367,7 +354,7 @@ def add_studies(section: Section, studies: Sequence[Study], missing: str, vary: 
     for study in studies:
         rows = [describe_setting(study, run) for run in study.runs.values() if run]
         text = f"{study.folder.name}: means over the seeds, each run at its own w"
-        section.parts.append(Part(text, summarise_seeds(rows, study.varied)))
+        section.parts.append(Part(text, tables.summarise_seeds(rows, study.varied)))
     for name in ("samples.png", "curves.png"):
         section.show(name, studies, CAPTIONS[f"study/{name}"])
     return section
@@ -376,7 +363,7 @@ def add_studies(section: Section, studies: Sequence[Study], missing: str, vary: 
 def describe_setting(study: Study, run: Run) -> dict:
     """The metrics of a run of a study, at its own guidance scale and at equal noise levels, as a row."""
     row, curve = {name: getattr(run.config, name) for name in (*study.varied, "seed")}, run.test_curve
-    row.update({"w": None, "bits/dim": run.bits_per_dim, **sample_cells(run.own_row)})
+    row.update({"w": None, "bits/dim": run.bits_per_dim, **tables.sample_cells(run.own_row)})
     for log_snr in (-2, 2):
         known = curve and curve["log_snr"][-1] <= log_snr <= curve["log_snr"][0]
         row[f"l2 at log-SNR {log_snr}"] = loss_at(curve, log_snr) if known else None
@@ -413,8 +400,9 @@ def compare_settings(values: dict[str, dict], what: str) -> str:
     said = []
     for name in rest:
         gaps = [value - least for value, least in zip(values[name], values[best])]
-        margin = half_width(gaps) if len(seeds) > 1 else (CLEAR - 1) * values[best][0]
+        margin = tables.half_width(gaps) if len(seeds) > 1 else (CLEAR - 1) * values[best][0]
         chance = "" if statistics.mean(gaps) > margin else ", which may be chance"
-        said.append(f"{format_cell(mean_and_interval(gaps))} more for {name}{chance}")
+        said.append(f"{tables.format_cell(tables.mean_and_interval(gaps))} more for {name}{chance}")
     over = f"mean of {len(seeds)} seeds, 95% interval" if len(seeds) > 1 else "a single run"
-    return f"{what}: smallest for {best} ({format_cell(mean_and_interval(values[best]))}, {over}); {'; '.join(said)}."
+    smallest = tables.format_cell(tables.mean_and_interval(values[best]))
+    return f"{what}: smallest for {best} ({smallest}, {over}); {'; '.join(said)}."
