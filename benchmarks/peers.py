@@ -7,8 +7,8 @@
 Packages keep their settings (of versions 2.3.4 and 0.42.1) and samplers; "as-ours" has quick's size, learning rate and
 batch. None mirrors the shapes. Each package has a process of its own, on the CPU. Where the learning rate is
 constant, one training goes on and is evaluated after each of the minutes; where it falls to zero, each has a training.
-Seconds are those of training, without samples and evaluation; ours include the validation after each epoch. On a busy
-machine the CPU seconds say what a training really had.
+Seconds are those of training, without samples and evaluation; ours include the validation after each epoch but the
+last. On a busy machine the CPU seconds say what a training really had; in ours they include the last validation too.
 """
 
 from __future__ import annotations
