@@ -1,7 +1,7 @@
 """What do other packages make of the minutes that quick takes? The same shapes, threads and minutes, one evaluator.
 
     pip install denoising-diffusion-pytorch diffusers
-    python benchmarks/peers.py --minutes 3 6 12             three to four hours on one CPU core
+    python benchmarks/peers.py --minutes 3 6 12             108 minutes of training, and the samples
     python benchmarks/peers.py --who ours diffusers         only these, after three minutes
 
 Packages keep their settings (of versions 2.3.4 and 0.42.1) and samplers; "as-ours" has quick's size, learning rate and
