@@ -46,25 +46,24 @@ def expect_standard_normal(noise: Tensor, what: str) -> None:
 
 
 def q_sample(submission, x_zero: Tensor, t: Tensor, **noise: Tensor) -> Tensor:
-    return submission.diffuse("q_sample", {"x_zero": x_zero, "t": t, **noise})["result"]
+    return submission.diffuse("q_sample", x_zero=x_zero, t=t, **noise)["result"]
 
 
 def p_sample(submission, x: Tensor, eps: float, t: int, seed: int = 0) -> Tensor:
     """x_{t-1} of images x where the network predicts `eps` everywhere."""
-    given = {"x": x, "t": torch.full((len(x),), t), "t_index": t}
-    return submission.diffuse("p_sample", given, {"shift": eps}, seed=seed)["result"]
+    times = torch.full((len(x),), t)
+    return submission.diffuse("p_sample", {"shift": eps}, seed=seed, x=x, t=times, t_index=t)["result"]
 
 
 def sample(submission, stub: dict, count: int = 4, betas: Tensor = BETAS, **given) -> dict:
     """The whole reverse process, with `result`, images (count, 3, 8, 8)."""
-    given = {"image_size": 8, "batch_size": count, "channels": 3, **given}
-    return submission.diffuse("sample", given, stub, betas)
+    return submission.diffuse("sample", stub, betas, image_size=8, batch_size=count, channels=3, **given)
 
 
 def loss(submission, stub: dict, x_zero: Tensor, loss_type: str = "l2", **noise: Tensor) -> float:
     """The loss at t = 4."""
-    given = {"x_zero": x_zero, "t": torch.full((len(x_zero),), 4), **noise, "loss_type": loss_type}
-    return submission.diffuse("p_losses", given, stub)["result"].item()
+    times = torch.full((len(x_zero),), 4)
+    return submission.diffuse("p_losses", stub, x_zero=x_zero, t=times, **noise, loss_type=loss_type)["result"].item()
 
 
 @Fact("2.2 a, c", "q_sample keeps sqrt(alpha-bar_t) of the image", "Eq. 4")

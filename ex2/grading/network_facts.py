@@ -119,9 +119,8 @@ def class_kept(submission) -> None:
 def loss_classes(submission) -> None:
     if not submission.takes("diffusion", "Diffusion.p_losses", "classes"):
         raise missing("p_losses takes no classes")
-    classes = torch.arange(4)
-    given = {"x_zero": images(0.0), "t": torch.full((4,), 3), "loss_type": "l2", "classes": classes}
-    calls = submission.diffuse("p_losses", given, {"without": 0.2})["calls"]
+    classes, given = torch.arange(4), {"x_zero": images(0.0), "t": torch.full((4,), 3), "loss_type": "l2"}
+    calls = submission.diffuse("p_losses", {"without": 0.2}, **given, classes=classes)["calls"]
     seen = calls[0]["labels"] if calls else None
     check(seen == classes.tolist(), f"labels {seen} in the U-Net", f"{classes.tolist()}", "labels are lost on the way")
 
@@ -143,7 +142,7 @@ def guided(submission, w: float, through: str = "p_sample") -> tuple[float, int,
         return guided(submission, w, "sample")
     conditions, stub = {"classes": zeros, "guidance_scale": w, "p_uncond": P_UNCOND}, {"without": 0.2}
     if through == "p_sample":
-        seen = submission.diffuse("p_sample", {"x": black, "t": zeros, "t_index": 0, **conditions}, stub)
+        seen = submission.diffuse("p_sample", stub, x=black, t=zeros, t_index=0, **conditions)
         eps = seen["result"].double().mean() / p_sample(submission, black, 1.0, 0).double().mean()
     else:
         seen = sample(submission, stub, betas=torch.tensor([ONE_BETA]), **conditions)

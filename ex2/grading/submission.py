@@ -111,7 +111,7 @@ class Submission(Adapter):
             raise missing("Diffusion doesn't ask get_noise_schedule for its betas")
         return diffusor
 
-    def diffuse(self, method: str, given: dict, stub: dict | None = None, betas: Tensor = BETAS, seed: int = 0) -> dict:
+    def diffuse(self, method: str, stub: dict | None = None, betas: Tensor = BETAS, seed: int = 0, **given) -> dict:
         """What a method of `Diffusion` returns, and how the network, `Stub(**stub)`, was called.
 
         Args:

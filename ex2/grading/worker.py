@@ -117,7 +117,6 @@ class Worker:
         environment.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
         command = [sys.executable, "-c", START, str(self.folder)]
         streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        # In a session of its own, so that a signal to it reaches what it starts, where the system has such.
         self.process = subprocess.Popen(command, cwd=self.home, env=environment, **streams, start_new_session=True)
         self.exchange(b"", START_LIMIT)
         self.begun = time.monotonic()
