@@ -157,9 +157,9 @@ def as_table(rows: Sequence[dict]) -> Iterator[str]:
     for row in rows:
         by_name.setdefault(row["submission"], []).append(row)
         if row["verdict"] != "right":
-            cause = row["looks_like"] or row["found"] if row["expected"] else row["found"]
-            where = f"{row['statement']}: " if row["expected"] else ""
-            causes.setdefault(f"{row['verdict']:<8} {where}{cause}", {})[row["submission"]] = None
+            statement = f"{row['statement']}: " if row["expected"] else ""
+            cause = f"{row['verdict']:<8} {statement}{row['looks_like'] or row['found']}"
+            causes.setdefault(cause, {})[row["submission"]] = None
     width = max(map(len, (*by_name, "submission")))
     yield f"{'submission':<{width}}" + "".join(f"{column:>9}" for column in COLUMNS)
     for name, verdicts in by_name.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -15,8 +17,9 @@ class InferenceModel:
     """
 
     def __init__(self, model, amp: bool = False):
-        self.model, self.amp = model, amp
+        self.model = model
         self.largest = None  # images per call; None while all have fitted
+        self.predict = partial(predict, model, amp)
         self.replayed = GraphReplay(self.predict, what="the network call")
 
     def __getattr__(self, name: str):
@@ -37,8 +40,9 @@ class InferenceModel:
             free_memory()  # after the except block, which kept the failed call's tensors alive
             print(f"the GPU's memory is full: going on with {self.largest} images per network call")
 
-    @torch.no_grad()
-    def predict(self, x: Tensor, *conditions: Tensor) -> tuple[Tensor]:
-        """A single call of the network."""
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
-            return (self.model(x, *conditions).float(),)
+
+@torch.no_grad()
+def predict(model, amp: bool, x: Tensor, *conditions: Tensor) -> tuple[Tensor]:
+    """A single call of the network, in bfloat16 where `amp` says so."""
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
+        return (model(x, *conditions).float(),)
