@@ -195,6 +195,14 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         job.pick_device(None)
 
 
+@pytest.mark.parametrize("said, gone", [("[gloo] Connection closed by peer\nat 0x1", True), ("shapes differ", False)])
+def test_of_torchs_errors_those_of_lost_processes_are_said_in_one_line(said, gone):
+    with pytest.raises(RuntimeError) as raised, processes.name_lost_processes():
+        raise RuntimeError(said)
+    assert isinstance(raised.value, errors.ProcessesError) == gone
+    assert str(raised.value) == ("another process is gone ([gloo] Connection closed by peer)" if gone else said)
+
+
 # ------------------------------------------------------------------ two processes against one
 
 
