@@ -1,6 +1,5 @@
 """A right solution of the exercise in few lines, and deliberate slips, each a replacement in it."""
 
-import math
 import sys
 from contextlib import contextmanager
 
@@ -407,7 +406,7 @@ class Local(Worker):
 
     def __init__(self, folder):
         self.submission = Submission(folder)
-        super().__init__(folder, math.inf)
+        super().__init__(folder, limit=10**6)
 
     def ask(self, line):
         return self.submission.answer(line)

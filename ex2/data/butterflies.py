@@ -54,11 +54,10 @@ def open_butterflies(data_dir: str | None, cache_dir: str | None):
     try:
         if data_dir is None:
             return datasets.load_dataset(BUTTERFLIES, cache_dir=cache_dir, split="train")
-        folder = Path(data_dir)
-        if folder.is_dir() and not list(folder.rglob("*.parquet")):
-            return datasets.load_dataset("imagefolder", data_dir=data_dir, cache_dir=cache_dir, split="all")
-        files = sorted(map(str, folder.rglob("*.parquet"))) if folder.is_dir() else data_dir
-        return datasets.load_dataset("parquet", data_files=files, cache_dir=cache_dir, split="train")
+        files = sorted(map(str, Path(data_dir).rglob("*.parquet"))) if Path(data_dir).is_dir() else [data_dir]
+        if files:
+            return datasets.load_dataset("parquet", data_files=files, cache_dir=cache_dir, split="train")
+        return datasets.load_dataset("imagefolder", data_dir=data_dir, cache_dir=cache_dir, split="all")
     except Exception as error:  # many kinds: no network, no space, a damaged file, an empty folder
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         advice = "with no network, download the set's parquet file elsewhere and give it as --data_dir"

@@ -30,7 +30,7 @@ def load_folder(data_dir: str | None, image_size: int, square: str = "crop"):
     folders = find_classes(root)
     others = [name for name in folders if name not in PARTS]
     parts = {"train": root}
-    if "train" in folders and (not others or has_folders(root / "train")):
+    if "train" in folders and (not others or any(entry.is_dir() for entry in (root / "train").glob("[!.]*"))):
         parts = {name: root / name for name in PARTS if name in folders}
         if others:
             print(f"{root}: {root / 'train'} is the training set; left out: {', '.join(others)}")
@@ -44,11 +44,6 @@ def load_folder(data_dir: str | None, image_size: int, square: str = "crop"):
             raise InputError(f"the classes in {folder} differ from those in {parts['train']}: both need the same")
         sets[name] = find_images(root, folder, found, image_size, square)
     return *sets.values(), classes
-
-
-def has_folders(folder: Path) -> bool:
-    """Whether other than hidden folders are in it."""
-    return any(entry.is_dir() and entry.name[0] != "." for entry in folder.iterdir())
 
 
 def find_classes(folder: Path) -> dict[str, list[Path]]:

@@ -150,11 +150,11 @@ def file_sample(path: Path) -> bytes:
     with open(path, "rb") as file:
         if size <= BLOCK * BLOCKS:
             return b"%d " % size + file.read()
-        blocks = []
+        content = b"%d " % size
         for number in range(BLOCKS):
             file.seek((size - BLOCK) * number // (BLOCKS - 1))
-            blocks.append(file.read(BLOCK))
-    return b"%d " % size + b"".join(blocks)
+            content += file.read(BLOCK)
+    return content
 
 
 def fingerprint_of(splits: DataSplits) -> dict[str, str]:

@@ -85,8 +85,7 @@ class EpochPlan:
         """Plans an epoch of which `batches_done` batches were trained on before the run was cut off."""
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**32)
         self.order = torch.randperm(self.count, generator=generator) if self.shuffle else torch.arange(self.count)
-        mirrored = (torch.rand(self.count, generator=generator) < 0.5) & self.flip
-        self.mirrored = mirrored[self.order]
+        self.mirrored = ((torch.rand(self.count, generator=generator) < 0.5) & self.flip)[self.order]
         self.batches_done = batches_done
 
     @property
@@ -122,14 +121,16 @@ class EpochPlan:
 
 
 class Loader:
-    """Batches from an `ImageSet` on the device: shuffling, flips and scaling cost no Python per image.
+    """An iterable over (images (B, 3, H, W) in [-1, 1], labels (B,)), as its `EpochPlan` says.
 
-    An iterable over (images (B, 3, H, W) in [-1, 1], labels (B,)), as its `EpochPlan` says.
+    An `ImageSet` lies on the device, where shuffling, flips and scaling cost no Python per image. `ImageFiles` are read
+    by a DataLoader, on the CPU.
     """
 
-    def __init__(self, dataset: ImageSet, plan: EpochPlan, device):
-        self.images, self.labels = dataset.images.to(device), dataset.labels.to(device)
-        self.plan, self.device = plan, torch.device(device)
+    def __init__(self, dataset: ImageSet | ImageFiles, plan: EpochPlan, device, num_workers: int):
+        on_device = isinstance(dataset, ImageSet)
+        self.dataset = ImageSet(dataset.images.to(device), dataset.labels.to(device)) if on_device else dataset
+        self.plan, self.num_workers = plan, num_workers
 
     def set_epoch(self, epoch: int, batches_done: int = 0) -> None:
         """The next iteration is that of an epoch, without its first `batches_done` batches."""
@@ -140,37 +141,28 @@ class Loader:
         return self.plan.batches
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        order, mirrored = self.plan.order.to(self.device), self.plan.mirrored.to(self.device)
+        if isinstance(self.dataset, ImageFiles):
+            yield from read_batches(self.dataset, self.num_workers, batch_sampler=self.plan)
+            return
+        order, mirrored = (numbers.to(self.dataset.labels.device) for numbers in (self.plan.order, self.plan.mirrored))
         for rows in self.plan.rows():
-            images = self.images[order[rows]]
+            images = self.dataset.images[order[rows]]
             if self.plan.flip:
                 images = torch.where(mirrored[rows][:, None, None, None], images.flip(-1), images)
-            yield to_model_range(images), self.labels[order[rows]]
-
-
-class FilesLoader(Loader):
-    """Batches from `ImageFiles`, read by a DataLoader, on the CPU."""
-
-    def __init__(self, dataset: ImageFiles, plan: EpochPlan, num_workers: int = 0):
-        self.files, self.plan, self.num_workers = dataset, plan, num_workers
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return read_batches(self.files, self.num_workers, batch_sampler=self.plan)
+            yield to_model_range(images), self.dataset.labels[order[rows]]
 
 
 def make_loader(
     dataset, batch_size: int, device, *, train=False, flip=False, seed=0, num_workers=0, part=(0, 1)
 ) -> Loader:
-    """The loader for a kind of data set.
+    """The loader of a data set.
 
     Args:
         dataset: an `ImageSet` or `ImageFiles`.
-        batch_size: images of a batch, over all processes.
         device: where an `ImageSet` is kept.
         train: shuffle the images, and mirror half of them where `flip` says so.
-        seed: of order and flips.
         num_workers: DataLoader workers that read image files.
-        part: (this process, number of processes), as in `EpochPlan`.
+        batch_size, seed, part: as in `EpochPlan`.
     """
     plan = EpochPlan(len(dataset), batch_size, shuffle=train, flip=train and flip, seed=seed, part=part)
-    return Loader(dataset, plan, device) if isinstance(dataset, ImageSet) else FilesLoader(dataset, plan, num_workers)
+    return Loader(dataset, plan, device, num_workers)

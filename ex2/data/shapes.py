@@ -10,7 +10,50 @@ from torch import Tensor
 
 from ex2.data.images import ImageSet
 
-SHAPES = ("circle", "square", "triangle", "diamond", "plus", "cross", "ring", "star", "moon", "stripes")
+SHAPES_COUNT = {"train": 10_000, "test": 2_000}  # of which the usual 10% of train become val
+SHAPES_SEED = 0
+
+
+def box(x: np.ndarray, y: np.ndarray, half_width: float, half_height: float) -> np.ndarray:
+    """Signed distance to an upright box around 0 (exact inside and beside it, a bound at its corners)."""
+    return np.maximum(np.abs(x) - half_width, np.abs(y) - half_height)
+
+
+def polygon(x: np.ndarray, y: np.ndarray, radii: tuple[float, ...], count: int) -> np.ndarray:
+    """Signed distance to a polygon; Quilez, https://iquilezles.org/articles/distfunctions2d.
+
+    Its `count` corners are around 0, the first at the top, their distances cycling through `radii`; y points down.
+    """
+    angles, lengths = np.arange(count) / count * 2 * np.pi, np.resize(radii, count)
+    corners = np.stack((lengths * np.sin(angles), -lengths * np.cos(angles)), axis=1)  # (count, 2)
+    squared, inside = np.full(x.shape, np.inf), np.zeros(x.shape, bool)
+    for (ax, ay), (bx, by) in zip(corners, np.roll(corners, 1, axis=0)):
+        along = np.clip(((x - ax) * (bx - ax) + (y - ay) * (by - ay)) / ((bx - ax) ** 2 + (by - ay) ** 2), 0, 1)
+        squared = np.minimum(squared, (x - ax - along * (bx - ax)) ** 2 + (y - ay - along * (by - ay)) ** 2)
+        if ay != by:  # even-odd rule: does a ray to the right cross this edge?
+            inside ^= ((ay > y) != (by > y)) & (x < (bx - ax) * (y - ay) / (by - ay) + ax)
+    return np.where(inside, -1, 1) * np.sqrt(squared)
+
+
+def bars(x: np.ndarray, y: np.ndarray, half_length: float, half_width: float) -> np.ndarray:
+    """Signed distance to a bar along x and one along y."""
+    return np.minimum(box(x, y, half_length, half_width), box(x, y, half_width, half_length))
+
+
+# Signed distances of the points (x, y) to the outline of each shape, which fits the unit circle; negative inside.
+DISTANCES = {
+    "circle": lambda x, y: np.hypot(x, y) - 0.9,
+    "square": lambda x, y: box(x, y, 0.75, 0.75),
+    "triangle": lambda x, y: polygon(x, y, (1.0,), 3),
+    "diamond": lambda x, y: polygon(x, y, (1.0, 0.6), 4),
+    "plus": lambda x, y: bars(x, y, 0.95, 0.3),
+    "cross": lambda x, y: bars((x + y) / np.sqrt(2), (x - y) / np.sqrt(2), 1.0, 0.25),
+    "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.75) - 0.2,
+    "star": lambda x, y: polygon(x, y, (1.0, 0.42), 10),
+    "moon": lambda x, y: np.maximum(np.hypot(x, y) - 0.9, 0.8 - np.hypot(x - 0.5, y)),
+    "stripes": lambda x, y: np.minimum.reduce([box(x, y - middle, 0.9, 0.18) for middle in (-0.7, 0, 0.7)]),
+}
+SHAPES = tuple(DISTANCES)
 
 
 def draw_shapes(labels: np.ndarray, image_size: int, rng: np.random.Generator) -> Tensor:
@@ -35,67 +78,14 @@ def draw_shapes(labels: np.ndarray, image_size: int, rng: np.random.Generator) -
         cos, sin = np.cos(tilt[chunk]), np.sin(tilt[chunk])
         x, y = cos * x + sin * y, cos * y - sin * x
         distance = np.empty(x.shape)
-        for label, name in enumerate(SHAPES):
+        for label, distance_of in enumerate(DISTANCES.values()):
             mine = labels[chunk] == label
-            distance[mine] = signed_distance(name, x[mine], y[mine])
+            distance[mine] = distance_of(x[mine], y[mine])
         # A pixel is 2 / image_size wide: its cover falls from 1 to 0 while the edge crosses it.
         cover = np.clip(0.5 - distance * radius[chunk] * image_size / 2, 0, 1)[:, None]
         colours = cover * paint[chunk, :, None, None] + (1 - cover) * ground[chunk, :, None, None]
         images[chunk] = np.rint(colours * 255)
     return torch.from_numpy(images)
-
-
-def box(x: np.ndarray, y: np.ndarray, half_width: float, half_height: float) -> np.ndarray:
-    """Signed distance to an upright box around 0 (exact inside and beside it, a bound at its corners)."""
-    return np.maximum(np.abs(x) - half_width, np.abs(y) - half_height)
-
-
-def polygon(x: np.ndarray, y: np.ndarray, corners: np.ndarray) -> np.ndarray:
-    """Signed distance to the polygon with these corners (K, 2); Quilez, https://iquilezles.org/articles/distfunctions2d."""
-    squared, inside = np.full(x.shape, np.inf), np.zeros(x.shape, bool)
-    for (ax, ay), (bx, by) in zip(corners, np.roll(corners, 1, axis=0)):
-        along = np.clip(((x - ax) * (bx - ax) + (y - ay) * (by - ay)) / ((bx - ax) ** 2 + (by - ay) ** 2), 0, 1)
-        squared = np.minimum(squared, (x - ax - along * (bx - ax)) ** 2 + (y - ay - along * (by - ay)) ** 2)
-        if ay != by:  # even-odd rule: does a ray to the right cross this edge?
-            inside ^= ((ay > y) != (by > y)) & (x < (bx - ax) * (y - ay) / (by - ay) + ax)
-    return np.where(inside, -1, 1) * np.sqrt(squared)
-
-
-def corners(radii: tuple[float, ...], count: int) -> np.ndarray:
-    """`count` points around 0, the first at the top, their distances cycling through `radii`; y points down."""
-    angles = np.arange(count) / count * 2 * np.pi
-    lengths = np.resize(radii, count)
-    return np.stack((lengths * np.sin(angles), -lengths * np.cos(angles)), axis=1)
-
-
-def signed_distance(name: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Distance of the points (x, y) to the outline of shape `name`, which fits the unit circle; negative inside."""
-    r = np.hypot(x, y)
-    if name == "circle":
-        return r - 0.9
-    if name == "square":
-        return box(x, y, 0.75, 0.75)
-    if name == "triangle":
-        return polygon(x, y, corners((1.0,), 3))
-    if name == "diamond":
-        return polygon(x, y, corners((1.0, 0.6), 4))
-    if name == "plus":
-        return np.minimum(box(x, y, 0.95, 0.3), box(x, y, 0.3, 0.95))
-    if name == "cross":
-        u, v = (x + y) / np.sqrt(2), (x - y) / np.sqrt(2)
-        return np.minimum(box(u, v, 1.0, 0.25), box(u, v, 0.25, 1.0))
-    if name == "ring":
-        return np.abs(r - 0.75) - 0.2
-    if name == "star":
-        return polygon(x, y, corners((1.0, 0.42), 10))
-    if name == "moon":
-        return np.maximum(r - 0.9, 0.8 - np.hypot(x - 0.5, y))
-    bars = [box(x, y - middle, 0.9, 0.18) for middle in (-0.7, 0, 0.7)]  # stripes
-    return np.minimum.reduce(bars)
-
-
-SHAPES_COUNT = {"train": 10_000, "test": 2_000}  # of which the usual 10% of train become val
-SHAPES_SEED = 0
 
 
 def load_shapes(image_size: int) -> tuple[ImageSet, None, ImageSet, tuple[str, ...]]:

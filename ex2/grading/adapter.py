@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch.overrides import TorchFunctionMode
 
+from ex2.grading.verdicts import missing
+
 PREFIXES = ("ex02_", "ex2_")
 PARTS = ("diffusion", "model", "main")
 PACKAGES = {"cv2": "opencv-python", "PIL": "pillow", "skimage": "scikit-image", "sklearn": "scikit-learn"}
@@ -36,10 +38,6 @@ NAMES = {
 }
 
 
-class Missing(Exception):
-    """A part of the exercise that isn't there, is an empty stub, or can't be called."""
-
-
 class OnCpu(TorchFunctionMode):
     """The CPU in place of a GPU that a submission insists on."""
 
@@ -59,16 +57,16 @@ class OnCpu(TorchFunctionMode):
 
 
 def find_file(folder: Path, part: str) -> Path:
-    """The file of a part, "diffusion", "model" or "main"; or `Missing`."""
+    """The file of a part, "diffusion", "model" or "main". Raises NotRight: it is missing."""
     for prefix in PREFIXES:
         if (folder / f"{prefix}{part}.py").is_file():
             return folder / f"{prefix}{part}.py"
     near = sorted(path.name for path in folder.glob(f"*{part}*.py"))[:3]
-    raise Missing(f"no ex02_{part}.py or ex2_{part}.py" + (f"; is {' or '.join(near)} meant?" if near else ""))
+    raise missing(f"no ex02_{part}.py or ex2_{part}.py" + (f"; is {' or '.join(near)} meant?" if near else ""))
 
 
 class Adapter:
-    """A folder with a solution, and its functions.
+    """A folder with a solution, and its functions. What is not there or can't be called raises NotRight: "missing".
 
     Attributes:
         where: file and line of the function that was called last.
@@ -76,54 +74,51 @@ class Adapter:
     """
 
     def __init__(self, folder: Path):
-        self.folder, self.where, self.adapted, self.modules = folder, "", set(), {}
+        self.folder, self.where, self.adapted = folder, "", set()
         OnCpu.used = False
 
     def load(self, part: str):
-        """The module of a part; or `Missing`."""
-        if part not in self.modules:
-            name = find_file(self.folder, part).stem
-            try:
-                self.modules[part] = importlib.import_module(name)
-            except ModuleNotFoundError as error:
-                package = str(error.name).split(".")[0]
-                if package.startswith(PREFIXES):
-                    raise Missing(f"{name}.py needs {package}.py, which isn't there") from error
-                raise Missing(f"{package} isn't installed: pip install {PACKAGES.get(package, package)}") from error
-        return self.modules[part]
+        """The module of a part."""
+        name = find_file(self.folder, part).stem
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            package = str(error.name).split(".")[0]
+            if package.startswith(PREFIXES):
+                raise missing(f"{name}.py needs {package}.py, which isn't there") from error
+            raise missing(f"{package} isn't installed: pip install {PACKAGES.get(package, package)}") from error
 
     def get(self, part: str, names: str):
-        """A function or class, "Diffusion.p_sample" for example; or `Missing`."""
+        """A function or class, "Diffusion.p_sample" for example."""
         found = self.load(part)
         for name in names.split("."):
             found = getattr(found, name, None)
         if found is None:
-            raise Missing(f"{find_file(self.folder, part).name} has no {names}")
+            raise missing(f"{find_file(self.folder, part).name} has no {names}")
         return found
 
     def takes(self, part: str, names: str, role: str) -> bool:
         """Whether a function has an argument of that role."""
         function = self.get(part, names)
         self.where = locate(function) or self.where
-        parameters = inspect.signature(function).parameters
-        any_name = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-        return any_name or bool(set(NAMES[role].split()) & set(parameters))
+        parameters = inspect.signature(function).parameters.values()
+        return any(each.kind is each.VAR_KEYWORD or each.name in NAMES[role].split() for each in parameters)
 
-    def arguments(self, function: Callable, given: Mapping) -> tuple[dict, list[str]]:
-        """(name -> value of the arguments of a function, those of unknown meaning, which are None).
+    def arguments(self, function: Callable, given: Mapping) -> dict:
+        """name -> value of the arguments of a function; those of unknown meaning are None.
 
         An argument of an unknown name has the role that the skeleton has in its place, where no other name has it.
         """
         self.where = locate(function) or self.where
-        parameters = inspect.signature(function).parameters
-        free = [role for role in given if not set(NAMES.get(role, role).split()) & set(parameters)]
-        values, unknown, used = {}, [], set()
+        parameters, values, used = inspect.signature(function).parameters, {}, set()
+        names = {role: NAMES.get(role, role).split() for role in given}
+        free = [role for role in given if parameters.keys().isdisjoint(names[role])]
         for place, (name, parameter) in enumerate(parameters.items()):
             if parameter.kind is parameter.VAR_KEYWORD:
                 values.update({role: given[role] for role in ("classes", "guidance_scale") if role in free})
             if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
                 continue
-            roles = [role for role in given if name in NAMES.get(role, role).split() and role not in used]
+            roles = [role for role in given if name in names[role] and role not in used]
             if isinstance(parameter.default, str):  # a name: nothing else can stand for it
                 roles = [role for role in roles if isinstance(given[role], str)]
             required = parameter.default is parameter.empty
@@ -138,33 +133,33 @@ class Adapter:
                 values[name] = torch.device("cpu")
             elif required:
                 values[name] = None
-                unknown.append(name)
                 self.adapted.add(f"{name} of {function.__name__} is given as None")
-        return values, unknown
+        return values
 
     def call(self, function: Callable, *optional: Mapping, **given):
         """Calls a function with those arguments that it has, by their role; with `optional` ones if it fails without.
 
-        Raises Missing: it is not implemented, returns nothing, or fails and has an argument of unknown meaning.
+        Raises NotRight: it is not implemented, returns nothing, or fails and has an argument of unknown meaning.
         """
         for extra in ({}, *optional):
-            values, unknown = self.arguments(function, {**given, **extra})
+            values = self.arguments(function, {**given, **extra})
             try:
                 result = function(**values)
                 break
             except NotImplementedError as error:
-                raise Missing(f"{function.__name__} is not implemented") from error
+                raise missing(f"{function.__name__} is not implemented") from error
             except Exception as error:
                 failure = error
         else:
+            unknown = ", ".join(name for name, value in values.items() if value is None)
             if not unknown:
                 raise failure
-            text = f"what is {', '.join(unknown)}? ({describe(failure)})"
-            raise Missing(f"{function.__name__} can't be called: {text}") from failure
+            text = f"what is {unknown}? ({describe(failure)})"
+            raise missing(f"{function.__name__} can't be called: {text}") from failure
         if extra:
             self.adapted.add(f"{function.__name__} is given {', '.join(extra)}, as it fails without")
         if result is None:
-            raise Missing(f"{function.__name__} returns nothing")
+            raise missing(f"{function.__name__} returns nothing")
         return result
 
 

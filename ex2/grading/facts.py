@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ex2.grading.submission import BETAS, T
-from ex2.grading.verdicts import Wrong, check, expect, fact, images, like, random_images
+from ex2.grading.verdicts import Fact, NotRight, check, expect, images, like, random_images
 
 TIMES = torch.arange(T)
 AS_GOOD = "sigma^2 is the posterior variance, which footnote 2 of the sheet calls as good as beta_t"
@@ -21,19 +21,17 @@ SIGMOID = "the sigmoid schedule's range: "
 
 
 def tables(betas: Tensor) -> tuple[Tensor, ...]:
-    """What Eqs. 4 and 8 are made of: (alpha_t, alpha-bar_t, posterior variance), in float64."""
-    betas = betas.double()
-    abar = torch.cumprod(1 - betas, 0)
-    before = torch.cat((torch.ones(1, dtype=torch.float64), abar[:-1]))
-    return 1 - betas, abar, betas * (1 - before) / (1 - abar)
+    """What Eqs. 4 and 8 are made of: (beta_t, alpha_t, alpha-bar_t, posterior variance), in float64."""
+    beta, alpha = betas.double(), 1 - betas.double()
+    abar = torch.cumprod(alpha, 0)
+    return beta, alpha, abar, beta * (1 - abar / alpha) / (1 - abar)
 
 
-BETA = BETAS.double()
-ALPHA, ABAR, POSTERIOR = tables(BETAS)
+BETA, ALPHA, ABAR, POSTERIOR = tables(BETAS)
 
 
 def expect_gaussian(noise: Tensor, what: str) -> None:
-    """Raises `Wrong` unless the noise has the shape of a Gaussian: excess kurtosis 0 (-1.2 for uniform numbers)."""
+    """Raises `NotRight` unless the noise has the shape of a Gaussian: excess kurtosis 0 (-1.2 for uniform numbers)."""
     values = noise.double().flatten()
     kurtosis = ((values - values.mean()) / values.std()).pow(4).mean().item() - 3
     looks_like = UNIFORM if kurtosis < -1 else ""
@@ -41,36 +39,34 @@ def expect_gaussian(noise: Tensor, what: str) -> None:
 
 
 def expect_standard_normal(noise: Tensor, what: str) -> None:
-    """Raises `Wrong` for another distribution than N(0, I)."""
+    """Raises `NotRight` for another distribution than N(0, I)."""
     expect_gaussian(noise, what)
     expect(noise.mean(), 0.0, {}, f"mean of {what}", scale=0.03)
     expect(noise.std(), 1.0, {}, f"standard deviation of {what}", rel=0.03)
 
 
-def q_sample(submission, x_zero: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
-    return submission.diffuse("q_sample", {"x_zero": x_zero, "t": t, "noise": noise})["result"]
+def q_sample(submission, x_zero: Tensor, t: Tensor, **noise: Tensor) -> Tensor:
+    return submission.diffuse("q_sample", x_zero=x_zero, t=t, **noise)["result"]
 
 
 def p_sample(submission, x: Tensor, eps: float, t: int, seed: int = 0) -> Tensor:
     """x_{t-1} of images x where the network predicts `eps` everywhere."""
-    given = {"model": "", "x": x, "t": torch.full((len(x),), t), "t_index": t}
-    return submission.diffuse("p_sample", given, {"shift": eps}, seed=seed)["result"]
+    times = torch.full((len(x),), t)
+    return submission.diffuse("p_sample", {"shift": eps}, seed=seed, x=x, t=times, t_index=t)["result"]
 
 
 def sample(submission, stub: dict, count: int = 4, betas: Tensor = BETAS, **given) -> dict:
     """The whole reverse process, with `result`, images (count, 3, 8, 8)."""
-    sizes = {"image_size": 8, "batch_size": count, "channels": 3}
-    return submission.diffuse("sample", {"model": "", **sizes, **given}, stub, betas)
+    return submission.diffuse("sample", stub, betas, image_size=8, batch_size=count, channels=3, **given)
 
 
-def loss(submission, stub: dict, x_zero: Tensor, loss_type: str = "l2", noise=None) -> float:
+def loss(submission, stub: dict, x_zero: Tensor, loss_type: str = "l2", **noise: Tensor) -> float:
     """The loss at t = 4."""
-    t = torch.full((len(x_zero),), 4)
-    given = {"model": "", "x_zero": x_zero, "t": t, "noise": noise, "loss_type": loss_type}
-    return submission.diffuse("p_losses", given, stub)["result"].item()
+    times = torch.full((len(x_zero),), 4)
+    return submission.diffuse("p_losses", stub, x_zero=x_zero, t=times, **noise, loss_type=loss_type)["result"].item()
 
 
-@fact("2.2 a, c", "q_sample keeps sqrt(alpha-bar_t) of the image", "Eq. 4")
+@Fact("2.2 a, c", "q_sample keeps sqrt(alpha-bar_t) of the image", "Eq. 4")
 def forward_signal(submission) -> None:
     slips = {
         "root of alpha-bar left out": ABAR,
@@ -79,22 +75,22 @@ def forward_signal(submission) -> None:
         "the image has the factor of the noise": (1 - ABAR).sqrt(),
         "the image is not scaled at all": torch.ones(T),
     }
-    found = q_sample(submission, images(1.0, T), TIMES, images(0.0, T)).flatten(1).mean(1)
+    found = q_sample(submission, images(1.0, T), TIMES, noise=images(0.0, T)).flatten(1).mean(1)
     expect(found, ABAR.sqrt(), slips, "factor of the image")
 
 
-@fact("2.2 a, c", "q_sample adds sqrt(1 - alpha-bar_t) of the noise", "Eq. 4")
+@Fact("2.2 a, c", "q_sample adds sqrt(1 - alpha-bar_t) of the noise", "Eq. 4")
 def forward_noise(submission) -> None:
     slips = {
         "root of 1 - alpha-bar left out": 1 - ABAR,
         "beta_t of one step": BETA.sqrt(),
         "the noise is not scaled at all": torch.ones(T),
     }
-    found = q_sample(submission, images(0.0, T), TIMES, images(1.0, T)).flatten(1).mean(1)
+    found = q_sample(submission, images(0.0, T), TIMES, noise=images(1.0, T)).flatten(1).mean(1)
     expect(found, (1 - ABAR).sqrt(), slips, "factor of the noise")
 
 
-@fact("2.2 c", "q_sample draws Gaussian noise, new for each image", "Eq. 4")
+@Fact("2.2 c", "q_sample draws Gaussian noise, new for each image", "Eq. 4")
 def forward_draws(submission) -> None:
     noise = q_sample(submission, images(0.0, 256), torch.full((256,), T - 1)) / math.sqrt(1 - ABAR[-1])
     own, slip = not torch.allclose(noise[0], noise[1]), "noise drawn without the batch's shape"
@@ -109,7 +105,7 @@ def step_factors(submission, x: float, eps: float) -> Tensor:
     return torch.stack([(step - without).double().mean() / (x or eps) for step, without in steps])
 
 
-@fact("2.2 a, d", "p_sample scales x_t by 1 / sqrt(alpha_t)", "Eq. 8")
+@Fact("2.2 a, d", "p_sample scales x_t by 1 / sqrt(alpha_t)", "Eq. 8")
 def reverse_image(submission) -> None:
     slips = {
         "root of alpha_t left out": 1 / ALPHA,
@@ -121,7 +117,7 @@ def reverse_image(submission) -> None:
     expect(step_factors(submission, 0.1, 0.0), ALPHA**-0.5, slips, "factor of x_t")
 
 
-@fact("2.2 a, d", "p_sample subtracts beta_t / sqrt(1 - alpha-bar_t) of the predicted noise", "Eq. 8")
+@Fact("2.2 a, d", "p_sample subtracts beta_t / sqrt(1 - alpha-bar_t) of the predicted noise", "Eq. 8")
 def reverse_prediction(submission) -> None:
     right = -BETA / (1 - ABAR).sqrt() / ALPHA.sqrt()
     slips = {
@@ -134,7 +130,7 @@ def reverse_prediction(submission) -> None:
     expect(step_factors(submission, 0.0, 0.1), right, slips, "factor of the predicted noise")
 
 
-@fact("2.2 a, d", "p_sample adds Gaussian noise of variance beta_t", "Eq. 8")
+@Fact("2.2 a, d", "p_sample adds Gaussian noise of variance beta_t", "Eq. 8")
 def reverse_noise(submission) -> None:
     noise = [p_sample(submission, images(0.0, 256), 0.0, t).double() for t in range(2, T)]  # 1: `reverse_first_noise`
     if noise[-1].std() > 0:
@@ -150,7 +146,7 @@ def reverse_noise(submission) -> None:
     expect(found, late * BETA.sqrt(), slips, "standard deviation of the noise", rel=0.02, allowed=allowed)
 
 
-@fact("2.2 d", "p_sample adds no noise at t = 0, and only there", "Eq. 8")
+@Fact("2.2 d", "p_sample adds no noise at t = 0, and only there", "Eq. 8")
 def reverse_first_noise(submission) -> None:
     noisy = [not torch.equal(*(p_sample(submission, images(0.5), 0.1, t, seed) for seed in (0, 1))) for t in (0, 1)]
     check(not noisy[0], "noise at t = 0", "none: z = 0 there", "noise is added to the finished image")
@@ -158,11 +154,11 @@ def reverse_first_noise(submission) -> None:
     check(noisy[1], "no noise at t = 1", "noise of variance beta_1", slip)
 
 
-@fact("2.2 d", "p_losses: l2 is the mean squared error, l1 the mean absolute one", "Eq. 9")
+@Fact("2.2 d", "p_losses: l2 is the mean squared error, l1 the mean absolute one", "Eq. 9")
 def loss_values(submission) -> None:
     noise = images(1.0, 8)
     noise[4:] = 3
-    x_t, size = q_sample(submission, images(0.3, 8), torch.full((8,), 4), noise), noise.numel()
+    x_t, size = q_sample(submission, images(0.3, 8), torch.full((8,), 4), noise=noise), noise.numel()
     for kind, right, of_input in (("l2", 5.0, x_t.square().mean()), ("l1", 2.0, x_t.abs().mean())):
         slips = {
             "summed over the pixels, not averaged": right * size,
@@ -175,11 +171,11 @@ def loss_values(submission) -> None:
             "the loss is to x_0, not to the noise": {"l2": 0.09, "l1": 0.3}[kind],
             "the other of the two losses": 7.0 - right,
         }
-        found = loss(submission, {}, images(0.3, 8), kind, noise)
+        found = loss(submission, {}, images(0.3, 8), kind, noise=noise)
         expect(found, right, slips, f"{kind} loss of a predictor of zeros", rel=1e-3)
 
 
-@fact("2.2 d", "p_losses compares the prediction with the noise", "Eq. 9")
+@Fact("2.2 d", "p_losses compares the prediction with the noise", "Eq. 9")
 def loss_target(submission) -> None:
     x_zero, noise = images(0.3, 8), random_images(8)
     predicted = {"": {"shift": noise}, "the target is x_0": {"shift": x_zero}, "the target is x_t": {"scale": 1.0}}
@@ -188,7 +184,7 @@ def loss_target(submission) -> None:
     check(losses[""] <= 1e-6, f"loss {losses['']:.4g} where the noise is predicted exactly", "0", looks_like)
 
 
-@fact("2.2 d", "p_losses draws Gaussian noise, the same for x_t and for the target", "Eq. 9")
+@Fact("2.2 d", "p_losses draws Gaussian noise, the same for x_t and for the target", "Eq. 9")
 def loss_draws(submission) -> None:
     found = loss(submission, {"scale": 1 / math.sqrt(1 - ABAR[4])}, images(0.0, 256))
     looks_like = "noise is drawn twice" if abs(found - 2) < 0.2 else ""
@@ -197,7 +193,7 @@ def loss_draws(submission) -> None:
     expect(found, 1.0, {UNIFORM: 1 / 3}, "loss of a predictor of zeros", rel=0.05)
 
 
-@fact("2.2 b", "sample visits t = T-1, ..., 0, each once", "Algorithm 2")
+@Fact("2.2 b", "sample visits t = T-1, ..., 0, each once", "Algorithm 2")
 def sample_times(submission) -> None:
     times = [call["t"] for call in sample(submission, {})["calls"]]
     times = [t for i, t in enumerate(times) if i == 0 or t != times[i - 1]]  # two calls at one time: `guidance_calls`
@@ -213,12 +209,12 @@ def sample_times(submission) -> None:
     check(times == expected, found, "9, 8, 7 ... 0", looks_like)
 
 
-@fact("2.2 b", "sample starts from standard normal noise", "Algorithm 2")
+@Fact("2.2 b", "sample starts from standard normal noise", "Algorithm 2")
 def sample_start(submission) -> None:
     expect_standard_normal(sample(submission, {}, count=128)["start"], "x_T")
 
 
-@fact("2.2 b", "sample returns the images, without a gradient", "Algorithm 2")
+@Fact("2.2 b", "sample returns the images, without a gradient", "Algorithm 2")
 def sample_result(submission) -> None:
     result = sample(submission, {})
     like(images(0.0), result["result"])
@@ -226,10 +222,10 @@ def sample_result(submission) -> None:
     check(result["gradient"] is False, "images with a gradient", "none", slip)
 
 
-@fact("2.2 b", "samples of a Gaussian have its spread, with the best possible predictor", "Eqs. 4, 8")
+@Fact("2.2 b", "samples of a Gaussian have its spread, with the best possible predictor", "Eqs. 4, 8")
 def sample_spread(submission) -> None:
     betas, spread = torch.linspace(5e-4, 0.1, 200), 0.25
-    alphas, abar, posterior = tables(betas)
+    _, alphas, abar, posterior = tables(betas)
     variance = abar * spread**2 + 1 - abar  # of x_t
 
     def spread_of(added: Tensor) -> Tensor:
@@ -245,7 +241,7 @@ def sample_spread(submission) -> None:
 
 
 def check_length(betas: Tensor, timesteps: int) -> None:
-    """Raises `Wrong` where there are not T betas, each strictly between 0 and 1."""
+    """Raises `NotRight` where there are not T betas, each strictly between 0 and 1."""
     slips = {timesteps + 1: "0 .. T has T + 1 entries", timesteps - 1: "T points have T - 1 ratios"}
     found = f"{len(betas)} betas"
     check(len(betas) == timesteps, found, f"{timesteps}, one per timestep", slips.get(len(betas), ""))
@@ -253,7 +249,7 @@ def check_length(betas: Tensor, timesteps: int) -> None:
     check(inside, f"betas from {betas.min():.4g} to {betas.max():.4g}", "all strictly between 0 and 1")
 
 
-@fact("2.3", "the linear schedule runs from beta_start to beta_end")
+@Fact("2.3", "the linear schedule runs from beta_start to beta_end")
 def linear_schedule(submission) -> None:
     betas = submission.schedule("linear", beta_start=1e-4, beta_end=0.02, timesteps=1000)
     check_length(betas, 1000)
@@ -267,7 +263,7 @@ def cosine(s=0.008, power=2, least=0.0, most=0.999, steps=1000) -> Tensor:
     return (1 - abar[1:] / abar[:-1]).clamp(least, most)
 
 
-@fact("2.3", "the cosine schedule is that of the paper, cut off at 0.999", "Nichol and Dhariwal 2021, Eq. 17")
+@Fact("2.3", "the cosine schedule is that of the paper, cut off at 0.999", "Nichol and Dhariwal 2021, Eq. 17")
 def cosine_schedule(submission) -> None:
     betas, short = submission.schedule("cosine", timesteps=1000), cosine(steps=999)
     slips = {
@@ -286,14 +282,14 @@ def cosine_schedule(submission) -> None:
     low, high = betas.min(), betas.max()
     if len(betas) == 1000 and (low <= 0 or (betas == low).sum() > 900):
         slip = "the ratio of alpha-bar is inverted: a step divides the later one by the earlier one"
-        raise Wrong(f"betas from {low:.4g} to {high:.4g}", "4.1e-05 to 0.999", slip if high <= 1e-3 else "")
+        raise NotRight("wrong", f"betas from {low:.4g} to {high:.4g}", "4.1e-05 to 0.999", slip if high <= 1e-3 else "")
     cut = len(betas) != 1000 or betas[-1] <= 0.99999
     check(cut, f"beta {betas[-1]:.6f} at t = 999", "0.999", "clip missing at 0.999")
     check_length(betas, 1000)
     expect(betas, cosine(), slips, "beta", rel=5e-4, scale=3e-7, allowed=allowed)
 
 
-@fact("2.3", "the sigmoid schedule is Eq. 10, between beta_start and beta_end", "Eq. 10")
+@Fact("2.3", "the sigmoid schedule is Eq. 10, between beta_start and beta_end", "Eq. 10")
 def sigmoid_schedule(submission) -> None:
     for start, end, timesteps in ((1e-4, 0.02, 1000), (1e-3, 0.3, 60)):
         betas = submission.schedule("sigmoid", beta_start=start, beta_end=end, timesteps=timesteps)
@@ -313,4 +309,4 @@ def sigmoid_schedule(submission) -> None:
         else:
             slip = f"{SIGMOID}0 .. 1 in place of -s .. s" if abs(x[0]) < 0.01 else ""
             found = f"beta {betas[timesteps // 2]:.4g} in the middle, {betas[0]:.4g} at first"
-            raise Wrong(found, f"{(start + end) / 2:.4g} and nearly {start:g}, with s of 3 to 20", slip)
+            raise NotRight("wrong", found, f"{(start + end) / 2:.4g} and nearly {start:g}, with s of 3 to 20", slip)

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import torch
 
-from ex2.grading.adapter import Missing
 from ex2.grading.facts import p_sample, sample
 from ex2.grading.submission import ONE_BETA, P_UNCOND
-from ex2.grading.verdicts import Wrong, check, expect, fact, images, like, random_images
+from ex2.grading.verdicts import Fact, NotRight, check, expect, images, like, missing, random_images
 
 
-@fact("2.1", "the U-Net gives an image of the size it gets, finite")
+@Fact("2.1", "the U-Net gives an image of the size it gets, finite")
 def unet_shape(submission) -> None:
     x = random_images(2, 16)
     out = like(x, submission.forward(x, torch.tensor([0, 7]))["out"])
     check(out.isfinite().all(), "infinite numbers", "finite ones")
 
 
-@fact("2.1", "the U-Net gets the time, each image its own")
+@Fact("2.1", "the U-Net gets the time, each image its own")
 def unet_time(submission) -> None:
     x = random_images(2, 16)
     early, late, both = (like(x, submission.forward(x, torch.tensor(t))["out"]) for t in ([1, 1], [500, 500], [1, 500]))
@@ -27,7 +26,7 @@ def unet_time(submission) -> None:
     check(own, "an output that depends on the times of other images", "one for each image")
 
 
-@fact("2.2 e", "the test loop judges in eval mode, without gradients")
+@Fact("2.2 e", "the test loop judges in eval mode, without gradients")
 def test_loop(submission) -> None:
     calls = submission.run_test()["calls"]
     check(calls, "a test loop that never calls the model", "losses of the test set")
@@ -37,7 +36,7 @@ def test_loop(submission) -> None:
     check(not any(call["gradients"] for call in calls), "gradients", "none", "torch.no_grad() is missing")
 
 
-@fact("2.2 e", "a Fréchet distance (FID) is of at least 100 images", advice=True)
+@Fact("2.2 e", "a Fréchet distance (FID) is of at least 100 images", advice=True)
 def fid_images(submission) -> None:
     submission.load("main")
     count = submission.outline["fid_images"]
@@ -45,7 +44,7 @@ def fid_images(submission) -> None:
     check(count is None or count >= 100, f"{count} images", "100 or more, thousands where it is quoted", slip)
 
 
-@fact("2.2 f", "saved images have the range of images: a value of 0.5 is a grey of 191")
+@Fact("2.2 f", "saved images have the range of images: a value of 0.5 is a grey of 191")
 def saved_range(submission) -> None:
     counts = submission.saved_greys()
     check(counts.shape == (256,), f"{tuple(counts.shape)} counts", "256 of greys")
@@ -55,7 +54,7 @@ def saved_range(submission) -> None:
     expect(found, 191.0, slips, "grey", rel=0, scale=6)  # a JPEG changes it a little
 
 
-@fact("2.3", "x_T keeps less than 1% of the image with the settings of the program", advice=True)
+@Fact("2.3", "x_T keeps less than 1% of the image with the settings of the program", advice=True)
 def end_of_the_process(submission) -> None:
     submission.load("main")
     plain = submission.outline["settings"]
@@ -70,7 +69,7 @@ def end_of_the_process(submission) -> None:
 def conditional(submission, value: int, training: bool = False, seed: int = 0) -> dict:
     """What a conditional U-Net with p_uncond = 0.5 makes of the same image 64 times, all of one class."""
     if not submission.takes("model", "Unet.forward", "classes"):
-        raise Missing("Unet.forward takes no classes")
+        raise missing("Unet.forward takes no classes")
     t, classes = torch.full((64,), 3), torch.full((64,), value)
     return submission.forward(random_images(64), t, classes, p_uncond=0.5, training=training, seed=seed)
 
@@ -82,24 +81,24 @@ def fraction_equal(submission, **options) -> float:
     return ((a - b).flatten(1).abs().amax(1) <= 1e-5 * a.abs().max()).double().mean().item()
 
 
-@fact("2.4 a", "the class changes what the U-Net predicts")
+@Fact("2.4 a", "the class changes what the U-Net predicts")
 def class_matters(submission) -> None:
     equal = fraction_equal(submission)
     check(equal < 1, "the same output for two classes", "different ones", "the class embedding reaches no block")
 
 
-@fact("2.4 a", "labels are dropped in training mode only")
+@Fact("2.4 a", "labels are dropped in training mode only")
 def class_in_eval(submission) -> None:
     equal = fraction_equal(submission)
     found = f"{equal:.0%} of the labels without effect in eval mode"
     check(equal == 0, found, "0%", "labels are dropped in eval mode")
 
 
-@fact("2.4 a", "in training each label is dropped by itself, with probability p_uncond")
+@Fact("2.4 a", "in training each label is dropped by itself, with probability p_uncond")
 def class_dropped(submission) -> None:
     fractions = [fraction_equal(submission, training=True, seed=seed) for seed in range(6)]
     if not any(fractions) and submission.outline.get("drops_elsewhere"):
-        raise Wrong("none in the U-Net", "each by itself", "labels are dropped by the caller", differs=True)
+        raise NotRight("differs", "none in the U-Net", "each by itself", "labels are dropped by the caller")
     slip = "dropped for the batch as a whole"
     check(set(fractions) != {0.0, 1.0}, "all labels of a batch dropped, or none", "each by itself", slip)
     slips = {"labels are never dropped": 0.0, "labels are always dropped": 1.0}
@@ -108,7 +107,7 @@ def class_dropped(submission) -> None:
     check(len(set(fractions)) > 1, "the same fraction in every batch", "a random one", slip)
 
 
-@fact("2.4 a", "the labels that were given stay as they are")
+@Fact("2.4 a", "the labels that were given stay as they are")
 def class_kept(submission) -> None:
     slip = "dropped in place: the caller's labels are lost"
     for training in (True, False):
@@ -116,13 +115,12 @@ def class_kept(submission) -> None:
         check(kept, "labels that were changed by the call", "the ones given", slip)
 
 
-@fact("2.4 b", "p_losses hands the labels to the U-Net")
+@Fact("2.4 b", "p_losses hands the labels to the U-Net")
 def loss_classes(submission) -> None:
     if not submission.takes("diffusion", "Diffusion.p_losses", "classes"):
-        raise Missing("p_losses takes no classes")
-    classes = torch.arange(4)
-    given = {"model": "", "x_zero": images(0.0), "t": torch.full((4,), 3), "loss_type": "l2", "classes": classes}
-    calls = submission.diffuse("p_losses", given, {"without": 0.2})["calls"]
+        raise missing("p_losses takes no classes")
+    classes, given = torch.arange(4), {"x_zero": images(0.0), "t": torch.full((4,), 3), "loss_type": "l2"}
+    calls = submission.diffuse("p_losses", {"without": 0.2}, **given, classes=classes)["calls"]
     seen = calls[0]["labels"] if calls else None
     check(seen == classes.tolist(), f"labels {seen} in the U-Net", f"{classes.tolist()}", "labels are lost on the way")
 
@@ -136,21 +134,20 @@ def guided(submission, w: float, through: str = "p_sample") -> tuple[float, int,
 
     The U-Net predicts 1 with a class and 0.2 without. A step at t = 0 has no noise and is linear in the prediction.
     """
-    names, black = ("Diffusion", f"Diffusion.{through}"), images(0.0)
+    names, black, zeros = ("Diffusion", f"Diffusion.{through}"), images(0.0), torch.zeros(4, dtype=torch.long)
     scaled = any(submission.takes("diffusion", name, "guidance_scale") for name in names)
     if through == "p_sample" and not scaled:
         if not submission.takes("diffusion", "Diffusion.sample", "guidance_scale"):
-            raise Missing("neither p_sample, sample nor Diffusion takes a guidance scale")
+            raise missing("neither p_sample, sample nor Diffusion takes a guidance scale")
         return guided(submission, w, "sample")
-    classes = {"classes": torch.zeros(4, dtype=torch.long), "guidance_scale": w, "p_uncond": P_UNCOND}
+    conditions, stub = {"classes": zeros, "guidance_scale": w, "p_uncond": P_UNCOND}, {"without": 0.2}
     if through == "p_sample":
-        given = {"model": "", "x": black, "t": torch.zeros(4, dtype=torch.long), "t_index": 0, **classes}
-        seen = submission.diffuse("p_sample", given, {"without": 0.2})
+        seen = submission.diffuse("p_sample", stub, x=black, t=zeros, t_index=0, **conditions)
         eps = seen["result"].double().mean() / p_sample(submission, black, 1.0, 0).double().mean()
     else:
-        seen = sample(submission, {"without": 0.2}, 4, torch.tensor([ONE_BETA]), **classes)
+        seen = sample(submission, stub, betas=torch.tensor([ONE_BETA]), **conditions)
         if not seen["calls"]:
-            raise Missing("a process of the one step t = 0 never calls the U-Net")
+            raise missing("a process of the one step t = 0 never calls the U-Net")
         x_t, out = (like(black, seen[name]).double() for name in ("start", "result"))
         eps = ((x_t - (1 - ONE_BETA) ** 0.5 * out) / ONE_BETA**0.5).median()
     return eps.item(), len(seen["calls"]), scaled
@@ -161,13 +158,13 @@ def fixed_at(eps: float) -> dict:
     return {**UNGUIDED, f"the guidance scale is fixed, at w = {(eps - 1) / 0.8:.3g}": eps}
 
 
-@fact("2.4 b", "w = 0 is the conditional prediction", "Eq. 11")
+@Fact("2.4 b", "w = 0 is the conditional prediction", "Eq. 11")
 def guidance_zero(submission) -> None:
     slips = {"w = 0 is the unconditional prediction": 0.2, **FED}
     expect(guided(submission, 0.0)[0], 1.0, slips, "prediction", rel=0.02)
 
 
-@fact("2.4 b", "guidance is (1 + w) eps(c) - w eps", "Eq. 11")
+@Fact("2.4 b", "guidance is (1 + w) eps(c) - w eps", "Eq. 11")
 def guidance_equation(submission) -> None:
     slips = {
         **UNGUIDED,
@@ -181,19 +178,19 @@ def guidance_equation(submission) -> None:
     expect(eps, right, slips, "prediction for w = 3, of 1 and 0.2,", rel=0.02)
 
 
-@fact("2.4 b", "sample hands the guidance scale to its steps", "Eq. 11")
+@Fact("2.4 b", "sample hands the guidance scale to its steps", "Eq. 11")
 def guidance_in_sample(submission) -> None:
     if not submission.takes("diffusion", "Diffusion.sample", "classes"):
-        raise Missing("sample takes no classes")
+        raise missing("sample takes no classes")
     (eps, _, scaled), (other, *_) = (guided(submission, w, "sample") for w in (3.0, 5.0))
     if abs(eps - other) > 1e-3:
         return  # whether it is the right one: `guidance_equation`
     if not scaled and min(abs(eps - 1), abs(eps - 0.2)) < 0.02:
-        raise Missing("neither sample nor Diffusion takes a guidance scale")
+        raise missing("neither sample nor Diffusion takes a guidance scale")
     expect(eps, 4 * 1 - 3 * 0.2, fixed_at(eps), "prediction for w = 3 as for w = 5", rel=0.02)
 
 
-@fact("2.4 b", "both predictions of a step come from one call of the U-Net", advice=True)
+@Fact("2.4 b", "both predictions of a step come from one call of the U-Net", advice=True)
 def guidance_calls(submission) -> None:
     calls = guided(submission, 3.0)[1]
     slip = "the model is called twice where one batch of double size does"

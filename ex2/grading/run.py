@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import closing
 from pathlib import Path
 
 from ex2.errors import InputError, RunError
 from ex2.grading import facts, network_facts
-from ex2.grading.adapter import Missing
-from ex2.grading.verdicts import Fact, Failed, Wrong
+from ex2.grading.verdicts import Fact, NotRight
 from ex2.grading.worker import STOPPED, Worker, find_problem, printable
 
 FACTS = {n: f for module in (facts, network_facts) for n, f in vars(module).items() if isinstance(f, Fact)}
@@ -67,18 +67,15 @@ def judge_all(folders: Sequence[Path], args) -> list[dict]:
     names = [folder.name for folder in folders]
     names = [printable(f if names.count(f.name) > 1 else f.name) for f in folders]
     rows: list[dict] = []
-    with ExitStack() as stack, ThreadPoolExecutor(args.jobs) as pool:
-        files = {path: stack.enter_context(open_for_writing(path)) for path in {args.csv, args.json} - {None, "-"}}
-        if args.csv:
-            csv.writer(files[args.csv]).writerow(CSV_COLUMNS)
+    with open_new(args.csv) as table, open_new(args.json) as file, ThreadPoolExecutor(args.jobs) as pool:
+        csv.writer(table).writerow(CSV_COLUMNS)
         waiting = [pool.submit(check_submission, folder, args.time_limit) for folder in folders]
         try:
             for done, (name, future) in enumerate(zip(names, waiting), 1):
                 verdicts = [{"submission": name, **said} for said in future.result()]
                 rows += verdicts
-                if args.csv:
-                    csv.writer(files[args.csv]).writerows([cell(row[c]) for c in CSV_COLUMNS] for row in verdicts)
-                    files[args.csv].flush()
+                csv.writer(table).writerows([cell(row[column]) for column in CSV_COLUMNS] for row in verdicts)
+                table.flush()
                 if len(folders) > 1:
                     counts = ", ".join(f"{number} {column}" for column, number in count(verdicts).items() if number)
                     print(f"{done} of {len(folders)}: {name}: {counts}", file=sys.stderr, flush=True)
@@ -86,8 +83,7 @@ def judge_all(folders: Sequence[Path], args) -> list[dict]:
             pool.shutdown(wait=False, cancel_futures=True)
             STOPPED.set()
             raise
-        if args.json in files:
-            json.dump(rows, files[args.json], indent=2)
+        json.dump(rows, file, indent=2)
     return rows
 
 
@@ -98,34 +94,28 @@ def check_submission(folder: Path, limit: float) -> list[dict]:
 
 
 def judge(worker: Worker, names: Sequence[str]) -> list[dict]:
-    """The verdict on facts, in the order of the sheet.
-
-    "right", "wrong", "differs" (not as written, as good), "advice", "missing", "fails" (an error in its code), "hangs".
-    """
+    """The verdict on facts, in the order of the sheet: "right", "advice" or one of `NotRight`."""
     verdicts = []
     for name in sorted(names, key=lambda name: FACTS[name].task):
-        fact, said = FACTS[name], {"verdict": "right", "found": "", "expected": "", "looks_like": ""}
+        fact = FACTS[name]
+        said = {"fact": name, "task": fact.task, "statement": fact.statement, "equation": fact.equation}
+        said.update(verdict="right", found="", expected="", looks_like="")
         try:
             worker.begin()
             fact.check(worker)
-        except Missing as error:
-            said.update(verdict="missing", found=str(error))
-        except Failed as error:
-            said.update(verdict=error.verdict, found=str(error))
-        except Wrong as error:
-            said.update(vars(error), verdict="advice" if fact.advice else "differs" if error.differs else "wrong")
-            del said["differs"]
+        except NotRight as error:
+            said.update(vars(error), verdict="advice" if fact.advice and error.verdict == "wrong" else error.verdict)
         except Exception as error:  # its answer was of another type or shape
             said.update(verdict="fails", found=f"an answer that can't be judged: {type(error).__name__}: {error}")
-        said.update({key: printable(said[key]) for key in ("found", "looks_like")})
-        about = {"fact": name, "task": fact.task, "statement": fact.statement, "equation": fact.equation}
-        verdicts.append({**about, **said, "where": worker.where, "adapted": sorted(worker.adapted)})
+        said.update(found=printable(said["found"]), where=worker.where, adapted=sorted(worker.adapted))
+        verdicts.append(said)
     return verdicts
 
 
-def open_for_writing(path: str):
+def open_new(path: str | None):
+    """The file, or none for None and "-". Raises InputError: it can't be written."""
     try:
-        return open(path, "w", encoding="utf-8", newline="")
+        return open(os.devnull if path in (None, "-") else path, "w", encoding="utf-8", newline="")
     except OSError as error:
         raise InputError(f"can't write {path} ({error.strerror})") from error
 
@@ -167,9 +157,9 @@ def as_table(rows: Sequence[dict]) -> Iterator[str]:
     for row in rows:
         by_name.setdefault(row["submission"], []).append(row)
         if row["verdict"] != "right":
-            cause = row["looks_like"] or row["found"] if row["expected"] else row["found"]
-            where = f"{row['statement']}: " if row["expected"] else ""
-            causes.setdefault(f"{row['verdict']:<8} {where}{cause}", {})[row["submission"]] = None
+            statement = f"{row['statement']}: " if row["expected"] else ""
+            cause = f"{row['verdict']:<8} {statement}{row['looks_like'] or row['found']}"
+            causes.setdefault(cause, {})[row["submission"]] = None
     width = max(map(len, (*by_name, "submission")))
     yield f"{'submission':<{width}}" + "".join(f"{column:>9}" for column in COLUMNS)
     for name, verdicts in by_name.items():

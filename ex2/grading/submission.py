@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from ex2.grading.adapter import NAMES, Adapter, Missing, OnCpu, describe, find_file, locate
+from ex2.grading.adapter import NAMES, Adapter, OnCpu, describe, find_file, locate
+from ex2.grading.verdicts import NotRight, missing
 
 T = 10  # of the process that most facts are about
 BETAS = torch.linspace(0.02, 0.3, T)  # large, so that slips show
@@ -85,15 +87,11 @@ class Arguments:
 
 
 class Submission(Adapter):
-    """A folder with a solution, and the results of its functions that facts ask for.
+    """A folder with a solution, and the results of its functions that facts ask for."""
 
-    Args:
-        limit: CPU seconds for each fact.
-    """
-
-    def __init__(self, folder: Path, limit: float = math.inf):
+    def __init__(self, folder: Path):
         super().__init__(folder)
-        self.limit, self.unets = limit, {}
+        self.unets = {}  # p_uncond -> U-Net
 
     def schedule(self, name: str, **given) -> Tensor:
         """Betas of a schedule, in float64."""
@@ -110,18 +108,18 @@ class Submission(Adapter):
         roles = {"timesteps": len(betas), "get_noise_schedule": schedule, "img_size": 8, "model": model}
         diffusor = self.call(self.get("diffusion", "Diffusion"), **roles, **given)
         if not asked:
-            raise Missing("Diffusion doesn't ask get_noise_schedule for its betas")
+            raise missing("Diffusion doesn't ask get_noise_schedule for its betas")
         return diffusor
 
-    def diffuse(self, method: str, given: dict, stub: dict | None = None, betas: Tensor = BETAS, seed: int = 0) -> dict:
+    def diffuse(self, method: str, stub: dict | None = None, betas: Tensor = BETAS, seed: int = 0, **given) -> dict:
         """What a method of `Diffusion` returns, and how the network, `Stub(**stub)`, was called.
 
         Args:
-            given: arguments in the skeleton's order, None if left out; with classes the process is conditional.
+            given: arguments in the skeleton's order, without the model; with classes the process is conditional.
         """
         seed_all(seed)
         model = Stub(**(stub or {}))
-        roles = {role: model if role == "model" else value for role, value in given.items() if value is not None}
+        roles = given if method == "q_sample" else {"model": model, **given}
         count = roles.get("batch_size") or len(roles.get("x", roles.get("x_zero")))
         tuples, labels = [{"image_size": (8, 8)}] if method == "sample" else [], labels_for(count)
         settings, optional = {}, [labels, *({**labels, **extra} for extra in tuples)]
@@ -175,13 +173,12 @@ class Submission(Adapter):
         function, model = self.get("main", "test"), Stub().train()
         self.where = locate(function)
         if not inspect.unwrap(function).__code__.co_names:
-            raise Missing("test is an empty stub")
+            raise missing("test is an empty stub")
         loader = DataLoader(TensorDataset(torch.zeros(4, 3, 8, 8), torch.zeros(4, dtype=torch.long)), batch_size=4)
-        given = {"model": model, "testloader": loader, "diffusor": self.diffusion(model)}
-        given.update(device=torch.device("cpu"), args=Arguments(), epoch=0)
-        values, _ = self.arguments(function, given)
+        given = {"model": model, "testloader": loader, "diffusor": self.diffusion(model), "device": torch.device("cpu")}
+        values = self.arguments(function, {**given, "args": Arguments(), "epoch": 0})
         if model not in values.values():
-            raise Missing("test takes no model, so that it can't be tried with another")
+            raise missing("test takes no model, so that it can't be tried with another")
         try:
             function(**values)
         except Exception:  # what comes after the losses may need flags that only the submission knows
@@ -195,31 +192,31 @@ class Submission(Adapter):
         diffusor = self.diffusion(model, torch.linspace(1e-4, 0.2, 100))  # some pick out steps of T = 100
         optional = labels_for(8), {**labels_for(8), "image_size": (8, 8)}
         sampled = self.call(diffusor.sample, *optional, model=model, image_size=8, batch_size=8, channels=3)
-        is_list = isinstance(sampled, (list, tuple))
-        low = 0.0 if (sampled[-1] if is_list else sampled).min() >= 0 else -1.0  # some scale to [0, 1] in it
+        steps = sampled if isinstance(sampled, (list, tuple)) else [sampled]
+        low = 0.0 if steps[-1].min() >= 0 else -1.0  # some scale to [0, 1] in it
 
-        def grey(images):
-            images[...] = 0.75 + 0.25 * low
-            images[..., 0, :], images[..., 1, :] = low, 1.0
-            return images
+        def sample(*args, **kwargs):
+            for images in steps:
+                images[...] = 0.75 + 0.25 * low
+                images[..., 0, :], images[..., 1, :] = low, 1.0
+            return sampled
 
-        diffusor.sample = lambda *args, **kwargs: [grey(step) for step in sampled] if is_list else grey(sampled)
+        diffusor.sample = sample
         with tempfile.TemporaryDirectory() as folder:
             given = {"n_images": 8, "diffusor": diffusor, "model": model, "device": torch.device("cpu")}
             given.update(store_path=folder + os.sep, reverse_transform=reverse_transform, image_size=8)
-            given.update(args=Arguments())
-            function(**self.arguments(function, given)[0])
+            function(**self.arguments(function, {**given, "args": Arguments()}))
             files = sorted(path for path in Path(folder).rglob("*") if path.suffix in (".png", ".jpg"))
             if not files:
-                raise Missing("sample_and_save_images saves no PNG or JPEG file in its store_path")
+                raise missing("sample_and_save_images saves no PNG or JPEG file in its store_path")
             return torch.from_numpy(np.bincount(np.asarray(Image.open(files[-1]).convert("L")).ravel(), minlength=256))
 
     def outline(self) -> dict:
         """What is plain in the source of the main file; none of it runs."""
         path = find_file(self.folder, "main")
         tree = ast.parse(path.read_bytes(), path.name)
-        test = {id(node) for part in tree.body if getattr(part, "name", "") == "test" for node in ast.walk(part)}
-        evals = [node for node in ast.walk(tree) if getattr(node, "attr", "") == "eval" and id(node) not in test]
+        test = {node for part in tree.body if getattr(part, "name", "") == "test" for node in ast.walk(part)}
+        evals = [node for node in ast.walk(tree) if getattr(node, "attr", "") == "eval" and node not in test]
         drops = re.search(r"rand\w*\(.*[<>].*(uncond|drop)", ast.unparse(tree))
         plain = {"settings": settings_of(tree), "fid_images": count_fid_images(tree)}
         return {"eval_elsewhere": bool(evals), "drops_elsewhere": bool(drops), **plain}
@@ -230,13 +227,13 @@ class Submission(Adapter):
         """The answer to a request, as a line of JSON."""
         request = json.loads(line, object_hook=unpack)
         self.adapted, self.where = set(), ""
-        if request["fresh"]:
-            allow(self.limit)
+        if request["seconds"]:
+            allow(request["seconds"])
         try:
-            value = getattr(self, request["call"])(**request["given"])
+            value = getattr(self, request["call"])(*request["args"], **request["given"])
             said = {"value": json.dumps(None if request["call"] == "load" else value, default=pack)}
-        except Missing as error:
-            said = {"missing": str(error)}
+        except NotRight as error:
+            said = {"missing": error.found}
         except (Exception, SystemExit) as error:
             frames = traceback.extract_tb(error.__traceback__)
             frames = [frame for frame in frames if frame.filename.startswith(str(self.folder))]
@@ -244,7 +241,7 @@ class Submission(Adapter):
             said = {"fails": f"{type(error).__name__}{where}: {describe(error)}"}
         if OnCpu.used:
             self.adapted.add("the code insists on a GPU: it is put on the CPU")
-        return json.dumps({**said, "id": request["id"], "where": self.where, "adapted": sorted(self.adapted)}) + "\n"
+        return json.dumps({**said, "id": request["id"], "where": self.where, "adapted": sorted(self.adapted)})
 
 
 def seed_all(seed: int) -> None:
@@ -275,12 +272,9 @@ def settings_of(tree: ast.AST) -> dict | None:
     if not steps or not found or len(found) > 1:
         return None
     cosine, name, *ends = found.pop()
-    plain = cosine or all(ends)
-    return (
-        {"timesteps": int(steps[1]), "name": cosine or name, "ends": [float(end) for end in ends if end]}
-        if plain
-        else None
-    )
+    if not cosine and not all(ends):
+        return None
+    return {"timesteps": int(steps[1]), "name": cosine or name, "ends": [float(end) for end in ends if end]}
 
 
 def count_fid_images(tree: ast.AST) -> int | None:
@@ -288,9 +282,9 @@ def count_fid_images(tree: ast.AST) -> int | None:
     numbers = dict(re.findall(r"(\w+)(?:'.*default)? ?= ?(\d+)\b", ast.unparse(tree)))  # of variables and flags
     for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
         loops = [node for node in ast.walk(function) if isinstance(node, (ast.For, ast.While, ast.ListComp))]
-        looped = {id(node) for loop in loops for node in ast.walk(loop)}
+        looped = {node for loop in loops for node in ast.walk(loop)}
         for call in ast.walk(function) if FID.search(ast.dump(function).lower()) else ():
-            if id(call) not in looped and getattr(getattr(call, "func", None), "attr", "") == "sample":
+            if call not in looped and getattr(getattr(call, "func", None), "attr", "") == "sample":
                 sizes = [word.value for word in call.keywords if word.arg == "batch_size"] + call.args[2:3]
                 count = ast.unparse(sizes[0]).split(".")[-1] if sizes else ""
                 count = numbers.get(count, count)
@@ -314,16 +308,15 @@ def unpack(value: dict):
 
 
 def allow(seconds: float) -> None:
-    """Lets this process compute for so many more seconds, where the system can tell."""
-    if seconds == math.inf or os.name != "posix":
-        return
-    import resource
+    """Lets this process compute for so many more seconds, where the system can tell and allows as many."""
+    with suppress(ImportError, ValueError):
+        import resource
 
-    soft, hard = math.ceil(time.process_time() + seconds), resource.getrlimit(resource.RLIMIT_CPU)[1]
-    resource.setrlimit(resource.RLIMIT_CPU, (hard if 0 <= hard < soft else soft, hard))
+        hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+        resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(time.process_time() + seconds), hard))
 
 
-def main(folder: str, seconds: str) -> None:
+def main(folder: str) -> None:
     """Answers until nobody asks. Python refuses connections, and what the submission prints is not shown."""
     requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "w", encoding="utf-8")
     nothing = os.open(os.devnull, os.O_RDWR)
@@ -334,13 +327,11 @@ def main(folder: str, seconds: str) -> None:
         raise OSError("no network while a submission is checked")
 
     socket.socket.connect = socket.socket.connect_ex = socket.socket.sendto = socket.create_connection = refuse
-    torch.set_num_threads(1)
     sys.path[0] = folder  # in place of ours
     for name in [name for name in sys.modules if name.split(".")[0] == "ex2"]:
         del sys.modules[name]
-    submission = Submission(Path(folder), float(seconds))
+    submission = Submission(Path(folder))
     print(file=answers, flush=True)  # torch is there
     with OnCpu():
         for line in requests:
-            answers.write(submission.answer(line))
-            answers.flush()
+            print(submission.answer(line), file=answers, flush=True)

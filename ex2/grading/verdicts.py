@@ -9,52 +9,50 @@ import torch
 from torch import Tensor
 
 
-class Failed(Exception):
-    """The submission's code raised an error, or its process ended."""
+@dataclass
+class NotRight(Exception):
+    """Why a fact does not hold of a submission.
 
-    verdict = "fails"
+    Args:
+        verdict: "wrong", "differs" (not as written, as good), "missing", "fails" (an error in its code) or "hangs".
+        found: in place of what was expected.
+        expected: "" where nothing came that could be compared.
+        looks_like: the slip that gives this, where it is known.
+    """
+
+    verdict: str
+    found: str
+    expected: str = ""
+    looks_like: str = ""
 
 
-class Hangs(Failed):
-    """It took too long."""
-
-    verdict = "hangs"
+def missing(what: str) -> NotRight:
+    """For a part of the exercise that isn't there, is an empty stub, or can't be called."""
+    return NotRight("missing", what)
 
 
 @dataclass
-class Wrong(Exception):
-    """What was found in place of what was expected, and what that looks like; `differs`: the sheet allows it."""
-
-    found: str
-    expected: str
-    looks_like: str = ""
-    differs: bool = False
-
-
-@dataclass(frozen=True)
 class Fact:
-    """A statement with its sub-task and equation, and the function that raises where it isn't true of a submission."""
+    """A decorator: makes a fact of a function that raises `NotRight` where it isn't true of a submission."""
 
     task: str
     statement: str
-    equation: str
-    check: Callable
+    equation: str = ""
     advice: bool = False  # good to follow, but a solution without it is not wrong
 
-
-def fact(task: str, statement: str, equation: str = "", advice: bool = False):
-    """Makes a `Fact` of a function."""
-    return lambda function: Fact(task, statement, equation, function, advice)
+    def __call__(self, function: Callable) -> Fact:
+        self.check = function
+        return self
 
 
 def check(condition, found: str, expected: str, looks_like: str = "") -> None:
-    """Raises `Wrong` where a condition does not hold."""
+    """Raises `NotRight` where a condition does not hold."""
     if not condition:
-        raise Wrong(found, expected, looks_like)
+        raise NotRight("wrong", found, expected, looks_like)
 
 
 def expect(found, expected, slips: Mapping, where: str, rel=2e-3, scale=1e-6, allowed: Mapping | None = None) -> None:
-    """Raises `Wrong` where a number, or one of several (T,), is not as expected.
+    """Raises `NotRight` where a number, or one of several (T,), is not as expected.
 
     Args:
         slips: what it looks like -> the number that such a slip would give.
@@ -71,13 +69,13 @@ def expect(found, expected, slips: Mapping, where: str, rel=2e-3, scale=1e-6, al
 
     if found.shape == expected.shape and close(expected):
         return
-    allowed = allowed or {}
+    allowed, at = allowed or {}, ""
     looks_like = next((text for text, value in {**slips, **allowed}.items() if close(value)), "")
-    at = ""
     if found.ndim:
         worst = int((found - expected).abs().argmax())
         found, expected, at = found[worst], expected[worst], f" at t = {worst}"
-    raise Wrong(f"{where} {found:.4g}{at}", f"{expected:.4g}", looks_like, looks_like in allowed)
+    verdict = "differs" if looks_like in allowed else "wrong"
+    raise NotRight(verdict, f"{where} {found:.4g}{at}", f"{expected:.4g}", looks_like)
 
 
 def images(value: float, count: int = 4) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import shutil
 import signal
 import site
 import subprocess
@@ -21,9 +22,9 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from ex2.grading.adapter import PARTS, PREFIXES, Missing, find_file
-from ex2.grading.submission import Submission, pack, unpack
-from ex2.grading.verdicts import Failed, Hangs
+from ex2.grading.adapter import PARTS, PREFIXES
+from ex2.grading.submission import pack, unpack
+from ex2.grading.verdicts import NotRight
 
 START_LIMIT = 120  # seconds until Python and torch are there
 WALL = 10  # seconds on the clock for each second of CPU time: in a busy pool others compute as well
@@ -33,7 +34,7 @@ KEPT = "PATH LANG LC_ALL LD_LIBRARY_PATH PYTHONPATH SYSTEMROOT".split()  # of th
 PART_OF = {"forward": "model", "run_test": "main", "saved_greys": "main", "outline": "main"}  # others: diffusion
 STOPPED = threading.Event()  # by Ctrl-C
 ROOT = str(Path(__file__).parents[2])
-START = f"import sys; sys.path[0] = {ROOT!r}; from ex2.grading.submission import main; main(*sys.argv[1:])"
+START = f"import sys; sys.path[0] = {ROOT!r}; from ex2.grading.submission import main; main(sys.argv[1])"
 
 
 class Worker:
@@ -50,20 +51,19 @@ class Worker:
     def __init__(self, folder: Path, limit: float):
         self.folder, self.limit, self.process, self.lost, self.requests = folder, limit, None, 0, 0
         self.last = time.monotonic() + START_LIMIT + 2 * WALL * limit  # when all must be done
-        # What can't be imported is known once, and not tried for every fact.
-        self.outline, problem = {}, find_problem(folder)
-        self.broken = dict.fromkeys(PARTS, Missing(problem)) if problem else {}
-        for part in PARTS if not problem else ():
+        self.outline, self.broken = {}, {}  # what can't be imported is known once, and not tried for every fact
+        problem = find_problem(folder)
+        for part in PARTS:
             self.begin()
             try:
-                find_file(folder, part)
+                if problem:
+                    raise NotRight("missing", problem)
                 if part == "main":
                     self.outline = self.call("outline")
-                self.call("load", part=part)
-            except Missing as error:
-                self.broken[part] = Missing(printable(error))
-            except Failed as error:
-                self.broken[part] = type(error)(f"import of {part}: {error}")
+                self.call("load", part)
+            except NotRight as error:
+                start = "" if error.verdict == "missing" else f"import of {part}: "
+                self.broken[part] = NotRight(error.verdict, start + error.found)
 
     def __getattr__(self, name: str):
         return partial(self.call, name)
@@ -73,14 +73,13 @@ class Worker:
         self.where, self.adapted, self.fresh, self.begun = "", set(), True, time.monotonic()
 
     def call(self, name: str, *args, **given):
-        """What a method of the submission returns; raises `Missing` or `Failed`."""
-        given.update(zip(getattr(Submission, name).__code__.co_varnames[1:], args))
-        part = given.get("part") or PART_OF.get(name, "diffusion")
+        """What a method of the submission returns. Raises NotRight: it "fails", "hangs" or is "missing"."""
+        part = args[0] if name in ("load", "takes") else PART_OF.get(name, "diffusion")
         if part in self.broken:
             raise self.broken[part]
         self.requests += 1
-        request = {"call": name, "given": given, "id": self.requests, "fresh": self.fresh}
-        self.fresh = False
+        request = {"id": self.requests, "call": name, "args": args, "given": given}
+        request["seconds"], self.fresh = self.limit if self.fresh else None, False
         answer = self.ask(json.dumps(request, default=pack))
         try:
             answer = json.loads(answer)
@@ -88,19 +87,17 @@ class Worker:
                 raise ValueError("of another request")
             self.where = printable(answer["where"])
             self.adapted.update(printable(text) for text in answer["adapted"][:20])
-            if "missing" in answer:
-                raise Missing(printable(answer["missing"]))
-            if "fails" in answer:
-                raise Failed(printable(answer["fails"]))
+            for verdict in {"missing", "fails"} & answer.keys():
+                raise NotRight(verdict, printable(answer[verdict]))
             return json.loads(answer["value"], object_hook=unpack)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             self.lose()
-            raise Failed("its process said something else than an answer") from error
+            raise NotRight("fails", "its process said something else than an answer") from error
 
     def ask(self, line: str) -> bytes:
-        """The answer to a request; raises `Failed`: there is none."""
+        """The answer to a request. Raises NotRight: there is none."""
         if STOPPED.is_set() or self.lost >= MAX_LOST or time.monotonic() > self.last:
-            raise Hangs("not tried: what came before took all the time")
+            raise NotRight("hangs", "not tried: what came before took all the time")
         if self.process is None:
             self.start()
         seconds = min(self.begun + WALL * self.limit, self.last) - time.monotonic()
@@ -109,19 +106,18 @@ class Worker:
             return answer
         code = self.lose()
         if code is not None and -code == getattr(signal, "SIGXCPU", None):
-            raise Hangs(f"no answer within {self.limit:g} s of CPU time")
-        raise Failed("its answer is too long" if answer else "its code ended the program")
+            raise NotRight("hangs", f"no answer within {self.limit:g} s of CPU time")
+        raise NotRight("fails", "its answer is too long" if answer else "its code ended the program")
 
     def start(self) -> None:
-        self.home = tempfile.TemporaryDirectory()
+        self.home = tempfile.mkdtemp()
         environment = {name: os.environ[name] for name in KEPT if name in os.environ}
-        environment.update(HOME=self.home.name, TMPDIR=self.home.name, PYTHONUSERBASE=site.getuserbase())
+        environment.update(HOME=self.home, TMPDIR=self.home, PYTHONUSERBASE=site.getuserbase())
         environment.update(CUDA_VISIBLE_DEVICES="", MPLBACKEND="Agg", PYTHONDONTWRITEBYTECODE="1")
         environment.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
-        command = [sys.executable, "-c", START, str(self.folder), str(self.limit)]
+        command = [sys.executable, "-c", START, str(self.folder)]
         streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        own_session = {"start_new_session": os.name == "posix"}
-        self.process = subprocess.Popen(command, cwd=self.home.name, env=environment, **streams, **own_session)
+        self.process = subprocess.Popen(command, cwd=self.home, env=environment, **streams, start_new_session=True)
         self.exchange(b"", START_LIMIT)
         self.begun = time.monotonic()
 
@@ -133,7 +129,7 @@ class Worker:
             with suppress(queue.Empty):
                 return answers.get(timeout=0.5)
         self.lose()
-        raise Hangs(f"no answer within {seconds:.0f} s")
+        raise NotRight("hangs", f"no answer within {seconds:.0f} s")
 
     def lose(self) -> int | None:
         """Ends a process that is of no more use; its exit code, if it had ended by itself."""
@@ -148,17 +144,15 @@ class Worker:
         """Kills the process and, on Linux, what it started, unless that left both its environment and its folder."""
         if self.process is None:
             return
-        if os.name == "posix":
-            with suppress(OSError):
-                os.killpg(self.process.pid, signal.SIGKILL)
+        with suppress(OSError, AttributeError):  # not on Windows
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.kill()
         self.process.wait()
-        while kill_all_of(self.home.name):
+        while kill_all_of(self.home):
             pass
         with suppress(OSError):
             self.process.stdin.close()
-        with suppress(OSError):
-            self.home.cleanup()
+        shutil.rmtree(self.home, ignore_errors=True)
         self.process = None
 
 

@@ -159,7 +159,7 @@ async function start_workers() {
 
 /** How fast it is, and by what. */
 function describe_work() {
-  const speed = `${milliseconds.toPrecision(2)} ms a network call`;
+  const speed = `${milliseconds.toFixed(milliseconds < 10 ? 1 : 0)} ms a network call`;
   const cores = workers.length === 1 ? "one Worker" : `${workers.length} Workers`;
   $("status").textContent = has_simd()
     ? `${speed}, ${cores}, WebAssembly SIMD`
@@ -374,7 +374,8 @@ function describe_settings() {
   $("fraction-value").textContent = `${run.model_timesteps[t] + 1} of ${config.timesteps}`;
   const [signal, noise] = [run.sqrt_alphas_bar[t], run.sqrt_one_minus_alphas_bar[t]].map((value) => value.toFixed(3));
   $("forward").textContent =
-    `Eq. 4: xₜ = ${signal} x₀ + ${noise} ε. From there the reverse process goes back, as the chosen class.`;
+    `Eq. 4: xₜ = ${signal} x₀ + ${noise} ε. From there the reverse process goes back, as the chosen class. ` +
+    "t is one of the sampler's timesteps: more steps, more choice.";
 }
 
 /** Sets a slider to a number of the run, which may lie outside of its range or between its stops. */

@@ -118,8 +118,6 @@ class GraphReplay:
 
     def warm_up(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """An eager call on a stream of its own, as CUDA asks for before a capture."""
-        if not torch.cuda.is_available():  # what stands in for a GPU in tests
-            return self.function(*inputs)
         if self.stream is None:
             self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
         current = torch.cuda.current_stream()
@@ -148,13 +146,13 @@ class GraphReplay:
             wanted = copies(state)
             restore(state, before)
             captured.replay()
-            off = [distance([x], [y]) > TOLERANCE * distance([y]) for x, y in zip(captured.outputs, outputs)]
-            for name, part in state.items():
-                off.append(distance(part, wanted[name]) > TOLERANCE * distance(wanted[name], before[name]))
+            changes = [([x], [y], [torch.zeros_like(y)]) for x, y in zip(captured.outputs, outputs)]
+            changes += [(part, wanted[name], before[name]) for name, part in state.items()]
+            off = any(distance(now, eager) > TOLERANCE * distance(eager, old) for now, eager, old in changes)
         except torch.cuda.OutOfMemoryError:
             restore(state, before)
             raise
-        if any(off):
+        if off:
             restore(state, wanted)
             self.give_up("a replay computed something else")
             return outputs
@@ -169,9 +167,8 @@ class GraphReplay:
 
 
 @torch.no_grad()
-def distance(tensors: list[Tensor], others: list[Tensor] | None = None) -> float:
-    """Euclidean distance of two lists of tensors, or of one list to zero; infinite instead of NaN."""
-    others = [torch.zeros_like(x) for x in tensors] if others is None else others
+def distance(tensors: list[Tensor], others: list[Tensor]) -> float:
+    """Euclidean distance of two lists of tensors; infinite instead of NaN."""
     squares = sum((x.double() - y.double()).square().sum() for x, y in zip(tensors, others))
     return float(torch.as_tensor(squares).nan_to_num(nan=float("inf"), posinf=float("inf")).sqrt())
 

@@ -27,8 +27,8 @@ from ex2.machine.processes import is_main, is_restart, local_rank, started_by_to
 ENDINGS = "TERM INT HUP QUIT USR1 USR2 XCPU ALRM VTALRM PWR BREAK"
 SIGNALS = [getattr(signal, f"SIG{name}") for name in ENDINGS.split() if hasattr(signal, f"SIG{name}")]
 LOCK_NAME, HOLDER_NAME = ".lock", ".holder"  # the lock, which stays there; who has it
-WORKER_EXIT_SECONDS = 6  # DataLoader workers may hold the lock this long after a kill
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+WORKER_EXIT_SECONDS = 6  # DataLoader workers may hold the lock this long after a kill
 STALE_LOCK_SECONDS = 120  # the same where a job is started again, as its lock may be of a machine that broke down
 
 
@@ -107,10 +107,8 @@ def can_lock(folder: Path) -> bool:
     """Whether the file system of a folder knows locks; of others filelock waits as if somebody had one."""
     probe = folder / f".probe-{os.getpid()}"
     try:
-        lock = FileLock(probe)
-        lock.acquire(timeout=0)
-        lock.release()
-        return True
+        with FileLock(probe).acquire(timeout=0):
+            return True
     except (Timeout, NotImplementedError, OSError):
         return False
     finally:
@@ -134,7 +132,7 @@ def pick_device(cuda: bool | None, num_threads: int | None = None) -> torch.devi
         cuda: require (True) or disable (False) the GPU; None uses one if there is one.
         num_threads: of the CPU; None leaves it to torch.
 
-    Raises InputError: the GPU is asked for and there is none.
+    Raises InputError: the GPU is asked for and there is none, or fewer than processes.
     """
     if num_threads is not None:
         torch.set_num_threads(num_threads)
@@ -145,7 +143,11 @@ def pick_device(cuda: bool | None, num_threads: int | None = None) -> torch.devi
     torch.set_float32_matmul_precision("high")  # TensorFloat-32
     torch.backends.cudnn.benchmark = True  # batches are of one size
     if world_size() > 1:
-        return own_gpu(local_rank())
+        if local_rank() >= torch.cuda.device_count():
+            who, visible = f"process {local_rank()} of this machine", f"({torch.cuda.device_count()} visible)"
+            advice = "start torchrun with --nproc_per_node=gpu, or give --no_cuda"
+            raise InputError(f"{who} finds no GPU of its own {visible}: {advice}")
+        return torch.device("cuda", local_rank())
     free = [torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())]
     device = torch.device("cuda", free.index(max(free)))
     torch.cuda.set_device(device)
@@ -180,19 +182,6 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_THRESHOLD, 2**25)  # the largest that it takes
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def own_gpu(number: int) -> torch.device:
-    """The GPU of process `number` of this machine.
-
-    Raises InputError: it has fewer GPUs than processes.
-    """
-    if number >= torch.cuda.device_count():
-        raise InputError(
-            f"process {number} of this machine finds no GPU of its own ({torch.cuda.device_count()} visible): start "
-            "torchrun with --nproc_per_node=gpu, or give --no_cuda"
-        )
-    return torch.device("cuda", number)
 
 
 def batch_that_fits(attempt, batch_size: int) -> int:

@@ -8,11 +8,11 @@ In a program that torchrun didn't start there is one process, and all of this do
 from __future__ import annotations
 
 import datetime
-import io
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from types import SimpleNamespace
 from typing import Callable, TypeVar
 
 import torch
@@ -24,6 +24,7 @@ from ex2.errors import ProcessesError, job_number
 T = TypeVar("T")
 _timeout = datetime.timedelta(minutes=30)  # how long a process waits for the others
 END_TIMEOUT = datetime.timedelta(days=1)
+LOST_WORDS = ("gloo", "Connection", "connection", "NCCL", "timed out", "Timed out")  # in errors of lost processes
 _cpu_group = None  # gloo, for metrics and files, also where the gradients go by nccl
 
 
@@ -56,19 +57,6 @@ def is_restart() -> bool:
     return job_number("TORCHELASTIC_RESTART_COUNT") > 0
 
 
-class NoTerminal(io.TextIOBase):
-    """Standard error as a plain stream. On it tqdm draws no bars: those of several processes would mix."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def write(self, text: str) -> int:
-        return self.stream.write(text)
-
-    def flush(self) -> None:
-        self.stream.flush()
-
-
 @contextmanager
 def connect_processes(cuda: bool | None, timeout_minutes: float) -> Iterator[None]:
     """Connects the processes that torchrun started, if it did. All but the first print nothing but errors.
@@ -99,7 +87,9 @@ def connect_processes(cuda: bool | None, timeout_minutes: float) -> Iterator[Non
         raise ProcessesError(f"the processes don't find each other at {where}: {str(error).splitlines()[0]}") from error
     try:
         with open(os.devnull, "w") as nowhere:
-            out, err = (sys.stdout, sys.stderr) if is_main() else (nowhere, NoTerminal(sys.stderr))
+            # No terminal, so that tqdm draws no bars: those of several processes would mix.
+            errors = SimpleNamespace(write=sys.stderr.write, flush=sys.stderr.flush, isatty=lambda: False)
+            out, err = (sys.stdout, sys.stderr) if is_main() else (nowhere, errors)
             with redirect_stdout(out), redirect_stderr(err), name_lost_processes():
                 yield
                 barrier("the end", END_TIMEOUT)  # the first one is still drawing
@@ -114,15 +104,10 @@ def name_lost_processes() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, ProcessesError) or world_size() == 1 or not is_lost_connection(error):
+        of_nccl = isinstance(error, getattr(dist, "DistBackendError", ()))  # gloo has no class for it
+        if isinstance(error, ProcessesError) or not (of_nccl or any(word in str(error) for word in LOST_WORDS)):
             raise
         raise ProcessesError(f"another process is gone ({str(error).splitlines()[0]})") from error
-
-
-def is_lost_connection(error: RuntimeError) -> bool:
-    """Whether torch raised the error because a process didn't answer; there is no class for it in gloo."""
-    words = ("gloo", "Connection", "connection", "NCCL", "timed out", "Timed out")
-    return isinstance(error, getattr(dist, "DistBackendError", ())) or any(word in str(error) for word in words)
 
 
 def shard(count: int, part: tuple[int, int] | None = None) -> range:
@@ -161,8 +146,7 @@ def all_gather(own, what: str) -> list:
 
 def all_gather_rows(own: list[Tensor], what: str) -> Tensor:
     """The rows of all processes' tensors in one tensor, those of the first process first."""
-    parts = [rows for part in all_gather(own, what) for rows in part]
-    return torch.cat(parts) if parts else torch.empty(0)
+    return torch.cat([rows for part in all_gather(own, what) for rows in part] or [torch.empty(0)])
 
 
 def all_reduce(own: Tensor, what: str) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 
 from ex2.data.load import load_splits
 from ex2.data.sets import DATASETS
-from ex2.data.shapes import SHAPES, draw_shapes, load_shapes
+from ex2.data.shapes import DISTANCES, SHAPES, draw_shapes, load_shapes
 from ex2.evaluation.templates import TemplateClassifier
 
 
@@ -60,3 +60,24 @@ def test_a_mirrored_moon_is_no_moon_and_shapes_are_not_mirrored():
     assert (told == torch.from_numpy(labels))[~moon].float().mean() >= 0.98
     assert (told == SHAPES.index("moon"))[moon].sum() == 0
     assert [name for name, data in DATASETS.items() if not data.flip] == ["shapes"]
+
+
+@pytest.mark.parametrize(
+    "name, x, y, distance",
+    [
+        ("circle", 0.3, 0.4, -0.4),
+        ("square", 0.75, 0.2, 0),
+        ("triangle", 0, -1, 0),  # a corner, at the top
+        ("triangle", 0, 0.5, 0),  # the middle of the side below
+        ("diamond", 0.6, 0, 0),
+        ("plus", 0.95, 0, 0),
+        ("cross", 0.5**0.5, 0.5**0.5, 0),
+        ("ring", 0, 0.75, -0.2),
+        ("star", 0, -1, 0),
+        ("moon", -0.9, 0, 0),
+        ("moon", 0.5, 0, 0.8),  # the centre of what is cut off, on the right
+        ("stripes", 0, 0.7, -0.18),
+    ],
+)
+def test_distances_of_points_to_the_outlines(name, x, y, distance):
+    assert DISTANCES[name](np.array([x]), np.array([y])) == pytest.approx(distance, abs=1e-12)

@@ -20,8 +20,7 @@ from tiny import ROOT, without_evaluation
 import ex2_main
 from ex2 import errors
 from ex2.data.loader import EpochPlan
-from ex2.machine import processes
-from ex2.machine.job import own_gpu
+from ex2.machine import job, processes
 from ex2.machine.processes import all_gather, all_reduce_max, shard
 from ex2.training import checkpoint as training_checkpoint
 from ex2.training import run as training_run
@@ -186,10 +185,22 @@ def test_data_is_fetched_by_the_first_process_before_the_others(monkeypatch, ran
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert own_gpu(1) == torch.device("cuda", 1)
+    for name, value in (("device_count", 2), ("is_available", True)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(job, "world_size", lambda: 3)
+    monkeypatch.setattr(job, "local_rank", lambda: 1)
+    assert job.pick_device(None) == torch.device("cuda", 1)
+    monkeypatch.setattr(job, "local_rank", lambda: 2)
     with pytest.raises(errors.InputError, match=r"process 2 .* \(2 visible\).*--nproc_per_node=gpu"):
-        own_gpu(2)
+        job.pick_device(None)
+
+
+@pytest.mark.parametrize("said, gone", [("[gloo] Connection closed by peer\nat 0x1", True), ("shapes differ", False)])
+def test_of_torchs_errors_those_of_lost_processes_are_said_in_one_line(said, gone):
+    with pytest.raises(RuntimeError) as raised, processes.name_lost_processes():
+        raise RuntimeError(said)
+    assert isinstance(raised.value, errors.ProcessesError) == gone
+    assert str(raised.value) == ("another process is gone ([gloo] Connection closed by peer)" if gone else said)
 
 
 # ------------------------------------------------------------------ two processes against one
