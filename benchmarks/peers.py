@@ -221,7 +221,7 @@ def evaluate(evaluator, peer: Peer, network, labels: Tensor, scale: float | None
     seen = []
     hook = network.eval().register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
     with torch.no_grad():
-        found = compare(evaluator.reference, extract_features(evaluator, peer.draw(network, labels, scale), "cpu"))
+        found = compare(evaluator, extract_features(evaluator, peer.draw(network, labels, scale), "cpu"))
     hook.remove()
     return {**found, "calls": sum(seen) / len(labels)}
 
@@ -229,7 +229,7 @@ def evaluate(evaluator, peer: Peer, network, labels: Tensor, scale: float | None
 def measure(name: str, evaluator, splits: DataSplits, args) -> list[dict]:
     """The rows of one package, in a new process."""
     torch.set_num_threads(args.threads)
-    labels = evaluator.reference.images.labels[: args.samples]
+    labels = evaluator.images.labels[: args.samples]
     rows, peer = [], None
     for minutes in sorted(args.minutes):
         if peer is None or peer.rate == "falls":
@@ -259,8 +259,8 @@ def main() -> None:
     parser.add_argument("--sample_steps", type=int, default=50, help="of the packages (default: 50; 1000: all)")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, order and noise (default: 0)")
-    parser.add_argument("--features", default="results/features", help="keeps the classifier (default: %(default)s)")
-    parser.add_argument("--out", default="results/peers.json", help="the figures (default: %(default)s)")
+    help = "the figures; features/ beside it keeps the classifier (default: %(default)s)"
+    parser.add_argument("--out", default="results/peers.json", help=help)
     args = parser.parse_args()
     if args.samples <= SmallClassifier.width or min(args.minutes) <= 0 or not 1 <= args.sample_steps <= 1000:
         parser.error(f"--samples above {SmallClassifier.width}, --minutes above 0, --sample_steps 1 .. 1000")
@@ -268,8 +268,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     config = preset_config("quick")
     splits = load_data(config)
-    evaluator = build_evaluator(splits, "cpu", config, Path(args.features), args.samples)
-    real = compare(evaluator.reference, extract_features(evaluator, real_batches(splits.test, args.samples), "cpu"))
+    evaluator = build_evaluator(splits, "cpu", config, Path(args.out), args.samples)
+    tested = splits.test.subset(torch.arange(min(args.samples, len(splits.test))))
+    real = compare(evaluator, extract_features(evaluator, real_batches(tested, "cpu"), "cpu"))
     cores = f"{platform.processor() or platform.machine()}, {args.threads} threads, torch {torch.__version__}"
     report = {"machine": cores, "test images, Fréchet distance": real["frechet_distance"], "trainings": []}
     for name in args.who:
