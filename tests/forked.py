@@ -13,7 +13,7 @@ import ex2_main
 
 context = multiprocessing.get_context("forkserver")
 PRELOADED = "ex2.evaluation.evaluate ex2.report.metrics ex2.report.pictures ex2.training.run ex2.training.start".split()
-context.set_forkserver_preload(["forked", *PRELOADED])
+context.set_forkserver_preload(["forked", *PRELOADED, "torch._dynamo"])  # which every optimiser imports
 
 
 class Started:
