@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import TINY
+from tiny import TINY, without_evaluation
 
 import ex2_main
 from ex2.data import load, shapes
@@ -95,10 +95,12 @@ def splits(small_shapes):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, small_shapes):
-    """The folder of a tiny conditional run."""
+    """The folder of a tiny conditional run that was trained, and neither evaluated nor drawn."""
     results = tmp_path_factory.mktemp("results")
-    assert ex2_main.main([*TINY, "--results_dir", str(results), "--class_free_guidance", "--run_name", "cond"]) == 0
-    return results / "cond"
+    with pytest.MonkeyPatch.context() as patch:
+        without_evaluation(patch)
+        assert ex2_main.main([*TINY, "--results_dir", str(results), "--class_free_guidance"]) == 0
+    return results / "DDPM"
 
 
 @pytest.fixture
