@@ -115,7 +115,7 @@ def training_only():
     from ex2.data import shapes
 
     tiny.without_evaluation(Patch)
-    shapes.SHAPES_COUNT.update(train=1000, test=200)
+    shapes.SHAPES_COUNT.update(train=300, test=60)
 
 
 def training_on_files():
