@@ -1,7 +1,6 @@
 """Schedules, forward process, loss and single reverse steps (2.2 a, c, d; 2.3)."""
 
 import math
-import sys
 
 import pytest
 import torch

@@ -30,7 +30,8 @@ def test_a_part_that_fails_or_takes_too_long_has_its_row(tmp_path, monkeypatch):
     script, out = tmp_path / "part.py", tmp_path / "check.json"
     monkeypatch.setattr(gpu_check, "__file__", str(script))
     write = "import sys, time; open(sys.argv[-1], 'w').write('[{\"images/s\": 7}]'); "
-    for end, note in (("sys.exit(3)", "failed with exit code 3, see check.log"), ("time.sleep(60)", "stopped after 2 s")):
+    ends = {"sys.exit(3)": "failed with exit code 3, see check.log", "time.sleep(60)": "stopped after 2 s"}
+    for end, note in ends.items():
         script.write_text(write + end)
         rows = gpu_check.run_part("speed", [], out, 2)
         assert rows == [{"images/s": 7, "note": ""}, {"images/s": None, "note": note}]

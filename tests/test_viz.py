@@ -1,6 +1,5 @@
 """Pictures: brightness, order, labels, shapes; no display needed."""
 
-import os
 import re
 import subprocess
 import sys

@@ -1,6 +1,8 @@
 """Samples are judged against the training images, and every figure says what it is of (2.2 e)."""
 
+import io
 import json
+import sys
 from dataclasses import replace
 
 import imageio.v3 as imageio
@@ -205,8 +207,10 @@ def test_figures_of_samples_stay_when_the_same_weights_are_tested_without_them(r
     assert json.loads((results / "cond" / "test_metrics.json").read_text()) == before
 
 
-def test_dry_run_judges_a_handful_and_leaves_no_classifier_behind(results):
+def test_figures_are_written_before_they_are_printed_in_any_encoding(results, monkeypatch):
+    """Of a dry run, which judges a handful and leaves no classifier behind."""
     before = sorted((results / "features").iterdir())
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="cp932"))
     assert ex2_main.main(["test", "--no_cuda", "--checkpoint", str(results / "cond"), "--dry_run"]) == 0
     assert sorted((results / "features").iterdir()) == before
     assert samples_of(results / "cond-dry_run")["count"] == evaluation_samples.DRY_RUN_SAMPLES
