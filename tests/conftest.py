@@ -1,16 +1,12 @@
-import inspect
 import os
-from pathlib import Path
 
 import pytest
 import torch
-from tiny import TINY, without_evaluation
+from tiny import TINY, without_curves, without_evaluation
 
 import ex2_main
 from ex2.data import load, shapes
 from ex2.evaluation import classifier
-from ex2.report import metrics, study
-from ex2.training import run as training_run
 from ex2_diffusion import SCHEDULES, Diffusion, extract
 from ex2_model import Unet
 
@@ -41,17 +37,8 @@ class GaussianDenoiser:
 
 @pytest.fixture(scope="session", autouse=True)
 def curves_not_drawn():
-    """Runs leave empty files in place of their curves: a picture takes half a second. test_viz.py draws them all."""
-
-    def touch(plot):
-        signature = inspect.signature(plot)
-        return lambda *args: Path(signature.bind(*args).arguments["path"]).touch()
-
-    plots = [(training_run, "plot_training"), (study, "plot_comparison")]
-    plots += [(metrics, name) for name in ("plot_loss_over_t", "plot_bits_per_dim", "plot_guidance")]
     with pytest.MonkeyPatch.context() as patch:
-        for module, name in plots:
-            patch.setattr(module, name, touch(getattr(module, name)))
+        without_curves(patch)
         yield
 
 

@@ -55,7 +55,8 @@ def command(photographs):
 def by_two(command, tmp_path_factory):
     """(run folder, stdout) of a whole training by two processes that nothing interrupted."""
     results = tmp_path_factory.mktemp("by_two")
-    first, second = (p.finish() for p in start_processes(2, *command[1:], "--results_dir", str(results)))
+    run = [*command[1:], "--results_dir", str(results)]
+    first, second = (process.finish() for process in start_processes(2, *run, prepare=forked.no_curves))
     assert (first[0], second[0]) == (0, 0), first[2] + second[2]
     return results / "DDPM", first[1] + second[1]
 
@@ -263,6 +264,7 @@ def test_two_machines_have_one_folder(command, tmp_path):
     """Of each machine one process; the second one's has no folder that it could write to."""
     program = [*command[1:], "--no_class_free_guidance", "--dry_run"]
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    meeting["prepare"] = forked.no_curves
     nodes = [Started(*program, "--results_dir", str(tmp_path / str(i)), RANK=str(i), **meeting) for i in range(2)]
     ends = [node.finish() for node in nodes]
     assert [code for code, _, _ in ends] == [0, 0], ends
