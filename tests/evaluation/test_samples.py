@@ -9,7 +9,7 @@ import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
-from tiny import TINY
+from tiny import TINY, without_evaluation
 
 import ex2_main
 from ex2.data.images import training_images
@@ -29,18 +29,11 @@ def results(tmp_path_factory, small_shapes):
     """The folder of a tiny conditional and a tiny unconditional run, both judged."""
     folder = tmp_path_factory.mktemp("results")
     for name, flags in (("cond", ["--class_free_guidance"]), ("plain", [])):
-        assert ex2_main.main([*TINY, "--results_dir", str(folder), "--run_name", name, *flags]) == 0
-        evaluator = [
-            "test",
-            "--no_cuda",
-            "--checkpoint",
-            str(folder / name),
-            "--eval_samples",
-            "140",
-            "--sample_batch",
-            "50",
-        ]
-        assert ex2_main.main([*evaluator, "--no_cuda"]) == 0
+        with pytest.MonkeyPatch.context() as patch:
+            without_evaluation(patch)
+            assert ex2_main.main([*TINY, "--results_dir", str(folder), "--run_name", name, *flags]) == 0
+        judged = ["test", "--no_cuda", "--checkpoint", str(folder / name), "--eval_samples", "140"]
+        assert ex2_main.main([*judged, "--sample_batch", "50"]) == 0
     return folder
 
 

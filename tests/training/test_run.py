@@ -89,7 +89,7 @@ def test_a_run_whose_time_is_up_ends_annealed_and_is_not_gone_on_with(tmp_path, 
 
 def test_compiled_training_is_training_and_its_checkpoint_has_no_prefix(tmp_path, diffusor, monkeypatch):
     """By a backend that needs no C++ compiler."""
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     saved = {}
     for name in ("eager", "compiled"):
         small = {"epochs": 1, "dim_mults": (1,), "p_uncond": 0.0, "amp": "off"}
@@ -206,7 +206,7 @@ def test_where_nothing_can_be_compiled_auto_goes_on_without(tmp_path, model, dif
 
 CHANGES = {
     "timesteps": 40, "schedule": "cosine", "p_uncond": 0.5, "dropout": 0.3, "epochs": 7, "batch_size": 10, "lr": 1e-4,
-    "adam_beta1": 0.5, "warmup_steps": 3, "loss_type": "l1", "grad_clip": 0.01, "ema_images": 40.0, "min_snr": 2.0,
+    "adam_beta1": 0.5, "warmup_steps": 3, "loss_type": "l1", "grad_clip": 0.01, "ema_images": 4.0, "min_snr": 2.0,
     "max_minutes": 3.0, "amp": "off", "seed": 9, "flip": True,
 }  # fmt: skip
 NEW_MODEL = ("dim", "dim_mults", "class_free_guidance", "null_token")  # weights that don't fit are refused
