@@ -6,7 +6,7 @@ from tiny import TINY, without_curves, without_evaluation
 
 import ex2_main
 from ex2.data import load, shapes
-from ex2.evaluation import classifier
+from ex2.evaluation import classifier, evaluate
 from ex2_diffusion import SCHEDULES, Diffusion, extract
 from ex2_model import Unet
 
@@ -68,10 +68,11 @@ def gaussian():
 
 @pytest.fixture(scope="module")
 def small_shapes():
-    """Ten times fewer images than the data set has, and a classifier that trains a quarter as long."""
+    """Ten times fewer images than the data set has, and samples; a classifier that trains a quarter as long."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shapes, "SHAPES_COUNT", {"train": 1000, "test": 200})
         patch.setattr(classifier, "CLASSIFIER_EPOCHS", 2)
+        patch.setattr(evaluate, "ACCURACY_SAMPLES", 20)
         yield
 
 
