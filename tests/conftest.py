@@ -15,6 +15,19 @@ torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 
 
+# In this order, so that two workers end together; the others are short.
+LONGEST_FIRST = "samples train study job processes main check nothing_lost run classifier cuda_graphs viz facts".split()
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # by which pytest-xdist starts with the files of the most tests
+
+
+def pytest_collection_modifyitems(items):
+    places = {f"test_{name}.py": place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
 class GaussianDenoiser:
     """The optimal noise prediction for data N(mu, s^2) per dimension, in closed form; with classes, one mu per class.
 
