@@ -206,7 +206,7 @@ def test_where_nothing_can_be_compiled_auto_goes_on_without(tmp_path, model, dif
 
 CHANGES = {
     "timesteps": 40, "schedule": "cosine", "p_uncond": 0.5, "dropout": 0.3, "epochs": 7, "batch_size": 10, "lr": 1e-4,
-    "adam_beta1": 0.5, "warmup_steps": 3, "loss_type": "l1", "grad_clip": 0.01, "ema_images": 4.0, "min_snr": 2.0,
+    "adam_beta1": 0.5, "warmup_steps": 3, "loss_type": "l1", "grad_clip": 0.01, "ema_images": 1.0, "min_snr": 2.0,
     "max_minutes": 3.0, "amp": "off", "seed": 9, "flip": True,
 }  # fmt: skip
 NEW_MODEL = ("dim", "dim_mults", "class_free_guidance", "null_token")  # weights that don't fit are refused
