@@ -1,22 +1,31 @@
-import inspect
 import os
-from pathlib import Path
 
 import pytest
 import torch
-from tiny import TINY
+from tiny import TINY, without_curves, without_evaluation
 
 import ex2_main
 from ex2.data import load, shapes
-from ex2.evaluation import classifier
-from ex2.report import metrics, study
-from ex2.training import run as training_run
+from ex2.evaluation import classifier, evaluate
 from ex2_diffusion import SCHEDULES, Diffusion, extract
 from ex2_model import Unet
 
 # Models of tests are so small that threads would only wait for each other, and for those of tests beside them.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
+
+
+# In this order, so that two workers end together; the others are short.
+LONGEST_FIRST = "samples train study job processes main check nothing_lost run classifier cuda_graphs viz facts".split()
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # by which pytest-xdist starts with the files of the most tests
+
+
+def pytest_collection_modifyitems(items):
+    places = {f"test_{name}.py": place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 class GaussianDenoiser:
@@ -41,17 +50,8 @@ class GaussianDenoiser:
 
 @pytest.fixture(scope="session", autouse=True)
 def curves_not_drawn():
-    """Runs leave empty files in place of their curves: a picture takes half a second. test_viz.py draws them all."""
-
-    def touch(plot):
-        signature = inspect.signature(plot)
-        return lambda *args: Path(signature.bind(*args).arguments["path"]).touch()
-
-    plots = [(training_run, "plot_training"), (study, "plot_comparison")]
-    plots += [(metrics, name) for name in ("plot_loss_over_t", "plot_bits_per_dim", "plot_guidance")]
     with pytest.MonkeyPatch.context() as patch:
-        for module, name in plots:
-            patch.setattr(module, name, touch(getattr(module, name)))
+        without_curves(patch)
         yield
 
 
@@ -81,10 +81,11 @@ def gaussian():
 
 @pytest.fixture(scope="module")
 def small_shapes():
-    """Ten times fewer images than the data set has, and a classifier that trains a quarter as long."""
+    """Ten times fewer images than the data set has, and samples; a classifier that trains a quarter as long."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shapes, "SHAPES_COUNT", {"train": 1000, "test": 200})
         patch.setattr(classifier, "CLASSIFIER_EPOCHS", 2)
+        patch.setattr(evaluate, "ACCURACY_SAMPLES", 20)
         yield
 
 
@@ -95,10 +96,12 @@ def splits(small_shapes):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, small_shapes):
-    """The folder of a tiny conditional run."""
+    """The folder of a tiny conditional run that was trained, and neither evaluated nor drawn."""
     results = tmp_path_factory.mktemp("results")
-    assert ex2_main.main([*TINY, "--results_dir", str(results), "--class_free_guidance", "--run_name", "cond"]) == 0
-    return results / "cond"
+    with pytest.MonkeyPatch.context() as patch:
+        without_evaluation(patch)
+        assert ex2_main.main([*TINY, "--results_dir", str(results), "--class_free_guidance"]) == 0
+    return results / "DDPM"
 
 
 @pytest.fixture

@@ -13,15 +13,17 @@ import ex2_main
 
 context = multiprocessing.get_context("forkserver")
 PRELOADED = "ex2.evaluation.evaluate ex2.report.metrics ex2.report.pictures ex2.training.run ex2.training.start".split()
-context.set_forkserver_preload(["forked", *PRELOADED])
+context.set_forkserver_preload(["forked", *PRELOADED, "torch._dynamo"])  # which every optimiser imports
 
 
 class Started:
     """A fork that runs `ex2_main.main(argv)`, or a script with arguments; in a process group of its own."""
 
-    def __init__(self, *argv, script=None, prepare=None, **environment):
+    def __init__(self, *argv, script=None, prepare=None, pipe=False, **environment):
         folder = tempfile.mkdtemp()
         self.out, self.err = (os.path.join(folder, name) for name in ("out", "err"))
+        if pipe:  # which is to be read, and removed, before the end
+            os.mkfifo(self.out)
         self.process = context.Process(target=run, args=(argv, script, prepare, environment, self.out, self.err))
         self.process.start()
         self.pid = self.process.pid
@@ -29,12 +31,16 @@ class Started:
     def poll(self):
         return self.process.exitcode
 
-    def wait_for_line(self, text, timeout=60):
-        """Waits until a line of its output has `text`."""
+    def wait_for(self, condition, timeout=60):
+        """Waits until `condition()` is true."""
         deadline = time.monotonic() + timeout
-        while text not in read(self.out):
+        while not condition():
             assert self.poll() is None and time.monotonic() < deadline, read(self.out) + read(self.err)
-            time.sleep(0.02)
+            time.sleep(0.01)
+
+    def wait_for_line(self, text):
+        """Waits until a line of its output has `text`."""
+        self.wait_for(lambda: text in read(self.out))
 
     def finish(self, timeout=120):
         """(exit code, output, errors) of a process that must end in time."""
@@ -82,8 +88,8 @@ def run(argv, script, prepare, environment, out, err):
 
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
         os._exit(code)
 
 
@@ -108,6 +114,13 @@ class Patch:
     setattr = staticmethod(setattr)
 
 
+def no_curves():
+    """Runs leave empty files in place of their curves."""
+    import tiny
+
+    tiny.without_curves(Patch)
+
+
 def training_only():
     """`train` ends after the training; few images."""
     import tiny
@@ -115,7 +128,18 @@ def training_only():
     from ex2.data import shapes
 
     tiny.without_evaluation(Patch)
-    shapes.SHAPES_COUNT.update(train=1000, test=200)
+    shapes.SHAPES_COUNT.update(train=300, test=60)
+
+
+def under_torchrun():
+    """Two processes do the same, as torchrun starts them and starts them again, but forked."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    training_only()
+    meeting = {"run_id": "test", "rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "monitor_interval": 0.1}
+    config = LaunchConfig(1, 1, nproc_per_node=2, max_restarts=3, start_method="fork", **meeting)
+    launch = elastic_launch(config, ex2_main.main)
+    ex2_main.main = lambda argv: max(launch(argv).values())
 
 
 def training_on_files():

@@ -1,8 +1,6 @@
 """Schedules, forward process, loss and single reverse steps (2.2 a, c, d; 2.3)."""
 
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -181,34 +179,18 @@ def test_x_zero_and_eps_are_recovered_from_x_t(linear):
     torch.testing.assert_close(linear.predict_eps(x_t, t, x_zero), eps, atol=1e-4, rtol=1e-4)
 
 
-HANDED_OUT_TEST = """
-import sys, unittest
-import ex2_diffusion
-sys.modules["ex02_diffusion"] = ex2_diffusion
-import torch
-from numpy.testing import assert_almost_equal
-from ex02_diffusion import Diffusion, linear_beta_schedule
-
-class TestDiffusionModel(unittest.TestCase):
-    def test_q_sample(self):
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        g = torch.Generator().manual_seed(0)
-        x_zero, noise = torch.randn(8, 3, 32, 32, generator=g), torch.randn(8, 3, 32, 32, generator=g)
-        t = torch.randint(0, 100, (8,), generator=g)
-        abar = torch.cumprod(1 - torch.linspace(0.001, 0.02, 100), 0)[t].reshape(-1, 1, 1, 1)
-        schedule = lambda n: linear_beta_schedule(0.001, 0.02, n)
-        diffusor = Diffusion(timesteps=100, get_noise_schedule=schedule, img_size=32)
-        output = diffusor.q_sample(x_zero=x_zero.to(device), t=t.to(device), noise=noise.to(device))
-        assert_almost_equal((abar.sqrt() * x_zero + (1 - abar).sqrt() * noise).numpy(), output.cpu().numpy(), decimal=5)
-
-unittest.main()
-"""
-
-
 def test_a_unit_test_written_against_the_skeleton_runs_under_its_name():
-    done = subprocess.run([sys.executable, "-c", HANDED_OUT_TEST], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "Ran 1 test" in done.stderr
+    """`conftest.py` of the top folder gives our modules the handed-out names."""
+    from ex02_diffusion import Diffusion, linear_beta_schedule
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    g = torch.Generator().manual_seed(0)
+    x_zero, noise = torch.randn(8, 3, 32, 32, generator=g), torch.randn(8, 3, 32, 32, generator=g)
+    t = torch.randint(0, 100, (8,), generator=g)
+    abar = torch.cumprod(1 - torch.linspace(0.001, 0.02, 100), 0)[t].reshape(-1, 1, 1, 1)
+    diffusor = Diffusion(100, lambda n: linear_beta_schedule(0.001, 0.02, n), img_size=32)
+    output = diffusor.q_sample(x_zero=x_zero.to(device), t=t.to(device), noise=noise.to(device))
+    torch.testing.assert_close(abar.sqrt() * x_zero + (1 - abar).sqrt() * noise, output.cpu(), rtol=0, atol=1e-5)
 
 
 # ------------------------------------------------------------------ 2.2 d: loss

@@ -25,7 +25,11 @@ def test_every_part_gives_a_table(name, tmp_path):
         assert rows[0]["images/s"] > 0
 
 
-def test_a_part_that_fails_or_takes_too_long_has_its_row(tmp_path):
-    out = tmp_path / "check.json"
-    assert "failed with exit code" in gpu_check.run_part("no such part", [], out, 60)[-1]["note"]
-    assert gpu_check.run_part("machine", [], out, 0.01)[-1]["note"] == "stopped after 0 s"
+def test_a_part_that_fails_or_takes_too_long_has_its_row(tmp_path, monkeypatch):
+    """The rows that it had written stay."""
+    script, out = tmp_path / "part.py", tmp_path / "check.json"
+    script.write_text("import sys; open(sys.argv[-1], 'w').write('[{\"images/s\": 7}]'); sys.exit(3)")
+    monkeypatch.setattr(gpu_check, "__file__", str(script))
+    failed = {"images/s": None, "note": "failed with exit code 3, see check.log"}
+    assert gpu_check.run_part("speed", [], out, 60) == [{"images/s": 7, "note": ""}, failed]
+    assert gpu_check.run_part("speed", [], out, 0.001)[-1]["note"] == "stopped after 0 s"

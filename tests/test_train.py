@@ -46,10 +46,10 @@ def run_epoch(model, diffusor, dataset=None, batch_size=8, args=SKELETON_ARGS, l
     return ex2_main.train(model, loader, optimizer, diffusor, 0, device, args)
 
 
-@pytest.mark.parametrize("device", ["cpu", CPU])
-def test_train_with_the_skeletons_arguments_lowers_the_loss(model, diffusor, device):
+def test_train_with_the_skeletons_arguments_lowers_the_loss(model, diffusor):
+    """The device may be a name."""
     dataset = random_set(64)
-    losses = [run_epoch(model, diffusor, dataset, lr=3e-3, device=device) for _ in range(6)]
+    losses = [run_epoch(model, diffusor, dataset, lr=3e-3, device=device) for device in ("cpu", CPU) * 3]
     assert losses[-1] < losses[0]
 
 
@@ -262,17 +262,22 @@ def test_evenly_spaced_indices_have_both_ends(length, count):
     assert indices[0] == 0 and indices[-1] == length - 1
 
 
-def test_a_quarter_of_quick_draws_most_shapes_of_their_class(tmp_path, monkeypatch):
-    """250 of the 1126 steps, after which 99% do. A minute on two cores."""
-    monkeypatch.setattr(evaluate, "ACCURACY_SAMPLES", 80)
-    config = preset_config("quick", results_dir=str(tmp_path), epochs=1, cuda=False, sampler="dpmpp_2m", sample_steps=8)
+def test_a_short_training_draws_shapes_of_their_class(tmp_path, monkeypatch):
+    """Quick with half the pixels and two of its three levels: 250 steps, some 20 s.
+
+    At w = 3, two seeds reached 0.93; after 120 steps they had reached 0.28 at most.
+    """
+    monkeypatch.setattr(evaluate, "ACCURACY_SAMPLES", 60)
+    smaller = {"image_size": 8, "dim_mults": (1, 2), "epochs": 1, "lr": 2e-3, "cuda": False}
+    sampling = {"sampler": "dpmpp_2m", "sample_steps": 8, "guidance_scale": 3.0}
+    config = preset_config("quick", results_dir=str(tmp_path), **smaller, **sampling)
     config.run_dir.mkdir()
-    splits = load_splits("shapes", None, 16, seed=0)
+    splits = load_splits("shapes", None, 8, seed=0)
     train = splits.train.subset(torch.arange(250 * config.batch_size))
     splits = dataclasses.replace(splits, train=train, val=splits.val.subset(torch.arange(20)))
     diffusor = build_diffusion(config, "cpu")
     model = fit(config, splits, diffusor)
     accuracy = evaluate.template_accuracy(model, diffusor, config)["accuracy"]
-    assert accuracy > 0.5, accuracy  # 0.1 is chance; seeds differ by 0.1
+    assert accuracy > 0.7, accuracy  # 0.1 is chance
     unguided = evaluate.template_accuracy(model, diffusor, dataclasses.replace(config, guidance_scale=-1.0))["accuracy"]
     assert unguided < 0.3  # without the class, a sample shows the asked one by chance

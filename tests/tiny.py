@@ -1,5 +1,6 @@
 """What several files of tests need: a run that takes a second, small data sets, a refusal of one line."""
 
+import inspect
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -7,6 +8,7 @@ import torch
 from PIL import Image
 
 import ex2_main
+import ex2_viz
 from ex2.data.images import ImageSet
 from ex2.settings.config import Config
 from ex2.training import run
@@ -14,7 +16,7 @@ from ex2_train import train
 
 ROOT = Path(__file__).resolve().parents[1]
 
-TINY = "--dataset shapes --image_size 8 --dim 8 --dim_mults 1 2 --timesteps 30 --batch_size 100 --epochs 1".split()
+TINY = "--dataset shapes --image_size 8 --dim 8 --dim_mults 1 --timesteps 30 --batch_size 100 --epochs 1".split()
 TINY += "--eval_images 20 --eval_timesteps 3 --sample_steps 3 --schedule cosine --no_cuda".split()
 
 
@@ -29,7 +31,7 @@ def tiny_config(results_dir, **changes):
         "dataset": "shapes",
         "image_size": 8,
         "dim": 8,
-        "dim_mults": (1, 2),
+        "dim_mults": (1,),
         "timesteps": 50,
         "batch_size": 16,
         "epochs": 2,
@@ -61,8 +63,26 @@ def train_epoch(training):
         return train(*parts, training.device, training.config, **hooks)
 
 
+def without_curves(patch):
+    """Empty files in place of curves, each of which takes half a second. test_viz.py draws them all."""
+    from ex2.report import exact_guidance, metrics, pictures, study
+
+    def touch(plot):
+        signature = inspect.signature(plot)
+        return lambda *args: Path(signature.bind(*args).arguments["path"]).touch()
+
+    plots = [(run, "plot_training"), (study, "plot_comparison")]
+    plots += [(metrics, name) for name in ("plot_loss_over_t", "plot_bits_per_dim", "plot_guidance")]
+    for module, name in plots:
+        patch.setattr(module, name, touch(getattr(module, name)))
+    names = ("plot_schedules", "plot_time_embedding", "plot_guided_densities")
+    viz = SimpleNamespace(**{**vars(ex2_viz), **{name: touch(getattr(ex2_viz, name)) for name in names}})
+    for module in (pictures, exact_guidance):
+        patch.setattr(module, "viz", viz)
+
+
 def without_evaluation(patch):
-    """`train` ends after the training, whose curves are not drawn."""
+    """`train` ends after the training."""
     from ex2.evaluation import evaluate
     from ex2.report import metrics, pictures
 

@@ -1,13 +1,15 @@
 """Samples are judged against the training images, and every figure says what it is of (2.2 e)."""
 
+import io
 import json
+import sys
 from dataclasses import replace
 
 import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
-from tiny import TINY
+from tiny import TINY, without_evaluation
 
 import ex2_main
 from ex2.data.images import training_images
@@ -27,18 +29,11 @@ def results(tmp_path_factory, small_shapes):
     """The folder of a tiny conditional and a tiny unconditional run, both judged."""
     folder = tmp_path_factory.mktemp("results")
     for name, flags in (("cond", ["--class_free_guidance"]), ("plain", [])):
-        assert ex2_main.main([*TINY, "--results_dir", str(folder), "--run_name", name, *flags]) == 0
-        evaluator = [
-            "test",
-            "--no_cuda",
-            "--checkpoint",
-            str(folder / name),
-            "--eval_samples",
-            "140",
-            "--sample_batch",
-            "50",
-        ]
-        assert ex2_main.main([*evaluator, "--no_cuda"]) == 0
+        with pytest.MonkeyPatch.context() as patch:
+            without_evaluation(patch)
+            assert ex2_main.main([*TINY, "--results_dir", str(folder), "--run_name", name, *flags]) == 0
+        judged = ["test", "--no_cuda", "--checkpoint", str(folder / name), "--eval_samples", "140"]
+        assert ex2_main.main([*judged, "--sample_batch", "50"]) == 0
     return folder
 
 
@@ -203,8 +198,10 @@ def test_figures_of_samples_stay_when_the_same_weights_are_tested_without_them(r
     assert json.loads((results / "cond" / "test_metrics.json").read_text()) == before
 
 
-def test_dry_run_judges_a_handful_and_leaves_no_classifier_behind(results):
+def test_figures_are_written_before_they_are_printed_in_any_encoding(results, monkeypatch):
+    """Of a dry run, which judges a handful and leaves no classifier behind."""
     before = sorted((results / "features").iterdir())
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="cp932"))
     assert ex2_main.main(["test", "--no_cuda", "--checkpoint", str(results / "cond"), "--dry_run"]) == 0
     assert sorted((results / "features").iterdir()) == before
     assert samples_of(results / "cond-dry_run")["count"] == evaluation_samples.DRY_RUN_SAMPLES

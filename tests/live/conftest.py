@@ -11,5 +11,5 @@ def trained(tmp_path_factory, small_shapes):
     flags = ["--results_dir", str(results), "--class_free_guidance", "--run_name", "cond", "--sampler", "ddim"]
     with pytest.MonkeyPatch.context() as patch:
         without_evaluation(patch)
-        assert ex2_main.main([*TINY, *flags]) == 0
+        assert ex2_main.main([*TINY, "--dim_mults", "1", "2", *flags]) == 0
     return results / "cond"

@@ -3,7 +3,6 @@
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -27,57 +26,11 @@ from ex2.training import run as training_run
 from ex2.training.log import RunLog
 from ex2_train import draw_timesteps_and_noise
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 TINY = "--dataset folder --image_size 8 --dim 8 --dim_mults 1 --timesteps 20 --schedule cosine --batch_size 5".split()
 TINY += "--epochs 3 --eval_images 9 --eval_timesteps 3 --sample_steps 3 --log_interval 4 --no_cuda".split()
 TINY += "--save_minutes 1e-9 --class_free_guidance --amp off".split()  # so that rounding is that of float32
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="torchrun needs a Unix")
-
-
-def start(*command, **environment):
-    """A process whose output goes to pipes; torch's threads are limited, as torchrun does it."""
-    known = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", **environment}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=known, cwd=ROOT)
-
-
-def finish(process, timeout=120):
-    """(exit code, stdout, stderr) of a process that must end in time."""
-    try:
-        out, err = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        pytest.fail(f"still running after {timeout} s\n" + "\n".join(end(process)))
-    return process.returncode, out, err
-
-
-def end(agent):
-    """(stdout, stderr) of a torchrun that is ended with its workers."""
-    for worker in workers_of(agent).values():
-        os.kill(worker, signal.SIGKILL)
-    agent.kill()
-    return agent.communicate()
-
-
-def workers_of(agent):
-    """rank -> process id of what a torchrun has started so far."""
-    found = {}
-    for environ in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            parent = (environ.parent / "stat").read_text().rpartition(")")[2].split()[1]
-            if int(parent) == agent.pid:
-                variables = dict(part.split("=", 1) for part in environ.read_text().split("\0") if "=" in part)
-                found[int(variables["RANK"])] = int(environ.parent.name)
-        except (OSError, KeyError):
-            continue
-    return found
-
-
-def wait_for(condition, agent, timeout=90):
-    deadline = time.monotonic() + timeout
-    while not condition():
-        if agent.poll() is not None or time.monotonic() > deadline:
-            pytest.fail("it never came to that\n" + "\n".join(end(agent)))
-        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")
@@ -98,18 +51,11 @@ def command(photographs):
 
 
 @pytest.fixture(scope="module")
-def training_only(command, tmp_path_factory):
-    """The same command without evaluation and pictures, which take longer than its training."""
-    script = tmp_path_factory.mktemp("script") / "training_only.py"
-    script.write_text("import sys, ex2_main, forked\nforked.training_only()\nsys.exit(ex2_main.main())\n")
-    return [str(script), *command[1:]]
-
-
-@pytest.fixture(scope="module")
 def by_two(command, tmp_path_factory):
     """(run folder, stdout) of a whole training by two processes that nothing interrupted."""
     results = tmp_path_factory.mktemp("by_two")
-    first, second = (p.finish() for p in start_processes(2, *command[1:], "--results_dir", str(results)))
+    run = [*command[1:], "--results_dir", str(results)]
+    first, second = (process.finish() for process in start_processes(2, *run, prepare=forked.no_curves))
     assert (first[0], second[0]) == (0, 0), first[2] + second[2]
     return results / "DDPM", first[1] + second[1]
 
@@ -241,10 +187,7 @@ def test_a_signal_to_one_process_ends_all_after_the_same_step_and_one_goes_on(co
     """From two processes to one within an epoch: the weights are those of one process alone, to rounding."""
     plain = [*command, "--p_uncond", "0", "--epochs", "4"]
     pair = start_processes(2, *plain[1:], "--results_dir", str(tmp_path), prepare=forked.training_only)
-    deadline = time.monotonic() + 60
-    while len(list((tmp_path / "DDPM").glob("ckpt.pt*"))) < 2:
-        assert time.monotonic() < deadline and pair[0].poll() is None
-        time.sleep(0.01)
+    pair[0].wait_for(lambda: len(list((tmp_path / "DDPM").glob("ckpt.pt*"))) > 1)
     os.kill(pair[1].pid, signal.SIGTERM)
     for code, _, err in [process.finish() for process in pair]:
         assert code == 143 and "interrupted by SIGTERM; a training that was going on is saved" in err, err
@@ -265,15 +208,13 @@ def test_a_signal_to_one_process_ends_all_after_the_same_step_and_one_goes_on(co
         torch.testing.assert_close(mixed[name], weight, rtol=0, atol=2e-3)
 
 
-def test_a_killed_process_is_started_again_and_the_run_ends_as_if_nothing_had_happened(by_two, training_only, tmp_path):
-    agent = start(
-        *TORCHRUN, "--standalone", "--nproc_per_node=2", "--max-restarts=3", *training_only, "--no_resume",
-        "--results_dir", str(tmp_path),
-    )  # fmt: skip
-    checkpoint = tmp_path / "DDPM" / "ckpt.pt.previous"  # so there is one whole checkpoint
-    wait_for(checkpoint.exists, agent)
-    os.kill(workers_of(agent)[1], signal.SIGKILL)
-    code, out, err = finish(agent)
+def test_a_killed_process_is_started_again_and_the_run_ends_as_if_nothing_had_happened(by_two, command, tmp_path):
+    run = [*command[1:], "--no_resume", "--results_dir", str(tmp_path)]
+    agent = Started(*run, prepare=forked.under_torchrun)
+    agent.wait_for((tmp_path / "DDPM" / "ckpt.pt.previous").exists)  # so there is one whole checkpoint
+    _, second = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+    os.kill(int(second), signal.SIGKILL)
+    code, out, err = agent.finish()
     assert code == 0, err
     assert "of 24 steps" in out, "it started anew"
     endings = [training_checkpoint.load_checkpoint(folder) for folder in (by_two[0], tmp_path / "DDPM")]
@@ -334,6 +275,7 @@ def test_two_machines_have_one_folder(command, tmp_path):
     """Of each machine one process; the second one's has no folder that it could write to."""
     program = [*command[1:], "--no_class_free_guidance", "--dry_run"]
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    meeting["prepare"] = forked.no_curves
     nodes = [Started(*program, "--results_dir", str(tmp_path / str(i)), RANK=str(i), **meeting) for i in range(2)]
     ends = [node.finish() for node in nodes]
     assert [code for code, _, _ in ends] == [0, 0], ends
