@@ -9,7 +9,7 @@ from ex2.data.decode import read_image
 from ex2.data.images import to_model_range
 from ex2.errors import InputError
 from ex2.machine.files import append_command
-from ex2.machine.job import computes_in_bfloat16, keep_freed_memory, pick_device
+from ex2.machine.job import computes_in_bfloat16, pick_device
 from ex2.machine.processes import broadcast_from_main, is_main
 from ex2.settings.build import check_buildable
 from ex2.settings.cli import config_of_flags
@@ -23,8 +23,6 @@ def prepare_training(args):
     check_buildable(config)
     device = pick_device(config.cuda, config.num_threads)
     computes_in_bfloat16(config.amp, device)  # refuses what this GPU can't
-    if device.type == "cpu":
-        keep_freed_memory()
     make_run_dir(config.run_dir)
     return config, device
 
