@@ -4,7 +4,6 @@ GPU with free memory, and batches that fit into it.
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import shutil
@@ -27,7 +26,6 @@ from ex2.machine.processes import is_main, is_restart, local_rank, started_by_to
 ENDINGS = "TERM INT HUP QUIT USR1 USR2 XCPU ALRM VTALRM PWR BREAK"
 SIGNALS = [getattr(signal, f"SIG{name}") for name in ENDINGS.split() if hasattr(signal, f"SIG{name}")]
 LOCK_NAME, HOLDER_NAME = ".lock", ".holder"  # the lock, which stays there; who has it
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 WORKER_EXIT_SECONDS = 6  # DataLoader workers may hold the lock this long after a kill
 STALE_LOCK_SECONDS = 120  # the same where a job is started again, as its lock may be of a machine that broke down
 
@@ -171,17 +169,6 @@ def computes_in_bfloat16(amp: str, device: torch.device) -> bool:
     if amp == "on" and not able:
         raise InputError("--amp on: this GPU can't compute in bfloat16; give --amp auto")
     return able and amp != "off"
-
-
-def keep_freed_memory() -> None:
-    """Lets glibc keep the memory that tensors free. It would give it back, and fault it in anew in every training step.
-
-    On a CPU that is a tenth of the time of a step. Elsewhere than with glibc nothing happens.
-    """
-    with suppress(AttributeError, OSError, TypeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, 2**25)  # the largest that it takes
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def batch_that_fits(attempt, batch_size: int) -> int:

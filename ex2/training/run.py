@@ -23,7 +23,7 @@ from ex2.errors import InputError, Interrupted, ReadingError, RunError, is_compi
 from ex2.machine.compiling import compile_blocks
 from ex2.machine.cuda_graphs import GraphReplay
 from ex2.machine.files import write_json
-from ex2.machine.job import batch_that_fits, check_space, computes_in_bfloat16, hold_signals, keep_freed_memory
+from ex2.machine.job import batch_that_fits, check_space, computes_in_bfloat16, hold_signals
 from ex2.machine.processes import all_reduce_max, broadcast_from_main, is_main, is_restart, rank, world_size
 from ex2.meter import LossMeter
 from ex2.optimisation import EMA, build_optimizer, learning_rate, set_learning_rate
@@ -164,8 +164,6 @@ class Training:
             weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
             # Three checkpoints while one is being replaced, each of weights, EMA and two moments; and pictures.
             check_space(self.config.run_dir, 3 * 4 * weights + 20_000_000)
-        if self.device.type == "cpu":
-            keep_freed_memory()
         self.save()  # a disk that is full shows now, and not after an epoch
         self.started = time.monotonic() - self.seconds
         if world_size() > 1:
