@@ -1,6 +1,7 @@
 """The live page in a real browser: it samples, follows what one turns, and asks for nothing outside."""
 
 import io
+import json
 import re
 import shutil
 
@@ -244,6 +245,7 @@ def test_the_page_of_the_showcase_samples_and_is_small_enough_to_be_sent(browser
     path = ROOT / "results" / "showcase" / "live.html"
     assert path.stat().st_size < 4e6
     driver = Driver(browser, path.as_uri(), 420)
-    assert driver.page.inner_text("#when") == "t = 0: the sample, after 10 steps"
+    steps = json.loads((path.parent / "quick" / "config.json").read_text())["sample_steps"]
+    assert driver.page.inner_text("#when") == f"t = 0: the sample, after {steps} steps"
     assert driver.pictures()[0].shape == (16, 16, 4) and driver.said == []
     driver.page.close()
