@@ -7,7 +7,7 @@
 # faults at all, and the weights end the same.
 #
 # Seen, six convolutions of 32 channels on 16 images of 32x32, one thread, three runs each, a step:
-#   as it is                                                      4500 to 8100 page faults    20 to 27 ms in the system
+#   as it is                                                      4500 to 8100 page faults    19 to 27 ms in the system
 #   MALLOC_TRIM_THRESHOLD_=2147483647 MALLOC_MMAP_THRESHOLD_=33554432        0 page faults              0 ms
 # beside 90 to 115 ms of computing in both. How many faults there are depends on the network: in a U-Net with blocks of
 # many sizes on the same machine they took 2% of a step.
