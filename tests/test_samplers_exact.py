@@ -71,6 +71,24 @@ def test_deviation_after_all_of_1000_timesteps(linear, name, expected):
     assert mean == 0 and deviation == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    "schedule, name, deviations",
+    [
+        ("cosine", "heun", {10: 0.507}),
+        ("linear", "dpmpp_2m, eta 1", {10: 0.463, 25: 0.499, 50: 0.500}),
+        ("linear", "ipndm", {10: 0.515}),
+        ("cosine", "ddpm", {50: 0.509}),  # the widest of 50 steps, and the narrowest
+        ("cosine", "ddim, eta 1", {50: 0.474}),
+    ],
+)
+def test_deviations_that_stand_beside_those_of_diffusers(schedule, name, deviations, request):
+    """docs/other-libraries.md."""
+    process = request.getfixturevalue(schedule)
+    model = exact_noise(process, 0.0, 0.5)
+    for steps, expected in deviations.items():
+        assert moments(process, model, steps, **SETTINGS[name])[1] == pytest.approx(expected, abs=5e-4)
+
+
 @pytest.mark.parametrize("name", ["ddpm", "dpmpp_2m, eta 1", "ipndm"])
 def test_moments_are_those_of_samples(cosine, name):
     """Where clamping changes nothing: x_zero lies within [-1, 1] but for one value in 2 million."""
