@@ -166,8 +166,8 @@ def put_end_of(read, files, said):
     "kind, code, message",
     [
         (KillingFiles, 1, r"DataLoader worker .*: lower --num_workers, or free memory"),
-        (HangingFiles, 1, r"DataLoader timed out after 1 seconds.*: lower --num_workers, or free memory"),
-        (MissingFiles, 2, r"gone/0\.png can't be read as an image"),
+        (HangingFiles, 1, r"^error: reading images failed \(DataLoader timed out after 1 seconds\): lower --num"),
+        (MissingFiles, 2, r"^error: gone/0\.png can't be read as an image"),
     ],
 )
 def test_what_ends_a_dataloader_worker_is_one_line(monkeypatch, kind, code, message, read):
